@@ -1,0 +1,383 @@
+"""Finds the decoder blocks, the tail (final norm) and the output head of any decoder-only model, by structure.
+
+No class names and no attribute names of families: one short *probe* forward is watched through hooks, and what was
+seen decides. The blocks are the outermost module list whose modules ran one after the other, each fed by its
+predecessor; the tail is the chain of modules that led from the last block's output to the base model's output; the
+head is whatever the model's own forward does with that. Everything is checked against the model's own logits when
+it is built, so a model that does not fit is refused in one sentence instead of giving wrong numbers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.modeling_outputs import BaseModelOutputWithPast
+
+from lm_eval_adainfer.errors import UnsupportedModelError
+
+_PROBE_TOKENS = 5
+
+
+class _HeadInput(BaseModelOutputWithPast):
+    """What a stubbed base model returns: a last hidden state, and None for whatever else a head asks for."""
+
+    def __getattr__(self, name: str) -> None:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return None
+
+
+def hidden_of(output: Any) -> Tensor:
+    """The hidden states in a block's output; blocks return a tensor or a tuple, depending on the family."""
+    return output if isinstance(output, Tensor) else output[0]
+
+
+def with_hidden(output: Any, hidden: Tensor) -> Any:
+    """The block's output with other hidden states in it."""
+    return hidden if isinstance(output, Tensor) else (hidden, *output[1:])
+
+
+@dataclass
+class BatchRule:
+    """How a block argument's first dimension follows the batch, as seen at two batch sizes.
+
+    ``factors[(block, path)]`` is f where the first dimension was f x batch (Bloom's alibi: f = heads), or 0 where
+    it did not change (shared by the batch). Sizes can coincide, so the rule is observed, not guessed.
+    """
+
+    factors: dict[tuple[int, str], int] = field(default_factory=dict)
+
+    def cut(self, block: int, path: str, value: Tensor, rows: Tensor, batch: int) -> Tensor:
+        """Keep ``rows`` (indices into the original batch of ``batch`` rows) of an argument of block ``block``."""
+        factor = self.factors.get((block, path))
+        if factor is None:  # not there at the probe (a mask that was None): judge by its size
+            factor = 1 if value.dim() > 0 and value.shape[0] == batch else 0
+        if factor == 0:
+            return value
+        rows = rows.to(value.device)
+        if factor == 1:
+            return value.index_select(0, rows)
+        return value.unflatten(0, (batch, factor)).index_select(0, rows).flatten(0, 1)
+
+
+def walk(arguments: Any, act: Callable[[str, Tensor], Any], path: str = "") -> Any:
+    """Rebuild nested tuples, lists and dicts with ``act(path, tensor)`` in place of every tensor."""
+    if isinstance(arguments, Tensor):
+        return act(path, arguments)
+    if type(arguments) in (tuple, list):
+        return type(arguments)(walk(x, act, f"{path}.{i}") for i, x in enumerate(arguments))
+    if type(arguments) is dict:
+        return {key: walk(x, act, f"{path}.{key}") for key, x in arguments.items()}
+    return arguments
+
+
+class Anatomy:
+    """A decoder-only model taken apart without changing it.
+
+    Attributes:
+        model: The causal LM (adapters unwrapped), in charge of its own forward.
+        blocks: The L decoder blocks, in order; block numbers start at 1, so block k is ``blocks[k - 1]``.
+        vocab_size: V, the width of the logits.
+        hidden_size: h, the width of what the head reads.
+        block_weights: Per block, the weights of its linear maps that one token meets (experts: the active share).
+        attention_width: Per block, heads x head size (0 where there is no attention module).
+        batch_rule: How the blocks' arguments follow the batch.
+    """
+
+    def __init__(self, model: nn.Module):
+        """Take ``model`` apart and check the result against the model's own logits.
+
+        Raises:
+            UnsupportedModelError: Where the structure does not allow early exit, saying why.
+        """
+        self.model = model.get_base_model() if hasattr(model, "get_base_model") else model
+        config = getattr(self.model, "config", None)
+        self.config = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
+        self.name = type(self.model).__name__
+        if getattr(config, "is_encoder_decoder", False):
+            raise UnsupportedModelError(
+                f"pretrained: {self.name} is an encoder-decoder model, but adainfer needs a decoder-only one"
+            )
+        self._find()
+        self.block_weights = [self._linear_weights(block) for block in self.blocks]
+        self.attention_width = [self._attention_width(block) for block in self.blocks]
+
+    @property
+    def n_blocks(self) -> int:
+        """L, the number of decoder blocks."""
+        return len(self.blocks)
+
+    # ------------------------------------------------------------------ finding
+    def _unsupported(self, why: str) -> UnsupportedModelError:
+        return UnsupportedModelError(f"pretrained: {self.name} is not supported for early exit: {why}")
+
+    @torch.no_grad()
+    def _find(self) -> None:
+        candidates = self._candidate_lists()
+        watched = {id(m): m for _, blocks in candidates for m in blocks}
+        prefixes = {prefix for name, _ in candidates for prefix in _ancestors(name)}
+        holders = {id(m): (name, m) for name, m in self.model.named_modules() if name in prefixes}
+        children = {id(c): c for _, h in holders.values() for c in h.children() if id(c) not in watched}
+
+        calls: list[tuple[int, Any, Any]] = []  # (module id, arguments, output) in order of completion
+        shapes: dict[int, dict[tuple[int, str], tuple[int, ...]]] = {2: {}, 3: {}}
+        for batch in (2, 3):
+            calls.clear()
+            with ExitStack() as stack:
+                for module in {**watched, **{i: m for i, (_, m) in holders.items()}, **children}.values():
+                    stack.enter_context(
+                        _hook(
+                            module,
+                            lambda m, args, kwargs, out: calls.append((id(m), (list(args), dict(kwargs)), out)),
+                        )
+                    )
+                ids = self.probe_ids(batch)
+                logits = self.model(input_ids=ids, use_cache=False).logits
+            if batch == 2:
+                self.blocks = self._choose_blocks(candidates, calls)
+            number = {id(block): k for k, block in enumerate(self.blocks, start=1)}
+            for module_id, arguments, _ in calls:
+                if (k := number.get(module_id)) is not None:
+                    walk(list(arguments), lambda path, x, k=k: shapes[batch].__setitem__((k, path), tuple(x.shape)))
+        self.batch_rule = BatchRule(_batch_factors(shapes[2], shapes[3]))
+
+        block_calls = [(a, o) for i, a, o in calls if i in number]
+        last = hidden_of(block_calls[-1][1])
+        base = next((i, o) for i, _, o in reversed(calls) if i in holders and _last_hidden(o) is not None)
+        self._base = holders[base[0]][1]
+        self._tail = self._chain(last, _last_hidden(base[1]), [(children[i], a, o) for i, a, o in calls if i in children])
+        self.vocab_size = int(logits.shape[-1])
+        self.hidden_size = int(_last_hidden(base[1]).shape[-1])
+        self.block_hidden_size = int(last.shape[-1])
+
+        again = self.logits(last[:, -1, :])
+        worst = (again.float() - logits[:, -1, :].float()).abs().max().item()
+        if not worst <= tolerance(logits):
+            raise self._unsupported(f"its final norm and output head could not be separated (logits off by {worst:.2g})")
+
+    def probe_ids(self, batch: int) -> Tensor:
+        """Token ids [batch, 5] for a probe forward: different rows, deterministic, valid for any vocabulary."""
+        vocab = int(self.model.get_input_embeddings().weight.shape[0])
+        ids = torch.arange(batch * _PROBE_TOKENS).reshape(batch, -1) * 7 + 3
+        return (ids % vocab).to(self.input_device)
+
+    @property
+    def input_device(self) -> torch.device:
+        """Where token ids go: the device of the embeddings, or of the model where that is offloaded."""
+        device = self.model.get_input_embeddings().weight.device
+        return device if device.type != "meta" else torch.device(getattr(self.model, "device", "cpu"))
+
+    def _candidate_lists(self) -> list[tuple[str, nn.ModuleList]]:
+        """Module lists as long as the config's number of layers, outermost first."""
+        n_layers = getattr(self.config, "num_hidden_layers", None)
+        found = [
+            (name, module)
+            for name, module in self.model.named_modules()
+            if isinstance(module, nn.ModuleList) and len(module) > 0 and (n_layers is None or len(module) == n_layers)
+        ]
+        if not found:
+            raise self._unsupported(f"it has no list of {n_layers} decoder blocks")
+        return sorted(found, key=lambda item: (item[0].count("."), -len(item[1])))
+
+    def _choose_blocks(self, candidates, calls) -> list[nn.Module]:
+        """The first candidate whose modules each ran once, in order, each on its predecessor's output."""
+        for _, blocks in candidates:
+            ids = [id(block) for block in blocks]
+            mine = [(i, a, o) for i, a, o in calls if i in set(ids)]
+            if [i for i, _, _ in mine] != ids:
+                continue
+            states = [(_hidden_argument(a), hidden_of(o)) for _, a, o in mine]
+            shape = states[0][1].shape
+            if any(x is None or y.shape != shape or y.dim() != 3 for x, y in states):
+                continue
+            if all(torch.equal(states[k][1], states[k + 1][0]) for k in range(len(states) - 1)):
+                return list(blocks)
+        raise self._unsupported("its decoder blocks do not run once each, in order, on the previous block's output")
+
+    def _chain(self, start: Tensor, end: Tensor, calls) -> list[nn.Module]:
+        """The modules that led from the last block's output to the base model's output (final norm, projection)."""
+        chain, current = [], start
+        for module, arguments, output in calls:
+            x = _hidden_argument(arguments)
+            if x is not None and isinstance(output, Tensor) and x.shape == current.shape and torch.equal(x, current):
+                chain.append(module)
+                current = output
+        if current.shape != end.shape or not torch.equal(current, end):
+            raise self._unsupported("its final norm is not a chain of modules after the last block")
+        return chain
+
+    # ------------------------------------------------------------------ use
+    @torch.no_grad()
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Final norm and output head, by the model's own code (soft-caps, scales and biases included).
+
+        Args:
+            hidden: [n, block width], outputs of any block at n positions.
+
+        Returns:
+            [n, V] logits in the model's dtype.
+        """
+        x = hidden.unsqueeze(1)
+        for module in self._tail:
+            x = module(x)
+        stub = _HeadInput(last_hidden_state=x)
+        ids = torch.zeros(x.shape[0], 1, dtype=torch.long, device=x.device)
+        with _replaced_forward(self._base, lambda *args, **kwargs: stub):
+            return self.model(input_ids=ids, use_cache=False).logits[:, -1, :]
+
+    def head_hash(self) -> str:
+        """A short hash of the output head, which ties a stopper to the model it was fitted on.
+
+        At most 256 rows, evenly spread and rounded to bfloat16, so that it is quick and does not depend on the dtype
+        that the model was loaded in. ``""`` where the weights are not at hand (offloaded).
+        """
+        head = self.model.get_output_embeddings()
+        weight = getattr(head, "weight", None)
+        if weight is None or weight.device.type == "meta" or not weight.is_floating_point():
+            return ""
+        rows = weight.detach()[:: max(1, weight.shape[0] // 256)].to(torch.bfloat16).float().cpu()
+        digest = hashlib.sha256(repr(tuple(weight.shape)).encode())
+        digest.update(rows.numpy().tobytes())
+        return digest.hexdigest()[:16]
+
+    def part(self, block: nn.Module, which: str) -> nn.Module:
+        """The attention or feed-forward part of a block whose output is compared along the blocks.
+
+        Args:
+            block: A decoder block.
+            which: ``"attn"`` or ``"mlp"``.
+
+        Returns:
+            The block's direct child for that part; for families without an MLP module (OPT) the last linear map of
+            the feed-forward part.
+
+        Raises:
+            UnsupportedModelError: Where the block has no such part.
+        """
+        names = {"attn": ("attn", "attention", "mixer"), "mlp": ("mlp", "ffn", "feed_forward", "moe", "mixer")}[which]
+        for hint in names:
+            for name, child in block.named_children():
+                lowered, kind = name.lower(), type(child).__name__.lower()
+                if (hint in lowered or hint in kind) and "norm" not in lowered and "norm" not in kind and _has_weights(child):
+                    return child
+        linear = [child for child in block.children() if is_linear(child)]
+        if which == "mlp" and linear:
+            return linear[-1]
+        raise self._unsupported(f"its blocks have no {which} part, so the feature cos_{which} can't be computed")
+
+    # ------------------------------------------------------------------ counting
+    def _linear_weights(self, block: nn.Module) -> int:
+        """Weights of the block's linear maps that one token meets; routed experts count with their active share."""
+        active = getattr(self.config, "num_experts_per_tok", None)
+        total = 0.0
+        for name, module in block.named_modules():
+            routed = "experts" in name.split(".") and active
+            if is_linear(module):
+                count = float(_linear_size(module))
+                siblings = _expert_count(self.config)
+                total += count * active / siblings if routed and siblings else count
+            elif routed:  # fused experts: one parameter [experts, in, out]
+                for parameter in module.parameters(recurse=False):
+                    if parameter.dim() == 3:
+                        total += parameter.numel() * active / parameter.shape[0]
+        return round(total)
+
+    def _attention_width(self, block: nn.Module) -> int:
+        try:
+            self.part(block, "attn")
+        except UnsupportedModelError:
+            return 0
+        heads = getattr(self.config, "num_attention_heads", None)
+        if not heads:
+            return 0
+        size = getattr(self.config, "head_dim", None) or self.config.hidden_size // heads
+        return heads * size
+
+
+def tolerance(reference: Tensor) -> float:
+    """How far two computations of ``reference`` in its dtype may differ: rounding, not structure."""
+    return 1e-4 + 8 * torch.finfo(reference.dtype).eps * reference.abs().max().item()
+
+
+def is_linear(module: nn.Module) -> bool:
+    """A linear map: ``nn.Linear`` and its quantised subclasses, or GPT-2's ``Conv1D``."""
+    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+
+
+def _linear_size(module: Any) -> int:
+    if isinstance(module, nn.Linear):  # packed 4-bit weights have another shape than the map
+        return module.in_features * module.out_features
+    return module.weight.numel()
+
+
+def _expert_count(config: Any) -> int | None:
+    for name in ("num_local_experts", "num_experts", "n_routed_experts"):
+        if value := getattr(config, name, None):
+            return value
+    return None
+
+
+def _has_weights(module: nn.Module) -> bool:
+    return any(True for _ in module.parameters())
+
+
+def _ancestors(name: str) -> Iterator[str]:
+    """``model.decoder.layers`` -> ``model.decoder``, ``model`` (the model itself, ``""``, is left out)."""
+    while "." in name:
+        name = name.rpartition(".")[0]
+        yield name
+
+
+def _last_hidden(output: Any) -> Tensor | None:
+    if isinstance(output, Tensor):
+        return output if output.dim() == 3 else None
+    if (value := getattr(output, "last_hidden_state", None)) is not None:
+        return value
+    return output[0] if isinstance(output, tuple) and isinstance(output[0], Tensor) else None
+
+
+def _hidden_argument(arguments: Sequence[Any]) -> Tensor | None:
+    args, kwargs = arguments
+    value = args[0] if args else kwargs.get("hidden_states")
+    return value if isinstance(value, Tensor) else None
+
+
+def _batch_factors(two: dict, three: dict) -> dict[tuple[int, str], int]:
+    """From argument shapes at batch 2 and batch 3: the factor by which the first dimension follows the batch."""
+    factors = {}
+    for key, shape in two.items():
+        other = three.get(key)
+        if other is None or not shape:
+            continue
+        factors[key] = shape[0] // 2 if shape[0] % 2 == 0 and other[0] == shape[0] // 2 * 3 else 0
+    return factors
+
+
+@contextmanager
+def _hook(module: nn.Module, act: Callable) -> Iterator[None]:
+    handle = module.register_forward_hook(act, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def _replaced_forward(module: nn.Module, forward: Callable) -> Iterator[None]:
+    """Put another forward in place; accelerate keeps its own in the instance's dict, so restore what was there."""
+    missing = object()
+    before = module.__dict__.get("forward", missing)
+    module.forward = forward  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        if before is missing:
+            del module.__dict__["forward"]
+        else:
+            module.forward = before  # type: ignore[method-assign]

@@ -1,0 +1,46 @@
+"""Floating-point operations, counted as ``metrics.md`` defines them."""
+
+from __future__ import annotations
+
+from itertools import accumulate
+
+from lm_eval_adainfer.anatomy import Anatomy
+from lm_eval_adainfer.strategies.base import Stopper
+
+
+class FlopCounter:
+    """Counts what a forward of ``anatomy`` with ``stopper`` really applies; padding is nobody's and not counted."""
+
+    def __init__(self, anatomy: Anatomy, stopper: Stopper):
+        self.n_blocks = anatomy.n_blocks
+        self._hidden = anatomy.block_hidden_size
+        self._vocab = anatomy.vocab_size
+        self._weights = [0, *accumulate(anatomy.block_weights)]
+        self._widths = [0, *accumulate(anatomy.attention_width)]
+        self._head_row = 2 * anatomy.vocab_size * anatomy.hidden_size
+        self._stopper = stopper.flops
+
+    def blocks(self, depth: int, tokens: int, pairs: int | None = None) -> float:
+        """Blocks 1..depth over ``tokens`` tokens: 2 x weights x tokens + 4 x (query x key pairs) x heads' width.
+
+        Args:
+            depth: k.
+            tokens: Tokens run.
+            pairs: Query-key pairs; by default the causal ones of one sequence, tokens (tokens + 1) / 2.
+        """
+        if pairs is None:
+            pairs = tokens * (tokens + 1) // 2
+        return 2.0 * self._weights[depth] * tokens + 4.0 * pairs * self._widths[depth]
+
+    def head(self, rows: int) -> float:
+        """2Vh per head row."""
+        return float(self._head_row * rows)
+
+    def decisions(self, n: int) -> float:
+        """n decisions of the stopper."""
+        return float(self._stopper * n)
+
+    def flops_ratio(self, layer: float, prompt_tokens: float) -> float:
+        """The paper's Eq. 2: (2l(6h+s)+V) / (2L(6h+s)+V); it leaves out the per-block head checks."""
+        per_block = 2 * (6 * self._hidden + prompt_tokens)
+        return (layer * per_block + self._vocab) / (self.n_blocks * per_block + self._vocab)

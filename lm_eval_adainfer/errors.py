@@ -1,0 +1,38 @@
+"""One-sentence errors: the argument's name, what was found, what would be right."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+
+class AdaInferError(ValueError):
+    """A user's mistake or an unsupported model, told in one sentence."""
+
+
+class UnsupportedModelError(AdaInferError):
+    """The model's structure does not allow early exit by attaching to its blocks."""
+
+
+def report_errors_in_one_sentence() -> None:
+    """Make the ``lm_eval`` command print an :class:`AdaInferError` without a traceback.
+
+    Only where the process is a command (``lm_eval`` or ``python -m ...``): a library must not change how other
+    people's programs report errors. Exit status stays 1.
+    """
+    main = Path(sys.argv[0]) if sys.argv and sys.argv[0] else Path()
+    is_command = main.name in {"lm_eval", "lm-eval", "lm_eval.exe", "lm-eval.exe"} or (
+        main.name == "__main__.py" and main.parent.name in {"lm_eval", "lm_eval_adainfer"}
+    )
+    if not is_command or getattr(sys.excepthook, "adainfer", False):
+        return
+    previous = sys.excepthook
+
+    def hook(kind, error, traceback):
+        if isinstance(error, AdaInferError):
+            print(f"adainfer: error: {error}", file=sys.stderr)
+        else:
+            previous(kind, error, traceback)
+
+    hook.adainfer = True  # type: ignore[attr-defined]
+    sys.excepthook = hook

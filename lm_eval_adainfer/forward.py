@@ -1,0 +1,170 @@
+"""The early-exit prefill: the model's own forward, watched block by block, that rows can leave.
+
+A pre-hook and a post-hook on every decoder block are all there is. The post-hook shows the block's output to a
+callback, which says which rows go on; those alone are returned (batch compaction). The pre-hook cuts the next
+block's batch-sized arguments (masks, position ids, ...) to these rows. When no row is left, a private exception
+leaves the model's forward. The weights and the code of the model stay as they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lm_eval_adainfer.anatomy import Anatomy, hidden_of, tolerance, walk, with_hidden
+from lm_eval_adainfer.errors import UnsupportedModelError
+
+
+@dataclass
+class BlockState:
+    """What is known after block ``block`` for the n rows still in flow (S tokens each).
+
+    Attributes:
+        block: k, from 1 to L.
+        hidden: [n, S, h], the block's output.
+        before: [n, S, h], the block's input (for k = 1 the embedding output).
+        parts: ``"attn"`` / ``"mlp"`` -> [n, S, h], output of that part of the block, where captured.
+        parts_before: The same of the previous block (empty for k = 1).
+    """
+
+    block: int
+    hidden: Tensor
+    before: Tensor
+    parts: dict[str, Tensor] = field(default_factory=dict)
+    parts_before: dict[str, Tensor] = field(default_factory=dict)
+
+
+AfterBlock = Callable[[BlockState], "Tensor | None"]
+
+
+class _AllRowsLeft(Exception):  # noqa: N818 - control flow, never seen by users
+    """Leaves the model's forward when no row needs the next block."""
+
+
+class _Run:
+    """One forward's hooks and their bookkeeping."""
+
+    def __init__(self, anatomy: Anatomy, batch: int, after_block: AfterBlock, capture: Sequence[str]):
+        self.anatomy, self.batch, self.after_block, self.capture = anatomy, batch, after_block, capture
+        self.rows: Tensor | None = None  # indices into the batch of the rows in flow; None while that is all of them
+        self.before: Tensor | None = None
+        self.parts: dict[str, Tensor] = {}
+        self.parts_before: dict[str, Tensor] = {}
+        self._cut: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}  # (id, factor) -> (whole, cut); whole kept alive
+
+    def pre_hook(self, k: int, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        """Before block k: remember its input, cut its other arguments to the rows in flow."""
+        self.before = args[0] if args else kwargs["hidden_states"]
+        if self.rows is None:
+            return args, kwargs
+        new_args, new_kwargs = walk([list(args), kwargs], lambda path, x: self._select(k, path, x))
+        return tuple(new_args), new_kwargs
+
+    def _select(self, k: int, path: str, value: Tensor) -> Tensor:
+        if value is self.before:  # already compact: it came out of the previous block's post-hook
+            return value
+        key = (id(value), self.anatomy.batch_rule.factors.get((k, path), -1))
+        if key not in self._cut:  # blocks share most arguments: cut each once, until rows leave again
+            assert self.rows is not None
+            self._cut[key] = (value, self.anatomy.batch_rule.cut(k, path, value, self.rows, self.batch))
+        return self._cut[key][1]
+
+    def part_hook(self, which: str, output: Any) -> None:
+        """After the attention or feed-forward part of a block."""
+        assert self.before is not None
+        hidden = hidden_of(output)
+        self.parts[which] = hidden.reshape(*self.before.shape[:2], hidden.shape[-1])  # some families flatten here
+
+    def post_hook(self, k: int, output: Any) -> Any:
+        """After block k: ask which rows go on, and let only those."""
+        assert self.before is not None
+        hidden = hidden_of(output)
+        keep = self.after_block(BlockState(k, hidden, self.before, self.parts, self.parts_before))
+        self.parts_before, self.parts = self.parts, {}
+        if keep is None:
+            return output
+        if keep.numel() == 0:
+            raise _AllRowsLeft
+        keep = keep.to(hidden.device)
+        self.rows = keep if self.rows is None else self.rows.to(keep.device)[keep]
+        self._cut.clear()
+        self.parts_before = {name: x[keep.to(x.device)] for name, x in self.parts_before.items()}
+        return with_hidden(output, hidden[keep])
+
+
+@torch.no_grad()
+def run_blocks(anatomy: Anatomy, input_ids: Tensor, after_block: AfterBlock, capture: Sequence[str] = ()) -> None:
+    """Run the model's own forward over ``input_ids`` until the callback lets no row go on.
+
+    Args:
+        anatomy: The model.
+        input_ids: [B, S], right-padded; no mask is needed because attention is causal.
+        after_block: Called after each block with its :class:`BlockState`; returns the indices (into the rows of
+            ``state.hidden``) that go on, empty to stop, or None for all. After block L it must return an empty one.
+        capture: Which parts' outputs to keep for ``state.parts``: of ``"attn"``, ``"mlp"``.
+    """
+    run = _Run(anatomy, input_ids.shape[0], after_block, capture)
+    handles: list[Any] = []
+    try:
+        for k, block in enumerate(anatomy.blocks, start=1):
+            handles.append(
+                block.register_forward_pre_hook(
+                    lambda m, args, kwargs, k=k: run.pre_hook(k, args, kwargs), with_kwargs=True
+                )
+            )
+            for which in capture:
+                handles.append(
+                    anatomy.part(block, which).register_forward_hook(
+                        lambda m, args, output, which=which: run.part_hook(which, output)
+                    )
+                )
+            handles.append(block.register_forward_hook(lambda m, args, output, k=k: run.post_hook(k, output)))
+        anatomy.model(input_ids=input_ids, use_cache=False)
+    except _AllRowsLeft:
+        return
+    finally:
+        for handle in handles:
+            handle.remove()
+    raise RuntimeError("after_block let rows go on after the last block")
+
+
+@torch.no_grad()
+def verify(anatomy: Anatomy) -> None:
+    """Check on a small batch that rows leaving at different blocks get, and leave others with, the right states.
+
+    Raises:
+        UnsupportedModelError: Where they don't: then no number of an early exit could be trusted.
+    """
+    n, batch = anatomy.n_blocks, 3
+    ids = anatomy.probe_ids(batch)
+    dense: list[Tensor] = []
+
+    def record(state: BlockState) -> Tensor | None:
+        dense.append(state.hidden[:, -1].detach().clone())
+        return torch.empty(0, dtype=torch.long) if state.block == n else None
+
+    run_blocks(anatomy, ids, record)
+
+    exits = [n, 1, max(1, n // 2)]  # the first to leave is not the last row, so order matters
+    rows = list(range(batch))
+    worst = 0.0
+
+    def scripted(state: BlockState) -> Tensor | None:
+        nonlocal rows, worst
+        reference = dense[state.block - 1][rows]
+        error = (state.hidden[:, -1] - reference).abs().max().item()
+        worst = max(worst, error / tolerance(reference)) if error == error else float("inf")
+        keep = [i for i, row in enumerate(rows) if exits[row] > state.block]
+        rows = [rows[i] for i in keep]
+        return torch.tensor(keep, dtype=torch.long)
+
+    run_blocks(anatomy, ids, scripted)
+    if worst > 1:
+        raise UnsupportedModelError(
+            f"pretrained: {anatomy.name} is not supported for early exit: rows of a batch change when others leave it"
+        )
+

@@ -1,0 +1,387 @@
+"""The model type ``adainfer``: lm-eval's HFLM with an early-exit forward. Requests to token rows and back."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import time
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from lm_eval import utils
+from lm_eval.api.model import CacheHook, hash_args
+from lm_eval.models.huggingface import HFLM
+from tqdm import tqdm
+
+from lm_eval_adainfer import __version__, paths, reporting
+from lm_eval_adainfer.anatomy import Anatomy
+from lm_eval_adainfer.answers import ExitTrace, LogLikelihood, Rolling, Text
+from lm_eval_adainfer.errors import AdaInferError, report_errors_in_one_sentence
+from lm_eval_adainfer.forward import verify
+from lm_eval_adainfer.scoring import Answer, Document, Engine, Row
+from lm_eval_adainfer.strategies import artifact
+from lm_eval_adainfer.strategies.base import Schedule
+
+if TYPE_CHECKING:
+    from lm_eval.api.instance import Instance
+
+eval_logger = logging.getLogger(__name__)
+
+DEMO = "adainfer-demo"
+_FINGERPRINT_KEY = "adainfer_fingerprint"
+
+TokenRequest = tuple["tuple[str, str] | None", list[int], list[int]]
+
+
+class AdaInferLM(HFLM):
+    """A Hugging Face causal LM whose forward stops early, document by document.
+
+    Everything HFLM takes is taken too, and:
+
+    Args:
+        pretrained: As HFLM's; ``adainfer-demo`` is the small model that ships with the package.
+        stopper: When to stop. ``none`` (dense, the default), ``gap`` or ``gap:0.8`` (P(top 1) - P(top 2) exceeds
+            it), ``fixed:24`` (always after block 24), a built-in name (``svm``: fitted on ``adainfer-demo``), or a
+            stopper file written by ``adainfer fit``.
+        min_layer: No exit before this block (1 to L; default 1).
+        check_layers: After which blocks the stopper is asked: ``all`` (default), ``every:2``, or a list ``8+12+16``.
+        log_features: Put every checked block's features into the samples (``--log_samples``); default False.
+
+    Raises:
+        AdaInferError: On a wrong argument or a model that can't exit early, in one sentence.
+    """
+
+    def __init__(
+        self,
+        pretrained: Any = DEMO,
+        stopper: Any = "none",
+        min_layer: int | str = 1,
+        check_layers: Any = "all",
+        log_features: bool | str = False,
+        **kwargs: Any,
+    ) -> None:
+        report_errors_in_one_sentence()
+        strategy = artifact.parse(stopper)  # before the weights are loaded: a wrong argument should fail at once
+        self._log_features = _flag("log_features", log_features)
+        if kwargs.get("backend") == "seq2seq":
+            raise AdaInferError("backend: seq2seq is not supported; adainfer needs a decoder-only model")
+        if pretrained == DEMO:
+            if not paths.demo_model().is_dir():
+                raise AdaInferError(f"pretrained: {DEMO} is not in this installation; install the package from its wheel")
+            pretrained = str(paths.demo_model())
+        self._pretrained_name = DEMO if pretrained == str(paths.demo_model()) else pretrained
+        super().__init__(pretrained, **kwargs)
+        self._set_ranks()
+        self.anatomy = Anatomy(self.model)
+        with self._autocast():
+            verify(self.anatomy)
+        self.stopper = strategy
+        self.schedule = Schedule(self.anatomy.n_blocks, strategy, min_layer, check_layers)
+        artifact.warn_if_foreign(strategy, self._model_name(), self.anatomy.n_blocks, self.anatomy.head_hash())
+        self.engine = Engine(self.anatomy, strategy, self.schedule, self.softmax_dtype, self._log_features)
+        self.fingerprint = self._fingerprint()
+        self.seconds = 0.0
+        self.run_totals: dict[str, Any] = {}
+        self._document_keys: list[Any] = []
+        reporting.install()
+
+    # ------------------------------------------------------------------ set-up
+    def _get_config(self, pretrained: str, **kwargs: Any) -> None:
+        """Refuse an encoder-decoder model before its weights are loaded."""
+        super()._get_config(pretrained, **kwargs)
+        if getattr(self._config, "is_encoder_decoder", False):
+            raise AdaInferError(
+                f"pretrained: {pretrained} is an encoder-decoder model ({self._config.model_type}), "
+                "but adainfer needs a decoder-only one"
+            )
+
+    def _set_ranks(self) -> None:
+        """Stock HFLM sets rank and world size only where there are several GPUs; processes on CPUs count too."""
+        accelerator = getattr(self, "accelerator", None)
+        if accelerator is not None:
+            self._rank = accelerator.process_index
+            self._world_size = accelerator.num_processes
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(
+            device_type=self.device.type,
+            dtype=self.mixed_precision_dtype,
+            enabled=self.mixed_precision_dtype is not None,
+        )
+
+    def _model_name(self) -> str:
+        name = self._pretrained_name
+        return name if isinstance(name, str) else (getattr(name, "name_or_path", "") or type(name).__name__)
+
+    def _fingerprint(self) -> str:
+        """16 hex digits of whatever changes an answer: the model, its window and dtype, the stopper, the schedule."""
+        identity = {
+            "model": self._model_name(),
+            "head": self.anatomy.head_hash(),
+            "n_blocks": self.anatomy.n_blocks,
+            "dtype": str(self._dtype()),
+            "autocast": str(self.mixed_precision_dtype),
+            "max_length": self.max_length,
+            "add_bos_token": str(self.add_bos_token),
+            "prefix_token_id": self.prefix_token_id,
+            "stopper": self.stopper.describe(),
+            "schedule": self.schedule.describe(),
+            "log_features": self._log_features,
+        }
+        return hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+    def _dtype(self) -> torch.dtype:
+        return next(self.model.parameters()).dtype
+
+    # ------------------------------------------------------------------ loglikelihood
+    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[Any]:
+        """As HFLM's, every answer with its document's exit trace."""
+        self._document_keys = [
+            (r.task_name, r.doc_id) if r.task_name is not None and r.doc_id is not None else (None, r.args[0])
+            for r in requests
+        ]
+        try:
+            return super().loglikelihood(requests, disable_tqdm=disable_tqdm)
+        finally:
+            self._document_keys = []
+
+    def _loglikelihood_tokens(
+        self,
+        requests: list[TokenRequest],
+        disable_tqdm: bool = False,
+        override_bs: int | None = None,
+    ) -> list[Any]:
+        keys = self._document_keys or [(None, tuple(r[1])) for r in requests]
+        documents = self.documents(requests, keys)
+        results: list[LogLikelihood | None] = [None] * len(requests)
+        progress = tqdm(
+            total=len(requests),
+            disable=disable_tqdm or self.rank != 0,
+            desc="Running loglikelihood requests",
+        )
+        for batch, size in self._batches(documents, override_bs):
+            started = time.perf_counter()
+            with self._autocast():
+                self.engine.run(batch, size)
+            self.seconds += time.perf_counter() - started
+            for document in batch:
+                trace = self.engine.trace(document, self.fingerprint)
+                finished = {}
+                for answer in (a for row in document.rows for a in row.answers):
+                    result = LogLikelihood(answer.logprob, answer.is_greedy, trace, answer.top1)
+                    results[answer.request] = result
+                    if (strings := requests[answer.request][0]) is not None:
+                        finished[hash_args("loglikelihood", strings)] = result
+                    progress.update(1)
+                self._remember(finished)
+        progress.close()
+        return results
+
+    def documents(self, requests: Sequence[TokenRequest], keys: Sequence[Any]) -> list[Document]:
+        """Group tokenised requests into documents, one row per distinct (context, continuation[:-1]).
+
+        Args:
+            requests: ((context, continuation) or None, context tokens, continuation tokens).
+            keys: Per request, what it has in common with the other requests of its document.
+        """
+        grouped: dict[Any, dict[Any, Row]] = {}
+        contexts: dict[Any, dict[tuple[int, ...], Any]] = {}  # document -> context -> key of the row that decides
+        for n, ((strings, context, continuation), key) in enumerate(zip(requests, keys, strict=True)):
+            if not continuation:
+                raise AdaInferError(
+                    f"request: the continuation {strings[1] if strings else ''!r} has no token of its own; "
+                    "give one of at least one token"
+                )
+            if len(continuation) > self.max_length:
+                raise AdaInferError(
+                    f"max_length: a continuation of {len(continuation)} tokens does not fit the window of "
+                    f"{self.max_length}; give a larger max_length or a shorter continuation"
+                )
+            row_key = (tuple(context), tuple(continuation[:-1]), None if self.logits_cache else n)
+            rows = grouped.setdefault(key, {})
+            if row_key not in rows:
+                rows[row_key] = Row(self._window(context, continuation), len(continuation))
+            rows[row_key].answers.append(Answer(n, continuation))
+            if strings is None or strings[0] != "":  # an empty context has no decision
+                contexts.setdefault(key, {}).setdefault(tuple(context), row_key)
+        documents = []
+        for key, rows in grouped.items():
+            order = list(rows)
+            deciders = [order.index(row_key) for row_key in contexts.get(key, {}).values()]
+            documents.append(Document(list(rows.values()), deciders))
+        return documents
+
+    def _window(self, context: list[int], continuation: list[int]) -> list[int]:
+        """The input tokens: context + continuation[:-1], cut from the left to the model's window."""
+        over = len(context) + len(continuation) - self.max_length - 1
+        if over > 0:
+            eval_logger.warning(
+                f"Combined length of context ({len(context)}) and continuation ({len(continuation)}) exceeds model's "
+                f"maximum length ({self.max_length}). Truncating {over} tokens from the left."
+            )
+        return (context + continuation)[-(self.max_length + 1) :][:-1]
+
+    def _batches(self, documents: Sequence[Document], fixed: int | None) -> Iterator[tuple[list[Document], int]]:
+        """Whole documents, longest first, as many as have at most ``batch_size`` rows together."""
+        ordered = sorted(documents, key=lambda d: (-d.longest, max(row.tokens for row in d.rows)))
+        shapes = [(None, row.tokens[: row.decision + 1], [0] * row.scored) for d in ordered for row in d.rows]
+        self.batch_sizes: dict[int, int] = {}
+        position, start = 0, 0
+        while start < len(ordered):
+            if fixed is not None:
+                size = fixed
+            elif self.batch_size == "auto":
+                size = self._batch_scheduler(position, shapes)
+            else:
+                size = int(self.batch_size)
+            end, rows = start, 0
+            while end < len(ordered) and (end == start or rows + len(ordered[end].rows) <= size):
+                rows += len(ordered[end].rows)
+                end += 1
+            yield ordered[start:end], size
+            start, position = end, position + rows
+
+    # ------------------------------------------------------------------ rolling and generation
+    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[Any]:
+        """As HFLM's, every token scored at its own exit block; the saving is counted as if it had been run."""
+        windows: list[tuple[int, Row]] = []
+        for n, (text,) in enumerate([r.args for r in requests]):
+            pairs = utils.get_rolling_token_windows(
+                token_list=self.tok_encode(text),
+                prefix_token=self.prefix_token_id,
+                max_seq_len=self.max_length,
+                context_len=1,
+            )
+            for context, continuation in map(utils.make_disjoint_window, pairs):
+                row = Row((context + continuation)[:-1], len(continuation))
+                row.answers.append(Answer(n, continuation))
+                windows.append((n, row))
+        exits: list[list[int]] = [[] for _ in windows]
+        order = sorted(range(len(windows)), key=lambda w: -len(windows[w][1].tokens))
+        size = self._detect_batch_size() if self.batch_size == "auto" else int(self.batch_size)
+        progress = tqdm(total=len(windows), disable=disable_tqdm or self.rank != 0, desc="Running rolling windows")
+        for start in range(0, len(order), size):
+            batch = order[start : start + size]
+            started = time.perf_counter()
+            with self._autocast():
+                layers = self.engine.run_tokens([windows[w][1] for w in batch])
+            self.seconds += time.perf_counter() - started
+            for w, found in zip(batch, layers, strict=True):
+                exits[w] = found
+            progress.update(len(batch))
+        progress.close()
+
+        by_request: list[list[tuple[Row, list[int]]]] = [[] for _ in requests]
+        for (n, row), found in zip(windows, exits, strict=True):
+            by_request[n].append((row, found))
+        results = []
+        for request, parts in zip(requests, by_request, strict=True):
+            logprob = sum(answer.logprob for row, _ in parts for answer in row.answers)
+            trace = self.engine.trace_tokens(parts, self.fingerprint) if parts else self._dense_trace(1)
+            results.append(Rolling(logprob, trace))
+            self._remember({hash_args("loglikelihood_rolling", request.args): results[-1]})
+        return results
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[Any]:
+        """As HFLM's: generation runs dense, and its traces say so (every token leaves after block L)."""
+        if requests and self.schedule.blocks:
+            eval_logger.warning("generate_until runs dense in this release: every document reports exit_layer = L")
+        started = time.perf_counter()
+        texts = super().generate_until(requests, disable_tqdm=disable_tqdm)
+        self.seconds += time.perf_counter() - started
+        return [Text(text, self._dense_trace()) for text in texts]
+
+    def _dense_trace(self, *_: Any) -> ExitTrace:
+        n_blocks = self.anatomy.n_blocks
+        return ExitTrace(n_blocks, n_blocks, 1.0, n_blocks, 1.0, 1.0, self.fingerprint)
+
+    # ------------------------------------------------------------------ --use_cache
+    def set_cache_hook(self, cache_hook: CacheHook) -> None:
+        """Accept a response cache, unless it holds answers of another model or stopper.
+
+        lm-eval's keys hash the method and the arguments alone, so a cache says itself whose it is.
+        """
+        answers = cache_hook.dbdict
+        if answers is not None:
+            found = answers.get(_FINGERPRINT_KEY)
+            if found is None and len(answers) == 0:
+                answers[_FINGERPRINT_KEY] = self.fingerprint
+                answers.commit()
+            elif found != self.fingerprint:
+                whose = "no adainfer model's" if found is None else f"those of fingerprint {found}"
+                raise AdaInferError(
+                    f"use_cache: its answers are {whose}, not this model's and stopper's ({self.fingerprint}); "
+                    "give another path"
+                )
+        super().set_cache_hook(_TextHook(cache_hook, self._dense_trace))
+
+    def _remember(self, finished: dict[str, Any]) -> None:
+        """Store a whole document's answers in one transaction: a killed run leaves no half document behind."""
+        answers = self.cache_hook.dbdict
+        if answers is not None and finished:
+            answers.update(finished)
+
+    # ------------------------------------------------------------------ the run's record
+    def get_model_info(self) -> dict[str, Any]:
+        """HFLM's, and under ``adainfer`` what identifies this run and what it came to."""
+        return {**super().get_model_info(), "adainfer": self.record()}
+
+    def record(self) -> dict[str, Any]:
+        """JSON-serialisable: identity (stopper, L, checked blocks, device, versions) and totals (``metrics.md``)."""
+        import transformers
+
+        try:
+            from importlib.metadata import version
+
+            harness = version("lm_eval")
+        except ImportError:
+            harness = ""
+        return {
+            "stopper": self.stopper.describe(),
+            "fingerprint": self.fingerprint,
+            "n_blocks": self.anatomy.n_blocks,
+            **self.schedule.describe(),
+            "device": str(self.device),
+            "dtype": str(self._dtype()),
+            "generate_until": "dense",
+            "loglikelihood_rolling": "counted as if each token had been run to its exit block only",
+            **(self.run_totals or self.totals()),
+            "versions": {
+                "lm_eval_adainfer": __version__,
+                "lm_eval": harness,
+                "torch": torch.__version__,
+                "transformers": transformers.__version__,
+            },
+        }
+
+    def totals(self) -> dict[str, Any]:
+        """This process's totals since it was built: measured seconds, counted tokens, head rows and block calls."""
+        return {
+            "seconds_in_model_measured": self.seconds,
+            "tokens_counted": self.engine.tokens,
+            "block_tokens_counted": self.engine.block_tokens,
+            "block_calls_counted": self.engine.block_calls,
+            "head_rows_counted": self.engine.head_rows,
+        }
+
+
+class _TextHook(CacheHook):
+    """HFLM stores generated text as plain strings while it runs; keep the carriers instead."""
+
+    def __init__(self, hook: CacheHook, trace: Any):
+        self.dbdict = hook.dbdict
+        self._trace = trace
+
+    def add_partial(self, attr: str, req: Any, res: Any) -> None:
+        super().add_partial(attr, req, Text(res, self._trace()) if attr == "generate_until" else res)
+
+
+def _flag(argument: str, value: Any) -> bool:
+    text = str(value).strip().lower()
+    if text in ("true", "1", "yes"):
+        return True
+    if text in ("false", "0", "no", "none", ""):
+        return False
+    raise AdaInferError(f"{argument}: {value!r} is neither True nor False")

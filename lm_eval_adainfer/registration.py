@@ -1,0 +1,88 @@
+"""Makes the stock ``lm_eval`` command see the model type ``adainfer`` and the packaged tasks.
+
+lm-eval 0.4.13 has no plugin mechanism, so the wheel carries a one-line ``.pth`` file that calls :func:`install`
+at start-up. It only puts a finder on ``sys.meta_path``; nothing of lm-eval or torch is imported until somebody
+imports lm-eval, and nothing happens in processes that never do. Newer lm-eval releases read the entry point
+``lm_eval.models`` instead; then the model is left to it, and only the task folder is added here.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.abc
+import importlib.machinery
+import sys
+
+MODEL_NAME = "adainfer"
+MODEL_TARGET = "lm_eval_adainfer.model:AdaInferLM"
+
+
+def _register_model(module) -> None:
+    """Register by string: the model's module (and torch) loads only when somebody asks for it."""
+    from lm_eval.api import registry
+
+    if hasattr(registry, "load_plugins"):  # entry points do it
+        return
+    if MODEL_NAME not in registry.model_registry:
+        registry.model_registry.register(MODEL_NAME, target=MODEL_TARGET)
+
+
+def _add_tasks(module) -> None:
+    """Let every TaskManager that loads the stock tasks see ours too, behind them and before the user's paths."""
+    manager = module.TaskManager
+    original = manager.__init__
+    if getattr(original, "adainfer", False):
+        return
+
+    @functools.wraps(original)
+    def __init__(self, verbosity=None, include_path=None, include_defaults=True, *args, **kwargs):
+        from lm_eval_adainfer.paths import task_configs
+
+        paths = include_path
+        if include_defaults and task_configs().is_dir():
+            own = include_path or []
+            paths = [str(task_configs()), *(own if isinstance(own, (list, tuple)) else [own])]
+        original(self, verbosity, paths, include_defaults, *args, **kwargs)
+        self.include_path = include_path
+
+    __init__.adainfer = True  # type: ignore[attr-defined]
+    manager.__init__ = __init__
+
+
+_AFTER_IMPORT = {"lm_eval.models": _register_model, "lm_eval.tasks.manager": _add_tasks}
+
+
+class _Loader(importlib.abc.Loader):
+    """Runs the real loader, then our few lines."""
+
+    def __init__(self, loader):
+        self._loader = loader
+
+    def create_module(self, spec):
+        return self._loader.create_module(spec)
+
+    def exec_module(self, module):
+        self._loader.exec_module(module)
+        _AFTER_IMPORT[module.__name__](module)
+
+    def __getattr__(self, name):  # get_source, get_filename, ... for inspect and tracebacks
+        return getattr(self._loader, name)
+
+
+class _Finder(importlib.abc.MetaPathFinder):
+    def find_spec(self, fullname, path, target=None):
+        if fullname not in _AFTER_IMPORT:
+            return None
+        spec = importlib.machinery.PathFinder.find_spec(fullname, path)
+        if spec is not None and spec.loader is not None:
+            spec.loader = _Loader(spec.loader)
+        return spec
+
+
+def install() -> None:
+    """Attach to lm-eval: now, where it is imported already, else when it is. Safe to call twice."""
+    if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _Finder())
+    for name, act in _AFTER_IMPORT.items():
+        if (module := sys.modules.get(name)) is not None:
+            act(module)

@@ -1,0 +1,432 @@
+"""Early exit of whole documents: which rows decide, at which block they leave, and what is scored there.
+
+A document is all requests that lm-eval compares with each other. It has one exit block, decided at the last tokens
+of its distinct contexts (``metrics.md``, "Document and decision").
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lm_eval_adainfer import features
+from lm_eval_adainfer.anatomy import Anatomy
+from lm_eval_adainfer.answers import ExitTrace
+from lm_eval_adainfer.counting import FlopCounter
+from lm_eval_adainfer.errors import UnsupportedModelError
+from lm_eval_adainfer.features import Observation
+from lm_eval_adainfer.forward import BlockState, run_blocks
+from lm_eval_adainfer.strategies.base import Schedule, Stopper
+
+_CHUNK_ELEMENTS = 2**25  # logits held at once when scoring many positions (128 MiB in float32)
+
+
+@dataclass
+class Answer:
+    """One request's result, filled position by position: log-probability, greedy match, top token at the first."""
+
+    request: int
+    continuation: list[int]
+    logprob: float = 0.0
+    is_greedy: bool = True
+    top1: bool = False
+
+
+@dataclass
+class Row:
+    """One token row; it answers every request of its document with this context and this continuation[:-1].
+
+    Attributes:
+        tokens: The input: context + continuation[:-1], left-truncated to the model's window.
+        scored: How many positions at the end are scored (the continuation's length).
+        answers: The requests it answers; their continuations have ``scored`` tokens.
+    """
+
+    tokens: list[int]
+    scored: int
+    answers: list[Answer] = field(default_factory=list)
+
+    @property
+    def decision(self) -> int:
+        """The position of the last context token."""
+        return len(self.tokens) - self.scored
+
+
+@dataclass
+class Document:
+    """The rows of one document, and what its run came to.
+
+    Attributes:
+        rows: Its token rows.
+        deciders: Indices of the rows that decide: one per distinct context. Empty: it has no decision and, unless
+            the strategy needs none, runs dense.
+        exit_layer: The block it leaves after; None until decided.
+        head_rows: Head rows computed for it (checks and scores).
+        decisions: Times the stopper was asked for it.
+        extra_flops: Operations of a deciding pass made before the scoring one.
+        extra_block_tokens: Block executions x tokens of that pass.
+        logged: With ``log_features``: per decider, ``layer`` and feature values.
+    """
+
+    rows: list[Row]
+    deciders: list[int]
+    exit_layer: int | None = None
+    head_rows: int = 0
+    decisions: int = 0
+    extra_flops: float = 0.0
+    extra_block_tokens: int = 0
+    logged: list[dict[str, list[float]]] = field(default_factory=list)
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest row."""
+        return max(len(row.tokens) for row in self.rows)
+
+
+class Engine:
+    """Runs documents through the early-exit forward.
+
+    Args:
+        anatomy: The model.
+        stopper: The strategy.
+        schedule: After which blocks it is asked.
+        softmax_dtype: As HFLM's; None keeps the logits' dtype.
+        log_features: Record the features of checked blocks up to the exit (diagnostic: not counted as FLOPs).
+    """
+
+    def __init__(
+        self,
+        anatomy: Anatomy,
+        stopper: Stopper,
+        schedule: Schedule,
+        softmax_dtype: torch.dtype | None = None,
+        log_features: bool = False,
+    ):
+        self.anatomy, self.stopper, self.schedule = anatomy, stopper, schedule
+        self.softmax_dtype = softmax_dtype
+        self.counter = FlopCounter(anatomy, stopper)
+        self.checked = frozenset(schedule.blocks)
+        self.logged_features = available_features(anatomy) if log_features else ()
+        self._parts = features.needed_parts(stopper.features) if self.checked else []
+        self._parts += [p for p in features.needed_parts(self.logged_features) if p not in self._parts]
+        self.head_rows = 0
+        self.tokens = 0
+        self.block_tokens = 0
+        self.block_calls = 0
+
+    # ------------------------------------------------------------------ documents
+    def run(self, documents: Sequence[Document], batch_size: int) -> None:
+        """Decide and score whole documents; they hold at most ``batch_size`` rows together, or are one larger one.
+
+        A larger one is decided first and scored second. Where its deciding rows fit one batch, they are scored in
+        the pass that decides; else the deciding passes are counted on top.
+        """
+        rows = sum(len(d.rows) for d in documents)
+        if rows <= batch_size:
+            self._forward(documents)
+            return
+        (document,) = documents
+        order = [*document.deciders, *(i for i in range(len(document.rows)) if i not in document.deciders)]
+        if len(document.deciders) > batch_size:
+            self._decide_in_parts(document, batch_size)
+        for start in range(0, len(order), batch_size):
+            part = order[start : start + batch_size]
+            deciders = list(range(len(document.deciders))) if start == 0 and document.exit_layer is None else []
+            piece = Document([document.rows[i] for i in part], deciders, document.exit_layer)
+            self._forward([piece])
+            document.exit_layer = piece.exit_layer
+            document.head_rows += piece.head_rows
+            document.decisions += piece.decisions
+            document.logged += piece.logged
+
+    @torch.no_grad()
+    def _forward(self, documents: Sequence[Document]) -> None:
+        """One forward over the rows of these documents; each leaves at its own block."""
+        flow = [(d, i) for d in documents for i in range(len(d.rows))]
+        n_blocks = self.anatomy.n_blocks
+        for document in documents:
+            document.logged = [{"layer": []} for _ in document.deciders] if self.logged_features else []
+
+        def after_block(state: BlockState) -> Tensor | None:
+            nonlocal flow
+            k = state.block
+            self.block_calls += 1
+            self.block_tokens += sum(len(d.rows[i].tokens) for d, i in flow)
+            at = {(id(d), i): r for r, (d, i) in enumerate(flow)}
+            open_documents = list({id(d): d for d, _ in flow}.values())
+            ready: dict[int, Tensor] = {}  # row in flow -> logits at its decision position
+            for document in open_documents:
+                if k == n_blocks:
+                    document.exit_layer = n_blocks
+            undecided = [d for d in open_documents if d.exit_layer is None or (self.logged_features and k == n_blocks)]
+            if undecided and (k in self.checked or self.logged_features):
+                ready = self._check(state, undecided, at)
+            leaving = {id(d) for d in open_documents if d.exit_layer == k}
+            if not leaving:
+                return None
+            self._score(state, [(r, d, d.rows[i]) for r, (d, i) in enumerate(flow) if id(d) in leaving], ready)
+            keep = [r for r, (d, _) in enumerate(flow) if id(d) not in leaving]
+            flow = [flow[r] for r in keep]
+            return torch.tensor(keep, dtype=torch.long)
+
+        self.tokens += sum(len(d.rows[i].tokens) for d, i in flow)
+        run_blocks(self.anatomy, self.pad([d.rows[i].tokens for d, i in flow]), after_block, self._parts)
+
+    def pad(self, rows: Sequence[Sequence[int]]) -> Tensor:
+        """[B, S] token ids, right-padded with 0 (causal attention never looks there)."""
+        ids = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.long)
+        for i, row in enumerate(rows):
+            ids[i, : len(row)] = torch.tensor(row, dtype=torch.long)
+        return ids.to(self.anatomy.input_device)
+
+    def _check(self, state: BlockState, documents: Sequence[Document], at: dict) -> dict[int, Tensor]:
+        """Ask the stopper for every decider of ``documents``; set ``exit_layer`` of those that stop.
+
+        Returns:
+            Logits at the decision positions, by row in flow, for scoring to use again.
+        """
+        k, asked = state.block, state.block in self.checked and state.block < self.anatomy.n_blocks
+        points = [(d, j, at[id(d), i], d.rows[i].decision) for d in documents for j, i in enumerate(d.deciders)]
+        needs_head = asked and features.needs_head(self.stopper.features)
+        logits = None
+        stops: list[bool] = []
+        if points and (asked and self.stopper.features or self.logged_features):
+            rows = torch.tensor([p[2] for p in points], device=state.hidden.device)
+            positions = torch.tensor([p[3] for p in points], device=state.hidden.device)
+            if needs_head or self.logged_features:
+                logits = self.anatomy.logits(state.hidden[rows, positions])
+            seen = Observation(state, rows, positions, logits)
+            if self.logged_features:
+                self._log(k, points, features.compute(self.logged_features, seen).tolist())
+            if asked:
+                stops = (self.stopper.margin(k, features.compute(self.stopper.features, seen)) > 0).tolist()
+        if not asked:
+            return {}
+        if not self.stopper.features:  # fixed:N asks nothing, so documents without a decision follow it too
+            for document in documents:
+                document.exit_layer = k
+            return {}
+        verdict: dict[int, bool] = {}
+        for (document, *_), stop in zip(points, stops, strict=True):
+            verdict[id(document)] = verdict.get(id(document), True) and stop
+            document.decisions += 1
+            document.head_rows += needs_head
+        self.head_rows += len(points) * needs_head
+        for document in documents:
+            if verdict.get(id(document), False):
+                document.exit_layer = k
+        if not needs_head or logits is None:
+            return {}
+        return {p[2]: logits[n] for n, p in enumerate(points)}
+
+    def _log(self, k: int, points: Sequence[Any], values: list[list[float]]) -> None:
+        for (document, j, *_), row in zip(points, values, strict=True):
+            document.logged[j]["layer"].append(k)
+            for name, value in zip(self.logged_features, row, strict=True):
+                document.logged[j].setdefault(name, []).append(value)
+
+    def _score(self, state: BlockState, rows: Sequence[tuple[int, Document, Row]], ready: dict[int, Tensor]) -> None:
+        """Score these rows at this block; a decision's logits are not computed twice."""
+        points = [(r, row.decision + j, row, j) for r, _, row in rows for j in range(row.scored)]
+        known = [p for p in points if p[3] == 0 and p[0] in ready]
+        fresh = [p for p in points if not (p[3] == 0 and p[0] in ready)]
+        for _, document, row in rows:
+            document.head_rows += row.scored
+        for r, document, _ in rows:
+            document.head_rows -= r in ready
+        self.head_rows += len(fresh)
+        size = max(1, _CHUNK_ELEMENTS // self.anatomy.vocab_size)
+        for start in range(0, len(known), size):
+            chunk = known[start : start + size]
+            score_points(torch.stack([ready[p[0]] for p in chunk]), chunk, self.softmax_dtype)
+        for start in range(0, len(fresh), size):
+            chunk = fresh[start : start + size]
+            hidden = state.hidden[[p[0] for p in chunk], [p[1] for p in chunk]]
+            score_points(self.anatomy.logits(hidden), chunk, self.softmax_dtype)
+
+    @torch.no_grad()
+    def _decide_in_parts(self, document: Document, batch_size: int) -> None:
+        """Decide a document whose distinct contexts don't fit one batch: the first block where all say stop."""
+        candidates = list(self.schedule.blocks)
+        if not self.stopper.features:  # fixed:N asks nothing
+            document.exit_layer = candidates[0] if candidates else self.anatomy.n_blocks
+            return
+        for start in range(0, len(document.deciders), batch_size):
+            if not candidates:
+                break
+            rows = [document.rows[i] for i in document.deciders[start : start + batch_size]]
+            rows = [Row(row.tokens[: row.decision + 1], 1) for row in rows]  # the decision reads nothing behind it
+            probe = Document(rows, list(range(len(rows))))
+            candidates = self._stopping_blocks(probe, candidates)
+            document.decisions += probe.decisions
+            document.head_rows += probe.head_rows
+            for row in rows:
+                document.extra_flops += self.counter.blocks(probe.exit_layer or 0, len(row.tokens))
+                document.extra_block_tokens += (probe.exit_layer or 0) * len(row.tokens)
+        document.exit_layer = candidates[0] if candidates else self.anatomy.n_blocks
+
+    def _stopping_blocks(self, document: Document, candidates: Sequence[int]) -> list[int]:
+        """Of the candidate blocks, those after which every decider of the document says stop."""
+        at = {(id(document), i): i for i in range(len(document.rows))}
+        found: list[int] = []
+
+        def after_block(state: BlockState) -> Tensor | None:
+            self.block_calls += 1
+            self.block_tokens += sum(len(row.tokens) for row in document.rows)
+            if state.block in candidates:
+                self._check(state, [document], at)
+                if document.exit_layer == state.block:
+                    found.append(state.block)
+                document.exit_layer = None
+            if state.block < candidates[-1]:
+                return None
+            document.exit_layer = state.block  # how deep this pass went, for counting
+            return torch.empty(0, dtype=torch.long)
+
+        logged, self.logged_features = self.logged_features, ()
+        try:
+            self.tokens += sum(len(row.tokens) for row in document.rows)
+            run_blocks(self.anatomy, self.pad([row.tokens for row in document.rows]), after_block, self._parts)
+        finally:
+            self.logged_features = logged
+        return found
+
+    def trace(self, document: Document, fingerprint: str) -> ExitTrace:
+        """The exit trace of a document that was run."""
+        layer, n_blocks = document.exit_layer, self.anatomy.n_blocks
+        assert layer is not None
+        lengths = [len(row.tokens) for row in document.rows]
+        deciders = [document.rows[i] for i in document.deciders] or document.rows
+        prompt = sum(row.decision + 1 for row in deciders) / len(deciders)
+        scored = sum(row.scored for row in document.rows)
+        return ExitTrace(
+            exit_layer=layer,
+            n_blocks=n_blocks,
+            flops_ratio=self.counter.flops_ratio(layer, prompt),
+            layers_run=layer + document.extra_block_tokens / sum(lengths),
+            flops=sum(self.counter.blocks(layer, s) for s in lengths)
+            + document.extra_flops
+            + self.counter.head(document.head_rows)
+            + self.counter.decisions(document.decisions),
+            flops_dense=sum(self.counter.blocks(n_blocks, s) for s in lengths) + self.counter.head(scored),
+            fingerprint=fingerprint,
+            features=tuple(document.logged) if self.logged_features else None,
+        )
+
+    # ------------------------------------------------------------------ token by token
+    @torch.no_grad()
+    def run_tokens(self, rows: Sequence[Row]) -> list[list[int]]:
+        """Score rows with a decision of its own for every scored token (``loglikelihood_rolling``).
+
+        The values are those of each token's exit block; the saving is counted as if each token had been run only so
+        far, since the rows themselves run on until their last token has stopped.
+
+        Returns:
+            Per row, the exit block of every scored position.
+        """
+        n_blocks = self.anatomy.n_blocks
+        exits = [[n_blocks] * row.scored for row in rows]
+        flow = list(range(len(rows)))
+        points = [(r, row.decision + j, row, j) for r, row in enumerate(rows) for j in range(row.scored)]
+        number = {id(row): r for r, row in enumerate(rows)}
+        size = max(1, _CHUNK_ELEMENTS // self.anatomy.vocab_size)
+
+        def after_block(state: BlockState) -> Tensor | None:
+            nonlocal points, flow
+            self.block_calls += 1
+            self.block_tokens += sum(len(rows[r].tokens) for r in flow)
+            if state.block not in self.checked and state.block < n_blocks:
+                return None
+            place = {r: n for n, r in enumerate(flow)}
+            left = []
+            for start in range(0, len(points), size):
+                chunk = points[start : start + size]
+                at = torch.tensor([place[p[0]] for p in chunk], device=state.hidden.device)
+                positions = torch.tensor([p[1] for p in chunk], device=state.hidden.device)
+                logits = self.anatomy.logits(state.hidden[at, positions])
+                self.head_rows += len(chunk)
+                stops = [True] * len(chunk)
+                if state.block < n_blocks:
+                    seen = Observation(state, at, positions, logits)
+                    values = features.compute(self.stopper.features, seen)
+                    stops = (self.stopper.margin(state.block, values) > 0).tolist()
+                done = [n for n, stop in enumerate(stops) if stop]
+                score_points(logits[done], [chunk[n] for n in done], self.softmax_dtype)
+                for n in done:
+                    exits[number[id(chunk[n][2])]][chunk[n][3]] = state.block
+                left += [p for p, stop in zip(chunk, stops, strict=True) if not stop]
+            points = left
+            going = {p[0] for p in points}
+            keep = [n for n, r in enumerate(flow) if r in going]
+            flow = [flow[n] for n in keep]
+            return torch.tensor(keep, dtype=torch.long)
+
+        self.tokens += sum(len(row.tokens) for row in rows)
+        run_blocks(self.anatomy, self.pad([row.tokens for row in rows]), after_block, self._parts)
+        return exits
+
+    def trace_tokens(self, windows: Sequence[tuple[Row, list[int]]], fingerprint: str) -> ExitTrace:
+        """The exit trace of a text made of windows, each with its scored tokens' exits; counted as if run.
+
+        Tokens that are context only (a window's overlap) count to the last block on both sides.
+        """
+        n_blocks, count = self.anatomy.n_blocks, self.counter
+        flops = dense = eq2 = 0.0
+        layers: list[int] = []
+        for row, exits in windows:
+            depths = [n_blocks] * row.decision + exits
+            for position, depth in enumerate(depths):
+                flops += count.blocks(depth, 1, position + 1)
+            dense += count.blocks(n_blocks, len(row.tokens)) + count.head(row.scored)
+            checks = sum(sum(k < depth for k in self.schedule.blocks) for depth in exits)
+            asked = sum(sum(k <= depth for k in self.schedule.blocks) for depth in exits)
+            if features.needs_head(self.stopper.features):  # the exit's own check is its score
+                flops += count.head(checks)
+            flops += count.head(row.scored) + (count.decisions(asked) if self.stopper.features else 0.0)
+            eq2 += sum(count.flops_ratio(depth, row.decision + j + 1) for j, depth in enumerate(exits))
+            layers += exits
+        mean = sum(layers) / len(layers)
+        return ExitTrace(mean, n_blocks, eq2 / len(layers), mean, flops, dense, fingerprint)
+
+
+def available_features(anatomy: Anatomy) -> tuple[str, ...]:
+    """Every feature that this model's blocks allow (a block without an attention part has no ``cos_attn``)."""
+    names = []
+    for name in features.FEATURES:
+        try:
+            for part in features.needed_parts([name]):
+                for block in anatomy.blocks:
+                    anatomy.part(block, part)
+        except UnsupportedModelError:
+            continue
+        names.append(name)
+    return tuple(names)
+
+
+def score_points(
+    logits: Tensor, points: Sequence[tuple[int, int, Row, int]], softmax_dtype: torch.dtype | None
+) -> None:
+    """Add the log-probabilities at some scored positions to their rows' answers.
+
+    Args:
+        logits: [n, V].
+        points: n of (row in flow, position, row, index among the row's scored positions).
+        softmax_dtype: Of the log-softmax; None keeps the logits' dtype (as HFLM).
+    """
+    if not points:
+        return
+    logprobs = F.log_softmax(logits, dim=-1, dtype=softmax_dtype)
+    pairs = [(n, a, a.continuation[j]) for n, (_, _, row, j) in enumerate(points) for a in row.answers]
+    index = torch.tensor([[n, token] for n, _, token in pairs], device=logits.device)
+    values = logprobs[index[:, 0], index[:, 1]].tolist()
+    top = logits.argmax(dim=-1).tolist()
+    for (n, answer, token), value in zip(pairs, values, strict=True):
+        answer.logprob += value
+        answer.is_greedy = answer.is_greedy and top[n] == token
+        if points[n][3] == 0:
+            answer.top1 = top[n] == token

@@ -1,0 +1,107 @@
+"""Stopper files: saving, loading, and what ``stopper=`` may say."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+from lm_eval_adainfer import container, paths
+from lm_eval_adainfer.errors import AdaInferError
+from lm_eval_adainfer.strategies.base import Stopper
+from lm_eval_adainfer.strategies.rules import FixedStopper, GapStopper, NoStopper
+from lm_eval_adainfer.strategies.svm import SVMStopper
+
+VERSION = 1
+_logger = logging.getLogger(__name__)
+
+
+def save(stopper: SVMStopper, path: str | Path) -> None:
+    """Write a fitted stopper; the file is safetensors plus JSON whatever its extension.
+
+    Raises:
+        AdaInferError: Where the file can't be written.
+    """
+    meta = {"kind": stopper.kind, "parameters": stopper.parameters(), "info": stopper.info}
+    container.write(path, "stopper", VERSION, meta, stopper.arrays)
+
+
+def load(path: str | Path) -> SVMStopper:
+    """Read a stopper file; never executes code.
+
+    Raises:
+        AdaInferError: Where the file is missing, damaged, a pickle, or no stopper.
+    """
+    meta, arrays = container.read(path, "stopper", VERSION, "stopper")
+    kind, parameters, info = meta.get("kind"), meta.get("parameters"), meta.get("info")
+    if kind != SVMStopper.kind:
+        raise AdaInferError(f"stopper: {path} holds a stopper of kind {kind!r}; this release knows svm")
+    if not isinstance(parameters, dict) or not isinstance(info, dict):
+        raise AdaInferError(f"stopper: {path} is damaged or truncated (no parameters); make it again")
+    try:
+        return SVMStopper(arrays, info=info, **parameters)
+    except AdaInferError:
+        raise
+    except (TypeError, ValueError, OverflowError) as error:
+        raise AdaInferError(f"stopper: {path} has wrong parameters ({error}); make it again") from None
+
+
+def built_in() -> dict[str, Path]:
+    """Name to file of the fitted stoppers that ship with the package."""
+    return {path.stem: path for path in sorted(paths.stoppers().glob("*.stopper"))}
+
+
+def parse(spec: Any) -> Stopper:
+    """The strategy that ``stopper=`` names.
+
+    Args:
+        spec: ``none`` (also None and ``""``), ``gap``, ``gap:0.8``, ``fixed:24``, a built-in name, the path of a
+            stopper file, or a :class:`Stopper`.
+
+    Raises:
+        AdaInferError: Where it is none of these.
+    """
+    if isinstance(spec, Stopper):
+        return spec
+    text = "none" if spec is None else str(spec).strip()
+    if text in ("", "none", "None"):
+        return NoStopper()
+    name, colon, value = text.partition(":")
+    if name == "gap":
+        return GapStopper(_number(value, text)) if colon else GapStopper()
+    if name == "fixed":
+        if not value.strip().isdecimal():
+            raise AdaInferError(f"stopper: {text!r} has no block number; give fixed:24 to stop after block 24")
+        return FixedStopper(int(value))
+    if text in built_in() and not Path(text).exists():
+        return load(built_in()[text])
+    if not Path(text).exists() and not any(c in text for c in "./\\"):
+        names = ["none", "gap", "gap:0.8", "fixed:24", *built_in()]
+        raise AdaInferError(f"stopper: {text!r} is neither a known strategy ({', '.join(names)}) nor a stopper file")
+    return load(text)
+
+
+def _number(value: str, text: str) -> float:
+    try:
+        return float(value)
+    except ValueError:
+        raise AdaInferError(f"stopper: {text!r} has no number after gap:; give a threshold between 0 and 1") from None
+
+
+def warn_if_foreign(stopper: Stopper, model: str, n_blocks: int, head_hash: str) -> None:
+    """Say so when a stopper was fitted on another model: allowed (paper section 5.5), but rarely as good."""
+    info = getattr(stopper, "info", None)
+    if not info:
+        return
+    differences = []
+    if info.get("n_blocks") not in (None, n_blocks):
+        differences.append(f"{info['n_blocks']} blocks instead of {n_blocks}")
+    if info.get("head_hash") and head_hash and info["head_hash"] != head_hash:
+        differences.append("another output head")
+    if differences:
+        _logger.warning(
+            "stopper: it was fitted on %s (%s), not on %s; check its accuracy here before you trust it",
+            info.get("model", "another model"),
+            ", ".join(differences),
+            model,
+        )

@@ -1,0 +1,118 @@
+"""What an exit strategy is: it reads a few features after a block and says stop or go on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from abc import ABC, abstractmethod
+from typing import Any
+
+from torch import Tensor
+
+from lm_eval_adainfer.errors import AdaInferError
+
+
+class Stopper(ABC):
+    """Says after a block which decisions stop.
+
+    Subclasses set ``kind`` (what ``stopper=`` calls it) and ``features`` (names from ``features.FEATURES``, in the
+    order of the columns that :meth:`margin` gets).
+    """
+
+    kind: str
+    features: tuple[str, ...] = ()
+
+    @abstractmethod
+    def margin(self, block: int, values: Tensor) -> Tensor:
+        """How clearly to stop: positive means stop.
+
+        Args:
+            block: k, from 1 to L.
+            values: [n, len(features)], float32 features at n decision positions.
+
+        Returns:
+            [n] margins, on the device of ``values``.
+        """
+
+    def wants(self, block: int) -> bool:
+        """Whether this strategy can stop after ``block`` at all; blocks it never stops at are not checked."""
+        return True
+
+    def bind(self, n_blocks: int) -> None:
+        """Raise AdaInferError where the strategy does not fit a model of ``n_blocks`` blocks."""
+        return None
+
+    @property
+    def flops(self) -> int:
+        """Floating-point operations of one decision (counted, see ``metrics.md``)."""
+        return len(self.features)
+
+    def describe(self) -> dict[str, Any]:
+        """What identifies the strategy, JSON-serialisable; it goes into results and fingerprints."""
+        return {"kind": self.kind, "features": list(self.features)}
+
+    @property
+    def fingerprint(self) -> str:
+        """16 hex digits that change with whatever changes decisions."""
+        return hashlib.sha256(json.dumps(self.describe(), sort_keys=True).encode()).hexdigest()[:16]
+
+
+class Schedule:
+    """After which blocks the stopper is asked.
+
+    Args:
+        n_blocks: L.
+        stopper: The strategy.
+        min_layer: No exit before this block (1 to L).
+        check_layers: ``all``, ``every:2`` (blocks 2, 4, ...), a list like ``8+12+16``, or a sequence of ints.
+
+    Raises:
+        AdaInferError: Where an argument is out of range, or leaves ``fixed:N`` unchecked.
+
+    Attributes:
+        blocks: The checked blocks, in order; block L is never checked, because the forward ends there anyway.
+    """
+
+    def __init__(self, n_blocks: int, stopper: Stopper, min_layer: Any = 1, check_layers: Any = "all"):
+        stopper.bind(n_blocks)
+        self.min_layer = _block_number("min_layer", min_layer, n_blocks)
+        asked = _parse_check_layers(check_layers, n_blocks)
+        wanted = [k for k in range(1, n_blocks) if stopper.wants(k)]
+        self.blocks = tuple(k for k in wanted if k in asked and k >= self.min_layer)
+        if len(wanted) == 1 and not self.blocks:  # fixed:N must mean block N
+            raise AdaInferError(
+                f"check_layers/min_layer: they leave out block {wanted[0]}, the only one after which "
+                f"stopper={stopper.kind}:{wanted[0]} stops"
+            )
+
+    def describe(self) -> dict[str, Any]:
+        """JSON-serialisable summary for results and fingerprints."""
+        return {"min_layer": self.min_layer, "checked_blocks": list(self.blocks)}
+
+
+def _block_number(argument: str, value: Any, n_blocks: int) -> int:
+    try:
+        number = int(str(value).strip())
+    except ValueError:
+        raise AdaInferError(f"{argument}: {value!r} is no block number; give 1 to {n_blocks}") from None
+    if not 1 <= number <= n_blocks:
+        raise AdaInferError(f"{argument}: block {number} does not exist in a model of {n_blocks} blocks; give 1 to {n_blocks}")
+    return number
+
+
+def _parse_check_layers(value: Any, n_blocks: int) -> set[int]:
+    if isinstance(value, (list, tuple, set, frozenset)):
+        items = list(value)
+    else:
+        text = str(value).strip()
+        if text == "all":
+            return set(range(1, n_blocks + 1))
+        if text.startswith("every:"):
+            step = text.removeprefix("every:")
+            if not step.isdecimal() or int(step) < 1:
+                raise AdaInferError(f"check_layers: {text!r} has no whole step of 1 or more; give every:2, say")
+            return set(range(int(step), n_blocks + 1, int(step)))
+        items = text.split("+")
+    if not items or any(not str(item).strip().isdecimal() for item in items):
+        raise AdaInferError(f"check_layers: {value!r} is not all, every:N or a list of blocks like 8+12+16")
+    return {_block_number("check_layers", item, n_blocks) for item in items}

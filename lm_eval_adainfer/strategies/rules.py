@@ -1,0 +1,82 @@
+"""Strategies without fitting: run everything, stop at a large gap, stop after a given block."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lm_eval_adainfer.errors import AdaInferError
+from lm_eval_adainfer.strategies.base import Stopper
+
+
+class NoStopper(Stopper):
+    """``none``: the dense model."""
+
+    kind = "none"
+
+    def wants(self, block: int) -> bool:
+        """Never."""
+        return False
+
+    def margin(self, block: int, values: Tensor) -> Tensor:
+        """Never positive."""
+        return torch.full((values.shape[0],), -1.0, device=values.device)
+
+
+class GapStopper(Stopper):
+    """``gap:T``: stop when P(top 1) - P(top 2) exceeds T (paper: 0.8, section 5.3).
+
+    Raises:
+        AdaInferError: Where T is not in [0, 1].
+    """
+
+    kind = "gap"
+    features = ("gap",)
+
+    def __init__(self, threshold: float = 0.8):
+        if not 0.0 <= threshold <= 1.0:
+            raise AdaInferError(f"stopper: gap:{threshold:g} has no threshold between 0 and 1; the paper's is gap:0.8")
+        self.threshold = threshold
+
+    def margin(self, block: int, values: Tensor) -> Tensor:
+        """Gap minus threshold."""
+        return values[:, 0] - self.threshold
+
+    def describe(self) -> dict[str, Any]:
+        """Kind, features, threshold."""
+        return {**super().describe(), "threshold": self.threshold}
+
+
+class FixedStopper(Stopper):
+    """``fixed:N``: always after block N, without asking the head."""
+
+    kind = "fixed"
+
+    def __init__(self, layer: int):
+        self.layer = layer
+
+    def bind(self, n_blocks: int) -> None:
+        """N must be a block of the model."""
+        if not 1 <= self.layer <= n_blocks:
+            raise AdaInferError(
+                f"stopper: fixed:{self.layer} names no block of this model; its {n_blocks} blocks are 1 to {n_blocks}"
+            )
+
+    def wants(self, block: int) -> bool:
+        """Only block N."""
+        return block == self.layer
+
+    def margin(self, block: int, values: Tensor) -> Tensor:
+        """Positive at block N."""
+        return torch.full((values.shape[0],), 1.0 if block == self.layer else -1.0, device=values.device)
+
+    @property
+    def flops(self) -> int:
+        """It computes nothing."""
+        return 0
+
+    def describe(self) -> dict[str, Any]:
+        """Kind, features, layer."""
+        return {**super().describe(), "layer": self.layer}
