@@ -28,7 +28,9 @@ CATEGORIES: dict[str, str] = {
     "other": """business_ethics clinical_knowledge college_medicine global_facts human_aging management marketing
         medical_genetics miscellaneous nutrition professional_accounting professional_medicine virology""",
 }
-SUBJECTS: dict[str, str] = {subject: name for name, subjects in CATEGORIES.items() for subject in subjects.split()}
+SUBJECTS: dict[str, str] = {
+    subject: name for name, subjects in CATEGORIES.items() for subject in subjects.split()
+}
 
 
 @lru_cache(maxsize=None)

@@ -1,0 +1,289 @@
+"""The model type against the slow reference: every family, batch size and exit pattern."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+from conftest import FAMILIES, make_model
+from lm_eval.models.huggingface import HFLM
+from reference import gap_after_block, instance, logits_after_block, score
+
+from lm_eval_adainfer.errors import AdaInferError
+from lm_eval_adainfer.model import AdaInferLM
+from lm_eval_adainfer.strategies.base import Stopper
+
+WORDS = ["a", " be", " cat", " deer", " e.", " fox!", " goat", " hi"]
+
+
+def requests(seed=0, documents=9, shared_context=True):
+    """Documents of 2-4 choices: contexts shared or not, of many lengths; one- and multi-token continuations."""
+    rng = random.Random(seed)
+    found = []
+    for doc in range(documents):
+        context = "".join(rng.choices(WORDS, k=rng.randint(1, 9)))
+        for idx in range(rng.randint(2, 4)):
+            text = context if shared_context else context + rng.choice(WORDS) * (idx + 1)
+            continuation = rng.choice([" x", " y", " yes", " no way", " z"])
+            found.append(instance(text, continuation, doc, idx=idx))
+    return found
+
+
+def lm_of(model, tokenizer, **kwargs):
+    return AdaInferLM(pretrained=model, tokenizer=tokenizer, **{"batch_size": 4, "max_length": 64, **kwargs})
+
+
+class Scripted(Stopper):
+    """Stops by a rule of (gap, block) that is different for every document: exits everywhere."""
+
+    kind = "scripted"
+    features = ("gap",)
+
+    def margin(self, block, values):
+        return torch.frac(values[:, 0] * 9973 + block * 0.37) - 0.6
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_dense_equals_stock_hf(family, tokenizer):
+    model = make_model(family, vocab_size=257)
+    asked = requests()
+    stock = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=4, max_length=64).loglikelihood(asked, True)
+    ours = lm_of(model, tokenizer).loglikelihood(asked, True)
+    for a, b in zip(stock, ours, strict=True):
+        assert b[0] == pytest.approx(a[0], abs=1e-4)
+        assert b[1] == a[1]
+        assert b.trace.exit_layer == 5 and b.trace.pruning_ratio == 0 and b.trace.flops_ratio_total == pytest.approx(1)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("k", [1, 3])
+def test_fixed_exit_equals_norm_and_head_of_that_block(family, k, tokenizer):
+    model = make_model(family, vocab_size=257)
+    lm = lm_of(model, tokenizer, stopper=f"fixed:{k}")
+    asked = requests(documents=4)
+    for request, answer in zip(asked, lm.loglikelihood(asked, True), strict=True):
+        context, continuation = lm._encode_pair(*request.args)
+        logprob, greedy, top1 = score(model, lm.anatomy.blocks, context, continuation, k, 64)
+        assert answer[0] == pytest.approx(logprob, abs=1e-4)
+        assert (answer[1], answer.top1, answer.trace.exit_layer) == (greedy, top1, k)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_documents_leave_at_their_own_block_and_do_not_disturb_each_other(family, tokenizer):
+    model = make_model(family, vocab_size=257)
+    lm = lm_of(model, tokenizer, stopper=Scripted(), batch_size=16)
+    asked = requests(documents=8)
+    answers = lm.loglikelihood(asked, True)
+    for request, answer in zip(asked, answers, strict=True):
+        context, continuation = lm._encode_pair(*request.args)
+        logprob, *_ = score(model, lm.anatomy.blocks, context, continuation, int(answer.trace.exit_layer), 64)
+        assert answer[0] == pytest.approx(logprob, abs=2e-4)
+    layers = {r.doc_id: a.trace.exit_layer for r, a in zip(asked, answers, strict=True)}
+    assert len(set(layers.values())) > 1
+
+
+def expected_exit(model, lm, contexts, threshold, checked):
+    """The rule, naively: the first checked block after which every distinct context's gap exceeds the threshold."""
+    for k in checked:
+        gaps = [gap_after_block(model, lm.anatomy.blocks, c[-64:], k) for c in contexts]
+        assert all(abs(g - threshold) > 1e-4 for g in gaps), "the reference is too near the threshold to decide"
+        if all(g > threshold for g in gaps):
+            return k
+    return lm.anatomy.n_blocks
+
+
+@pytest.mark.parametrize("shared_context", [True, False])
+@pytest.mark.parametrize("batch_size", [1, 3, 32])
+@pytest.mark.parametrize(("options", "checked"), [({}, (1, 2, 3, 4)), ({"check_layers": "every:2", "min_layer": 2}, (2, 4)),
+                                                  ({"check_layers": "2+3"}, (2, 3))])  # fmt: skip
+def test_one_decision_per_document(shared_context, batch_size, options, checked, tokenizer):
+    model = make_model("llama", vocab_size=257)
+    lm = lm_of(model, tokenizer, stopper="gap:0.3", batch_size=batch_size, **options)
+    asked = requests(seed=3, shared_context=shared_context)
+    answers = lm.loglikelihood(asked, True)
+    for doc in {r.doc_id for r in asked}:
+        mine = [(r, a) for r, a in zip(asked, answers, strict=True) if r.doc_id == doc]
+        contexts = [lm._encode_pair(*r.args)[0] for r, _ in mine]
+        layer = expected_exit(model, lm, contexts, 0.3, checked)
+        assert {a.trace.exit_layer for _, a in mine} == {layer}
+        for request, answer in mine:
+            context, continuation = lm._encode_pair(*request.args)
+            assert answer[0] == pytest.approx(
+                score(model, lm.anatomy.blocks, context, continuation, layer, 64)[0], abs=1e-4
+            )
+
+
+def test_results_do_not_depend_on_order_batch_size_or_limit(tokenizer):
+    model = make_model("llama", vocab_size=257)
+    asked = requests(seed=5, shared_context=False)
+    base = lm_of(model, tokenizer, stopper="gap:0.3", batch_size=1).loglikelihood(asked, True)
+    expected = {(r.doc_id, r.idx): (a[0], a[1], a.trace.exit_layer) for r, a in zip(asked, base, strict=True)}
+    variants = [(list(reversed(asked)), 2), (asked[:11], 7), (random.Random(1).sample(asked, len(asked)), "auto")]
+    for subset, size in variants:
+        kept = {r.doc_id for r in asked} - ({asked[11].doc_id} if len(subset) == 11 else set())
+        answers = lm_of(model, tokenizer, stopper="gap:0.3", batch_size=size, max_batch_size=8).loglikelihood(subset, True)
+        for r, a in zip(subset, answers, strict=True):
+            if r.doc_id in kept:
+                logprob, greedy, layer = expected[r.doc_id, r.idx]
+                assert (a[1], a.trace.exit_layer) == (greedy, layer)
+                assert a[0] == pytest.approx(logprob, abs=1e-4)
+
+
+def test_left_truncation_moves_the_decision(tokenizer):
+    model = make_model("llama", vocab_size=257)
+    lm = lm_of(model, tokenizer, stopper="gap:0.3", max_length=12)
+    asked = [instance("the quick brown fox jumps over", c, 0, idx=i) for i, c in enumerate([" it", " everything"])]
+    answers = lm.loglikelihood(asked, True)
+    pairs = [lm._encode_pair(*r.args) for r in asked]
+    # the first request's row decides for the document
+    first = (pairs[0][0] + pairs[0][1])[-13:][:-1][: 12 - len(pairs[0][1]) + 1]
+    layer = expected_exit(model, lm, [first], 0.3, (1, 2, 3, 4))
+    for (context, continuation), answer in zip(pairs, answers, strict=True):
+        assert answer.trace.exit_layer == layer
+        assert answer[0] == pytest.approx(score(model, lm.anatomy.blocks, context, continuation, layer, 12)[0], abs=1e-4)
+
+
+def test_empty_context_follows_its_document_and_has_no_decision_of_its_own(tokenizer):
+    model = make_model("llama", vocab_size=257)
+    lm = lm_of(model, tokenizer, stopper="gap:0.3")
+    asked = [instance(c, w, 0, idx=i) for i, (c, w) in enumerate([("a fox", " x"), ("a fox", " yes"), ("", " x"), ("", " yes")])]
+    asked.append(instance("", " alone", 1))
+    answers = lm.loglikelihood(asked, True)
+    layer = expected_exit(model, lm, [lm._encode_pair("a fox", " x")[0]], 0.3, (1, 2, 3, 4))
+    assert [a.trace.exit_layer for a in answers] == [layer] * 4 + [5]
+    for request, answer in zip(asked[2:4], answers[2:4], strict=True):
+        tokens = lm.tok_encode(request.args[1], add_special_tokens=False)
+        expected = score(model, lm.anatomy.blocks, [lm.prefix_token_id], tokens, layer, 64)[0]
+        assert answer[0] == pytest.approx(expected, abs=1e-4)
+    fixed = lm_of(model, tokenizer, stopper="fixed:2").loglikelihood(asked, True)
+    assert {a.trace.exit_layer for a in fixed} == {2}
+
+
+@pytest.mark.parametrize("logits_cache", [True, False])
+def test_one_row_answers_all_one_token_choices_and_contexts_are_kept_apart(tokenizer, logits_cache):
+    """" ab" + "c" and " a" + "bc" are one token row, but two decisions at different positions."""
+    model = make_model("llama", vocab_size=257)
+    lm = lm_of(model, tokenizer, stopper="gap:0.3", logits_cache=logits_cache)
+    asked = [instance("the ab", "c", 0), instance("the ab", "d", 0, idx=1), instance("the a", "bc", 1)]
+    documents = lm.documents([(r.args, *lm._encode_pair(*r.args)) for r in asked], [r.doc_id for r in asked])
+    assert [len(d.rows) for d in documents] == ([1, 1] if logits_cache else [2, 1])
+    for request, answer in zip(asked, lm.loglikelihood(asked, True), strict=True):
+        context, continuation = lm._encode_pair(*request.args)
+        layer = expected_exit(model, lm, [context], 0.3, (1, 2, 3, 4))
+        assert answer.trace.exit_layer == layer
+        assert answer[0] == pytest.approx(score(model, lm.anatomy.blocks, context, continuation, layer, 64)[0], abs=1e-4)
+
+
+@pytest.mark.parametrize("stopper", ["none", "gap:0.3", "fixed:2"])
+def test_rolling_scores_every_token_at_its_own_block(tokenizer, stopper):
+    model = make_model("llama", vocab_size=257)
+    lm = lm_of(model, tokenizer, stopper=stopper, max_length=16)
+    texts = ["the quick brown fox jumps over it", "hi", "a b c d e f g h i j"]
+    asked = [instance(t, None, n, kind="loglikelihood_rolling") for n, t in enumerate(texts)]
+    answers = lm.loglikelihood_rolling(asked, True)
+    stock = HFLM(pretrained=model, tokenizer=tokenizer, max_length=16).loglikelihood_rolling(asked, True)
+    from lm_eval import utils
+
+    for text, answer, dense in zip(texts, answers, stock, strict=True):
+        total, layers = 0.0, []
+        for context, continuation in map(
+            utils.make_disjoint_window,
+            utils.get_rolling_token_windows(lm.tok_encode(text), lm.prefix_token_id, 16, 1),
+        ):
+            tokens = (context + continuation)[:-1]
+            by_block = [logits_after_block(model, lm.anatomy.blocks, tokens, k) for k in range(1, 6)]
+            for j, target in enumerate(continuation):
+                position = len(context) - 1 + j
+                for k in range(1, 6):
+                    logits = by_block[k - 1][position]
+                    top = logits.softmax(-1).topk(2).values
+                    stops = {"none": False, "gap:0.3": top[0] - top[1] > 0.3, "fixed:2": k == 2}[stopper]
+                    if stops or k == 5:
+                        total += logits.log_softmax(-1)[target].item()
+                        layers.append(k)
+                        break
+        assert float(answer) == pytest.approx(total, abs=1e-3)
+        assert answer.trace.exit_layer == pytest.approx(sum(layers) / len(layers))
+        if stopper == "none":
+            assert float(answer) == pytest.approx(dense, abs=1e-3)
+            assert answer.trace.flops_ratio_total == pytest.approx(1)
+        else:
+            assert (answer.trace.flops_ratio < 1) == (answer.trace.exit_layer < 5)
+
+
+def test_generation_runs_dense_and_says_so(tokenizer):
+    model = make_model("llama", vocab_size=257)
+    asked = [instance(t, {"until": ["\n"], "max_gen_toks": 5}, n, kind="generate_until") for n, t in enumerate(["ab", "cde f"])]
+    stock = HFLM(pretrained=model, tokenizer=tokenizer, max_length=64, batch_size=2).generate_until(asked, True)
+    ours = lm_of(model, tokenizer, stopper="gap:0.1", batch_size=2).generate_until(asked, True)
+    assert ours == stock
+    assert {a.trace.exit_layer for a in ours} == {5} and {a.trace.pruning_ratio for a in ours} == {0}
+
+
+def test_exit_layers_agree_with_a_count_of_block_calls(tokenizer):
+    """Block calls are counted by independent hooks; batch size 1, so a document's depth is its calls."""
+    model = make_model("llama", vocab_size=257)
+    lm = lm_of(model, tokenizer, stopper="gap:0.3", batch_size=1)
+    calls = 0
+
+    def count(*_):
+        nonlocal calls
+        calls += 1
+
+    handles = [block.register_forward_hook(count) for block in lm.anatomy.blocks]
+    asked = [instance("".join(random.Random(n).choices(WORDS, k=5)), " x", n) for n in range(12)]
+    answers = lm.loglikelihood(asked, True)
+    for handle in handles:
+        handle.remove()
+    assert calls == sum(a.trace.exit_layer for a in answers) == lm.engine.block_calls
+    assert calls < 12 * 5
+
+
+def test_answers_survive_pickling_with_their_trace(tokenizer):
+    import pickle
+
+    model = make_model("llama", vocab_size=257)
+    lm = lm_of(model, tokenizer, stopper="gap:0.3", log_features=True)
+    (answer,) = lm.loglikelihood([instance("a fox", " x", 0)], True)
+    again = pickle.loads(pickle.dumps(answer))
+    assert again == answer and again.trace == answer.trace and again.top1 == answer.top1
+    seen = answer.trace.features[0]
+    assert seen["layer"] == list(range(1, int(answer.trace.exit_layer) + 1))
+    gaps = [gap_after_block(model, lm.anatomy.blocks, lm._encode_pair("a fox", " x")[0], k) for k in seen["layer"]]
+    assert seen["gap"] == pytest.approx(gaps, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"stopper": "fixed:99"}, ["stopper", "99", "1 to 5"]),
+        ({"stopper": "fixed:0"}, ["stopper", "1 to 5"]),
+        ({"stopper": "fixed:x"}, ["stopper", "fixed:24"]),
+        ({"stopper": "gap:abc"}, ["stopper", "gap:abc", "between 0 and 1"]),
+        ({"stopper": "gap:7"}, ["stopper", "gap:7", "between 0 and 1"]),
+        ({"stopper": "gap:nan"}, ["stopper", "between 0 and 1"]),
+        ({"stopper": "wat"}, ["stopper", "wat", "gap:0.8"]),
+        ({"stopper": "./missing.pkl"}, ["stopper", "missing.pkl", "does not exist"]),
+        ({"stopper": "gap", "min_layer": 6}, ["min_layer", "6", "1 to 5"]),
+        ({"stopper": "gap", "check_layers": "every:0"}, ["check_layers", "every:2"]),
+        ({"stopper": "gap", "check_layers": "1+9"}, ["check_layers", "9", "1 to 5"]),
+        ({"stopper": "gap", "check_layers": "some"}, ["check_layers", "every:N"]),
+        ({"stopper": "fixed:2", "min_layer": 3}, ["min_layer", "fixed:2"]),
+        ({"log_features": "perhaps"}, ["log_features", "perhaps"]),
+    ],
+)
+def test_wrong_arguments_are_refused_in_one_sentence(options, words, tokenizer):
+    with pytest.raises(AdaInferError) as caught:
+        lm_of(make_model("llama", vocab_size=257), tokenizer, **options)
+    message = str(caught.value)
+    assert "\n" not in message and all(word in message for word in words)
+
+
+def test_an_encoder_decoder_model_is_refused(tmp_path, tokenizer):
+    from transformers import T5Config
+
+    T5Config(vocab_size=257, d_model=16, d_ff=16, num_layers=2, num_heads=2, d_kv=8).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(AdaInferError, match=r"encoder-decoder .*decoder-only"):
+        AdaInferLM(pretrained=str(tmp_path), device="cpu")
