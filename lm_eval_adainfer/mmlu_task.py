@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import datasets
@@ -28,12 +28,10 @@ CATEGORIES: dict[str, str] = {
     "other": """business_ethics clinical_knowledge college_medicine global_facts human_aging management marketing
         medical_genetics miscellaneous nutrition professional_accounting professional_medicine virology""",
 }
-SUBJECTS: dict[str, str] = {
-    subject: name for name, subjects in CATEGORIES.items() for subject in subjects.split()
-}
+SUBJECTS: dict[str, str] = {subject: name for name, subjects in CATEGORIES.items() for subject in subjects.split()}
 
 
-@lru_cache(maxsize=None)
+@cache
 def dev_examples(dataset_path: str, subject: str) -> tuple[Doc, ...]:
     """The five ``dev`` examples of a subject, loaded once per process; empty if the subject can't be had."""
     try:

@@ -71,6 +71,7 @@ class AdaInferLM(HFLM):
             if not paths.demo_model().is_dir():
                 raise AdaInferError(f"pretrained: {DEMO} is not in this installation; install the package from its wheel")
             pretrained = str(paths.demo_model())
+        kwargs.setdefault("device", "cuda" if torch.cuda.is_available() else "cpu")
         self._pretrained_name = DEMO if pretrained == str(paths.demo_model()) else pretrained
         super().__init__(pretrained, **kwargs)
         self._set_ranks()
@@ -85,6 +86,7 @@ class AdaInferLM(HFLM):
         self.seconds = 0.0
         self.run_totals: dict[str, Any] = {}
         self._document_keys: list[Any] = []
+        self.run_documents = self.engine.run  # tracing puts a dense pass that records every block here
         reporting.install()
 
     # ------------------------------------------------------------------ set-up
@@ -164,7 +166,7 @@ class AdaInferLM(HFLM):
         for batch, size in self._batches(documents, override_bs):
             started = time.perf_counter()
             with self._autocast():
-                self.engine.run(batch, size)
+                self.run_documents(batch, size)
             self.seconds += time.perf_counter() - started
             for document in batch:
                 trace = self.engine.trace(document, self.fingerprint)
@@ -205,7 +207,9 @@ class AdaInferLM(HFLM):
                 rows[row_key] = Row(self._window(context, continuation), len(continuation))
             rows[row_key].answers.append(Answer(n, continuation))
             if strings is None or strings[0] != "":  # an empty context has no decision
-                contexts.setdefault(key, {}).setdefault(tuple(context), row_key)
+                known = contexts.setdefault(key, {})
+                known.setdefault(tuple(context), row_key)
+                rows[row_key].context = list(known).index(tuple(context))
         documents = []
         for key, rows in grouped.items():
             order = list(rows)

@@ -123,7 +123,7 @@ class TaskSeededSampler(DocumentSeededSampler):
 
 
 def _draw(pool: Sequence[Doc], random: Random) -> Iterator[Doc]:
-    """The pool in random order, lazily. (``Random.sample(range(N), k)`` would give other firsts for another k.)"""
+    """The pool in random order, lazily; ``Random.sample(range(N), k)`` would give other firsts for another k."""
     seen: set[int] = set()
     while len(seen) < len(pool):
         i = random.randrange(len(pool))
@@ -158,6 +158,8 @@ class QATask(ConfigurableTask):
 
     Wherever the results hold the task's configuration, ``metadata.fewshot_sources`` says from where its shots came.
     """
+
+    sampler: ContextSampler
 
     def __init__(self, config: dict[str, Any] | None = None, **kwargs: Any) -> None:
         config = {key: value for key, value in (config or {}).items() if key != "class"}

@@ -44,11 +44,13 @@ class Row:
     Attributes:
         tokens: The input: context + continuation[:-1], left-truncated to the model's window.
         scored: How many positions at the end are scored (the continuation's length).
+        context: Which of the document's distinct contexts it has (index into the deciders); -1 for an empty one.
         answers: The requests it answers; their continuations have ``scored`` tokens.
     """
 
     tokens: list[int]
     scored: int
+    context: int = -1
     answers: list[Answer] = field(default_factory=list)
 
     @property

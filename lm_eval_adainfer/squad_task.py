@@ -29,9 +29,7 @@ def generation_scores(doc: dict[str, Any], results: list[str]) -> dict[str, floa
     try:
         from torchmetrics.functional.text import squad
     except ImportError as error:
-        raise AdaInferError(
-            "adainfer_squad_generate needs torchmetrics: pip install torchmetrics."
-        ) from error
+        raise AdaInferError("adainfer_squad_generate needs torchmetrics: pip install torchmetrics.") from error
 
     gold = doc["answers"]["text"] or [UNANSWERABLE]
     answers = {"text": gold, "answer_start": [0] * len(gold)}  # the start positions are not looked at

@@ -13,9 +13,7 @@ import datasets
 from lm_eval_adainfer.errors import AdaInferError
 from lm_eval_adainfer.qa_task import QATask, stable_hash
 
-URL = (
-    "https://raw.githubusercontent.com/ericwtodd/function_vectors/main/dataset_files/abstractive/{name}.json"
-)
+URL = "https://raw.githubusercontent.com/ericwtodd/function_vectors/main/dataset_files/abstractive/{name}.json"
 SPLITS = (("train", 30), ("validation", 20), ("test", 50))  # per cent: fit, calibrate, test
 
 

@@ -45,9 +45,7 @@ def room(pool, doc):
     return len({text(shot) for shot in pool} - {text(doc)})
 
 
-@given(
-    pool=pools, doc=docs, seed=st.one_of(st.none(), st.integers(0, 9999)), others=st.lists(docs, max_size=5)
-)
+@given(pool=pools, doc=docs, seed=st.one_of(st.none(), st.integers(0, 9999)), others=st.lists(docs, max_size=5))
 def test_shots_depend_on_seed_and_document_alone(pool, doc, seed, others):
     n = min(5, room(pool, doc))
     expected = DocumentSeededSampler(pool).set_rnd(seed).sample(n, doc, question=text)
@@ -81,9 +79,7 @@ def test_fewer_shots_are_the_first_of_more_shots_even_beyond_the_first_pool(pool
 @given(pool=pools, doc=docs)
 def test_too_small_a_pool_is_one_sentence_about_num_fewshot(pool, doc):
     n = room(pool, doc) + 1
-    with pytest.raises(
-        AdaInferError, match=rf"^num_fewshot={n} is more .* there are {n - 1} few-shot documents"
-    ):
+    with pytest.raises(AdaInferError, match=rf"^num_fewshot={n} is more .* there are {n - 1} few-shot documents"):
         DocumentSeededSampler(pool).sample(n, doc, question=text)
 
 
@@ -137,14 +133,10 @@ def toy_rows(path, name, split, n):
     if path == "tau/commonsense_qa":
         choices = {"label": letters, "text": ["one", "two", "three", "four", "five"]}
         return [
-            {"id": tag, "question": tag, "choices": choices, "answerKey": letters[i % 5]}
-            for i, tag in enumerate(tags)
+            {"id": tag, "question": tag, "choices": choices, "answerKey": letters[i % 5]} for i, tag in enumerate(tags)
         ]
     if path == "cais/mmlu":
-        return [
-            {"question": tag, "choices": ["1", " 2", "[3]", "4"], "answer": i % 4}
-            for i, tag in enumerate(tags)
-        ]
+        return [{"question": tag, "choices": ["1", " 2", "[3]", "4"], "answer": i % 4} for i, tag in enumerate(tags)]
     assert path == "rajpurkar/squad_v2"
     return [
         {
@@ -162,12 +154,8 @@ def toy_rows(path, name, split, n):
 @pytest.fixture
 def toy_data(monkeypatch, tmp_path):
     """Every data set of the packaged tasks in small. Returns the sizes, to be changed by a test."""
-    sizes = {
-        path: {"train": 8, "validation": 6, "test": 6} for path in ("nyu-mll/glue", "rajpurkar/squad_v2")
-    }
-    sizes |= {
-        path: {"train": 8, "validation": 6, "test": 6} for path in ("fancyzhx/ag_news", "tau/commonsense_qa")
-    }
+    sizes = {path: {"train": 8, "validation": 6, "test": 6} for path in ("nyu-mll/glue", "rajpurkar/squad_v2")}
+    sizes |= {path: {"train": 8, "validation": 6, "test": 6} for path in ("fancyzhx/ag_news", "tau/commonsense_qa")}
     sizes["cais/mmlu"] = {"dev": 5, "validation": 3, "test": 6}
 
     def load_dataset(path, name=None, split=None, **kwargs):
@@ -255,9 +243,7 @@ def test_prompts_are_the_papers_template(name, manager, toy_data):
 
 def test_shots_show_the_right_answer(manager, toy_data):
     context = requests(load(manager, "adainfer_sst2"), 8)[0][0]
-    assert {f"Q: sst2 train {i}\nA: {['negative', 'positive'][i % 2]}" for i in range(8)} < set(
-        context.split("\n\n")
-    )
+    assert {f"Q: sst2 train {i}\nA: {['negative', 'positive'][i % 2]}" for i in range(8)} < set(context.split("\n\n"))
 
 
 @pytest.mark.parametrize("name", [*EXPECTED, "adainfer_squad_generate"])
@@ -288,6 +274,16 @@ def test_text_is_rendered_as_lm_eval_renders_it(manager, toy_data):
             assert task.doc_to_text(doc, "{{7}}") == ConfigurableTask.doc_to_text(task, doc, "{{7}}")
 
 
+def test_a_yaml_of_ones_own_can_draw_the_shots_once_per_task(manager, toy_data, tmp_path):
+    """The example of task_configs/README.md."""
+    example = (task_configs() / "README.md").read_text().split("```yaml\n")[1].split("```")[0]
+    (tmp_path / "mine.yaml").write_text(example.replace("/path/to/task_configs", str(task_configs())))
+    task = manager.load([str(tmp_path / "mine.yaml")])["tasks"]["my_sst2"]
+    task.set_fewshot_seed(1234)
+    assert len({context.rsplit("Q:", 1)[0] for context, _ in requests(task, 4)}) == 1
+    assert task.dump_config()["fewshot_config"]["sampler"] == "lm_eval_adainfer.qa_task.TaskSeededSampler"
+
+
 @pytest.mark.parametrize("sampler", ["first_n", "default", TaskSeededSampler])
 def test_other_samplers_work_too(sampler, manager, toy_data):
     task = load(manager, "adainfer_sst2", fewshot_config={"sampler": sampler})
@@ -308,9 +304,7 @@ def test_mmlu_shots_beyond_dev_come_from_validation_then_from_other_subjects(man
     shots = [shot for shot in context.split("\n\n") if shot.startswith("Q: ")][:-1]
     assert [shot.split()[2] for shot in shots[5:8]] == ["validation"] * 3
     assert all(" dev " in shot and "anatomy" not in shot for shot in shots[8:]) and len(shots) == 20
-    assert [
-        record.getMessage() for record in caplog.records if "validation split" in record.getMessage()
-    ] == [
+    assert [record.getMessage() for record in caplog.records if "validation split" in record.getMessage()] == [
         "adainfer_mmlu_anatomy: a subject has 5 dev examples; further shots come from its validation split, then from "
         "other subjects' dev (the results say how many: metadata.fewshot_sources)."
     ]
@@ -375,7 +369,7 @@ def test_mmlu_is_weighted_by_documents_and_has_stock_categories(manager, toy_dat
     loaded = manager.load(["adainfer_mmlu"])
     leaves = {name.removeprefix("adainfer_mmlu_") for name in loaded["tasks"]}
     assert leaves == set(mmlu_task.SUBJECTS) and len(leaves) == 57
-    assert {name for name in loaded["groups"]} == {
+    assert set(loaded["groups"]) == {
         "adainfer_mmlu",
         *(f"adainfer_mmlu_{category}" for category in ("stem", "humanities", "social_sciences", "other")),
     }
@@ -393,9 +387,7 @@ def test_the_papers_group_holds_everything_and_no_common_score(manager, toy_data
     results = evaluate(manager, ["adainfer_paper"], limit=1)
     leaves = results["results"].keys() - results["groups"].keys() - {"adainfer_paper"}
     assert len(leaves) == 57 + 27 + 4
-    assert (
-        "acc,none" in results["groups"]["adainfer_mmlu"] and "acc,none" in results["groups"]["adainfer_word"]
-    )
+    assert "acc,none" in results["groups"]["adainfer_mmlu"] and "acc,none" in results["groups"]["adainfer_word"]
     assert not any(key.startswith("acc") for key in results["results"]["adainfer_paper"])
 
 
@@ -441,9 +433,7 @@ def test_hash_split_is_fixed_and_has_the_shares_of_the_metrics_page():
 
 
 def test_word_pairs_are_stripped_split_once_and_the_first_output_counts(monkeypatch, tmp_path):
-    pairs = [{"input": f"w{i}", "output": f" o{i} "} for i in range(200)] + [
-        {"input": "w0 ", "output": "other"}
-    ]
+    pairs = [{"input": f"w{i}", "output": f" o{i} "} for i in range(200)] + [{"input": "w0 ", "output": "other"}]
     (tmp_path / "mine.json").write_text(json.dumps(pairs))
     monkeypatch.setenv("ADAINFER_DATA", str(tmp_path))
     words = load_words("mine")
@@ -537,9 +527,7 @@ def test_squad_on_documents_of_our_own(manager, tmp_path):
     assert samples[0]["arguments"][0][0].endswith("\n\nQ: Passage 0.\nSecond line.\nQuestion 0?\nA:")
 
     lm = Oracle([" rollo", " unanswerable", " river Seine"])
-    results = evaluate(
-        manager, [changed("adainfer_squad_generate", own)], lm, num_fewshot=1, log_samples=True
-    )
+    results = evaluate(manager, [changed("adainfer_squad_generate", own)], lm, num_fewshot=1, log_samples=True)
     row = results["results"]["adainfer_squad_generate"]
     assert row["exact_match,none"] == pytest.approx(2 / 3)
     assert row["f1,none"] == pytest.approx((1 + 1 + 2 / 3) / 3)

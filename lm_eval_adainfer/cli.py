@@ -1,0 +1,159 @@
+"""The ``adainfer`` command: thin subcommands around ``tracing`` and ``fitting``."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from typing import Any
+
+from lm_eval_adainfer import __version__
+from lm_eval_adainfer.errors import AdaInferError
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a subcommand; a user's mistake is one sentence on stderr and exit status 2."""
+    parser = _parser()
+    arguments = parser.parse_args(argv)
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    try:
+        arguments.run(arguments)
+    except AdaInferError as error:
+        print(f"adainfer: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("adainfer: interrupted; finished files are kept, and the same command goes on", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="adainfer",
+        description="Fit exit strategies for `lm_eval --model adainfer`. Trace first, then fit, then evaluate.",
+    )
+    parser.add_argument("--version", action="version", version=f"lm-eval-adainfer {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    how = argparse.ArgumentDefaultsHelpFormatter
+
+    trace = commands.add_parser(
+        "trace",
+        formatter_class=how,
+        help="record every block's features on training documents",
+        description="Run a dense pass over documents and record every block's features, top token and scores: one "
+        ".trace file per task. A document is never among its own shots. Finished tasks are kept when interrupted.",
+        epilog="example: adainfer trace --model_args pretrained=adainfer-demo,dtype=float32 "
+        "--tasks adainfer_demo --num_fewshot 3 --limit 300 -o traces/",
+    )
+    trace.add_argument("--model_args", "-a", required=True, help="as lm_eval's: pretrained=...,dtype=...")
+    trace.add_argument("--tasks", "-t", required=True, help="task or group names, separated by commas")
+    trace.add_argument("--num_fewshot", "-f", type=int, help="shots per document (default: the task's own)")
+    trace.add_argument(
+        "--split",
+        default="train",
+        choices=["train", "test"],
+        help="train: the training split, or the 30%% of the evaluation documents that a fixed hash sets apart where "
+        "there is none; test: the evaluation documents without these",
+    )
+    trace.add_argument("--limit", "-L", type=int, help="at most so many documents per task, drawn with --seed")
+    trace.add_argument("--seed", type=int, default=0, help="of the drawn documents")
+    trace.add_argument("--fewshot_seed", type=int, default=1234, help="of the shots, as lm_eval's")
+    trace.add_argument("--batch_size", "-b", default="8", help="as lm_eval's: a number or auto")
+    trace.add_argument("--device", help="as lm_eval's: cuda, cpu, ...")
+    trace.add_argument("--include_path", help="a folder of further task YAMLs")
+    trace.add_argument("--output", "-o", required=True, help="the folder for the .trace files")
+    trace.set_defaults(run=_trace)
+
+    fit = commands.add_parser("fit", help="fit a stopper on traces")
+    kinds = fit.add_subparsers(dest="kind", required=True, metavar="KIND")
+    svm = kinds.add_parser(
+        "svm",
+        formatter_class=how,
+        help="the paper's support vector machine",
+        description="Fit scikit-learn's SVC (default settings, as in the paper) on one example per (instance, block).",
+        epilog="example: adainfer fit svm traces/ -o svm.pkl",
+    )
+    svm.add_argument("traces", nargs="+", help=".trace files, or folders of them")
+    svm.add_argument(
+        "--label",
+        default="final",
+        choices=["final", "gold"],
+        help="positive where the block's top token is the last block's (final, Eq. 1) or the gold answer's first (gold)",
+    )
+    svm.add_argument("--features", default="gap,top_prob", help="feature names, separated by commas")
+    svm.add_argument(
+        "--max_examples", type=int, default=5000, help="SVC is quadratic: use at most so many (instance, block) pairs"
+    )
+    svm.add_argument("--seed", type=int, default=0, help="of the pairs that are used")
+    svm.add_argument("--threshold", type=float, default=0.0, help="stop when the decision function exceeds it")
+    svm.add_argument("--output", "-o", required=True, help="the stopper file (safetensors, whatever its extension)")
+    svm.set_defaults(run=_fit_svm)
+    return parser
+
+
+def _trace(arguments: argparse.Namespace) -> None:
+    from lm_eval.tasks import TaskManager
+    from lm_eval.utils import simple_parse_args_string
+
+    from lm_eval_adainfer import tracing
+    from lm_eval_adainfer.model import AdaInferLM
+    from lm_eval_adainfer.registration import install
+
+    install()
+    manager = TaskManager(include_path=arguments.include_path)
+    tasks = load_tasks(manager, [name for name in arguments.tasks.split(",") if name])
+    options: dict[str, Any] = simple_parse_args_string(arguments.model_args)
+    options.setdefault("batch_size", arguments.batch_size)
+    if arguments.device:
+        options["device"] = arguments.device
+    lm = AdaInferLM(**options)
+    files = tracing.trace(
+        lm,
+        tasks,
+        arguments.output,
+        num_fewshot=arguments.num_fewshot,
+        split=arguments.split,
+        limit=arguments.limit,
+        seed=arguments.seed,
+        fewshot_seed=arguments.fewshot_seed,
+    )
+    for file in files:
+        print(file)
+
+
+def load_tasks(manager: Any, names: list[str]) -> dict[str, Any]:
+    """Load tasks, groups and tags by name; a ``*`` matches any text.
+
+    Raises:
+        AdaInferError: On a name that lm-eval does not know.
+    """
+    matched = manager.match_tasks(names)
+    unknown = [name for name in names if "*" not in name and name not in matched]
+    if unknown or not matched:
+        raise AdaInferError(f"tasks: {(unknown or names)[0]!r} is no task that lm-eval knows; `lm_eval ls tasks` lists them")
+    return manager.load(matched)["tasks"]
+
+
+def _fit_svm(arguments: argparse.Namespace) -> None:
+    from lm_eval_adainfer import fitting
+    from lm_eval_adainfer.strategies import artifact
+
+    stopper = fitting.fit_svm(
+        arguments.traces,
+        label=arguments.label,
+        features=[name for name in arguments.features.split(",") if name],
+        max_examples=arguments.max_examples,
+        seed=arguments.seed,
+        threshold=arguments.threshold,
+    )
+    artifact.save(stopper, arguments.output)
+    info = stopper.info
+    print(
+        f"{arguments.output}: {stopper.arrays['support_vectors'].shape[0]} support vectors, fitted on "
+        f"{info['examples']} of {info['examples_available']} examples ({info['positive_share']:.0%} stop) from "
+        f"{info['documents']} documents"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

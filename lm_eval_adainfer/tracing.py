@@ -1,0 +1,282 @@
+"""A dense pass over documents that records what every block would have said: the data that stoppers are fitted on.
+
+A *trace* is a file per task (``container`` format, so loading it runs no code). One instance is one decision: a
+document's distinct context. Arrays, for N instances, L blocks, F features and at most C requests per context:
+
+===============  =================  =====================================================================
+features         [N, L, F] float32  the features after every block at the decision position
+top_token        [N, L] int32       the full vocabulary's top token there
+scores           [N, L, C] float32  log-probability of each request's continuation, NaN beyond the last
+request          [N, C] int16       which request of the document that is, -1 beyond the last
+gold             [N] int16          the gold request, -1 where there is none
+gold_token       [N] int32          the first token of the gold answer, -1 where there is none
+prompt_tokens    [N] int32          context tokens, after truncation
+doc_id           [N] int64          the document's index in its split
+===============  =================  =====================================================================
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from random import Random
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lm_eval_adainfer import __version__, container, features
+from lm_eval_adainfer.errors import AdaInferError
+from lm_eval_adainfer.features import Observation
+from lm_eval_adainfer.forward import BlockState, run_blocks
+from lm_eval_adainfer.qa_task import canonical_json, stable_hash
+from lm_eval_adainfer.scoring import Answer, Document, Row, available_features, score_points
+
+if TYPE_CHECKING:
+    from lm_eval_adainfer.model import AdaInferLM
+
+VERSION = 1
+SPLITS = ("train", "test")
+_FIT_PERCENT = 30
+_logger = logging.getLogger(__name__)
+
+
+class Recorder:
+    """Runs documents dense and keeps every block's features, top token and scores; takes the engine's place."""
+
+    def __init__(self, lm: AdaInferLM):
+        self.engine = lm.engine
+        self.names = available_features(lm.anatomy)
+        self.parts = features.needed_parts(self.names)
+        self.records: dict[int, dict[str, Any]] = {}  # id of a document's first request -> its record
+
+    @torch.no_grad()
+    def run(self, documents: Sequence[Document], batch_size: int) -> None:
+        """Run documents; rows go in pieces of ``batch_size``, since a dense pass needs no common decision."""
+        for document in documents:
+            document.exit_layer = self.engine.anatomy.n_blocks
+        rows = [(document, i) for document in documents for i in range(len(document.rows))]
+        for start in range(0, len(rows), batch_size):
+            self._forward(rows[start : start + batch_size])
+
+    def _forward(self, flow: Sequence[tuple[Document, int]]) -> None:
+        anatomy, n_blocks = self.engine.anatomy, self.engine.anatomy.n_blocks
+
+        def after_block(state: BlockState) -> Tensor | None:
+            k = state.block
+            deciding = [(r, d, d.deciders.index(i)) for r, (d, i) in enumerate(flow) if i in d.deciders]
+            if deciding:
+                device = state.hidden.device
+                at = torch.tensor([r for r, _, _ in deciding], device=device)
+                positions = torch.tensor([flow[r][0].rows[flow[r][1]].decision for r, _, _ in deciding], device=device)
+                logits = anatomy.logits(state.hidden[at, positions])
+                values = features.compute(self.names, Observation(state, at, positions, logits)).tolist()
+                tops = logits.argmax(-1).tolist()
+                for (_, document, j), row, top in zip(deciding, values, tops, strict=True):
+                    record = self._record(document)
+                    record["features"][j].append(row)
+                    record["top"][j].append(top)
+            for r, (document, i) in enumerate(flow):
+                row = document.rows[i]
+                # the last block's scores are the requests' answers; the others' only go into the record
+                shadow = row if k == n_blocks else Row(
+                    row.tokens, row.scored, row.context, [Answer(a.request, a.continuation) for a in row.answers]
+                )  # fmt: skip
+                points = [(r, row.decision + j, shadow, j) for j in range(row.scored)]
+                hidden = state.hidden[[p[0] for p in points], [p[1] for p in points]]
+                score_points(anatomy.logits(hidden), points, self.engine.softmax_dtype)
+                for answer in shadow.answers:
+                    self._record(document)["scores"].setdefault(answer.request, []).append(answer.logprob)
+            return torch.empty(0, dtype=torch.long) if k == n_blocks else None
+
+        run_blocks(anatomy, self.engine.pad([d.rows[i].tokens for d, i in flow]), after_block, self.parts)
+
+    def _record(self, document: Document) -> dict[str, Any]:
+        key = document.rows[0].answers[0].request
+        if key not in self.records:
+            self.records[key] = {
+                "document": document,
+                "features": [[] for _ in document.deciders],
+                "top": [[] for _ in document.deciders],
+                "scores": {},
+            }
+        return self.records[key]
+
+
+def trace(
+    lm: AdaInferLM,
+    tasks: dict[str, Any],
+    output: str | Path,
+    num_fewshot: int | None = None,
+    split: str = "train",
+    limit: int | None = None,
+    seed: int = 0,
+    fewshot_seed: int = 1234,
+) -> list[Path]:
+    """Trace tasks, a file each, written when the task is done; files of an earlier, equal call are kept.
+
+    Args:
+        lm: The model; its stopper does not matter.
+        tasks: Name to lm-eval task, as ``TaskManager.load(...)["tasks"]``.
+        output: The folder.
+        num_fewshot: Shots per document; None takes the task's own number.
+        split: ``train``: the task's training split, or, where it has none, the 30% of its evaluation documents that a
+            fixed hash sets apart for fitting. ``test``: its evaluation documents without these.
+        limit: At most so many documents, drawn with ``seed``.
+        seed: Of that draw.
+        fewshot_seed: Of the shots, as ``lm_eval``'s.
+
+    Returns:
+        The files.
+
+    Raises:
+        AdaInferError: On a task that can't be traced, or a file there that an unequal call made.
+    """
+    if split not in SPLITS:
+        raise AdaInferError(f"split: {split!r} is none of {', '.join(SPLITS)}")
+    if limit is not None and limit < 1:
+        raise AdaInferError(f"limit: {limit} documents are none; give 1 or more")
+    for name, task in tasks.items():
+        if task.OUTPUT_TYPE not in ("loglikelihood", "multiple_choice"):
+            raise AdaInferError(
+                f"tasks: {name} is a {task.OUTPUT_TYPE} task; this release traces loglikelihood and multiple_choice tasks"
+            )
+    files = []
+    for name, task in tasks.items():
+        if num_fewshot is not None:
+            task.set_config(key="num_fewshot", value=num_fewshot)
+        elif task.get_config("num_fewshot") is None:
+            task.set_config(key="num_fewshot", value=0)
+        task.set_fewshot_seed(seed=fewshot_seed)
+        shots = task.get_config("num_fewshot")
+        identity = {
+            **model_identity(lm),
+            "task": name,
+            "task_version": str(task.VERSION),
+            "num_fewshot": shots,
+            "split": split,
+            "limit": limit,
+            "seed": seed,
+            "fewshot_seed": fewshot_seed,
+        }
+        path = Path(output) / f"{name}_{shots}shot_{split}.trace"
+        files.append(path)
+        if path.exists():
+            found, _ = read(path)
+            if {key: found.get(key) for key in identity} != identity:
+                raise AdaInferError(f"output: {path} holds a trace made with other settings; give another folder")
+            _logger.info("%s is there already, made with the same settings", path)
+            continue
+        doc_ids = _use_documents(task, name, split, limit, seed)
+        task.build_all_requests(limit=None, rank=0, world_size=1)
+        recorder = Recorder(lm)
+        before, lm.run_documents = lm.run_documents, recorder.run
+        try:
+            lm.loglikelihood(task.instances)
+        finally:
+            lm.run_documents = before
+        arrays = _arrays(task, recorder, doc_ids)
+        meta = {**identity, "features": list(recorder.names), "documents": len(doc_ids), "version": __version__}
+        container.write(path, "trace", VERSION, meta, arrays)
+    return files
+
+
+def model_identity(lm: AdaInferLM) -> dict[str, Any]:
+    """What a trace or a stopper says about its model."""
+    return {
+        "model": lm._model_name(),
+        "n_blocks": lm.anatomy.n_blocks,
+        "head_hash": lm.anatomy.head_hash(),
+        "max_length": lm.max_length,
+    }
+
+
+def read(path: str | Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """Meta and arrays of a trace file.
+
+    Raises:
+        AdaInferError: Where it is missing, damaged or no trace.
+    """
+    return container.read(path, "trace", VERSION, "trace")
+
+
+def in_fitting_part(doc: Any) -> bool:
+    """Whether a document of a task without training split is among the 30% for fitting (``metrics.md``, Splits)."""
+    return stable_hash("split", canonical_json(doc)) % 100 < _FIT_PERCENT
+
+
+def _use_documents(task: Any, name: str, split: str, limit: int | None, seed: int) -> list[int]:
+    """Make the task evaluate these documents; returns their indices in the split they come from."""
+    has_training = task.has_training_docs()
+    docs = task.training_docs() if split == "train" and has_training else task.eval_docs
+    indices = list(range(len(docs)))
+    if not has_training:
+        indices = [i for i in indices if in_fitting_part(docs[i]) == (split == "train")]
+    if limit is not None and limit < len(indices):
+        indices = sorted(Random(seed).sample(indices, limit))
+    if not indices:
+        raise AdaInferError(f"tasks: {name} has no documents for split={split}")
+    chosen = [docs[i] for i in indices]
+    task.has_test_docs, task.test_docs = (lambda: True), (lambda: chosen)
+    # lm-eval excludes a document from its own shots only where it believes the two splits to be the same
+    if hasattr(task, "fewshot_cfg"):
+        task.config.test_split = task.fewshot_cfg.split
+    return indices
+
+
+def _arrays(task: Any, recorder: Recorder, doc_ids: Sequence[int]) -> dict[str, np.ndarray]:
+    rows = []
+    for key in sorted(recorder.records):
+        record = recorder.records[key]
+        document: Document = record["document"]
+        first = task.instances[key]
+        gold = _gold(task, first.doc)
+        for j, decider in enumerate(document.deciders):
+            answers = sorted(
+                (a for row in document.rows if row.context == j for a in row.answers), key=lambda a: a.request
+            )
+            numbers = [task.instances[a.request].idx for a in answers]
+            golds = [a.continuation[0] for a, n in zip(answers, numbers, strict=True) if n == gold]
+            rows.append(
+                {
+                    "features": record["features"][j],
+                    "top_token": record["top"][j],
+                    "scores": [record["scores"][a.request] for a in answers],
+                    "request": numbers,
+                    "gold": gold,
+                    "gold_token": golds[0] if golds else -1,
+                    "prompt_tokens": document.rows[decider].decision + 1,
+                    "doc_id": doc_ids[first.doc_id],
+                }
+            )
+    if not rows:
+        raise AdaInferError(f"tasks: no document of {task.config.task} has a context, so there is no decision to trace")
+    width, n_blocks = max(len(row["request"]) for row in rows), len(rows[0]["top_token"])
+    scores = np.full((len(rows), n_blocks, width), np.nan, dtype=np.float32)
+    request = np.full((len(rows), width), -1, dtype=np.int16)
+    for n, row in enumerate(rows):
+        scores[n, :, : len(row["scores"])] = np.array(row["scores"]).T
+        request[n, : len(row["request"])] = row["request"]
+    kinds: dict[str, Callable] = {
+        "features": np.float32, "top_token": np.int32, "gold": np.int16, "gold_token": np.int32,
+        "prompt_tokens": np.int32, "doc_id": np.int64,
+    }  # fmt: skip
+    plain = {name: np.array([row[name] for row in rows], dtype=kind) for name, kind in kinds.items()}
+    return {**plain, "scores": scores, "request": request}
+
+
+def _gold(task: Any, doc: Any) -> int:
+    """The gold request's index: the only one, or the target among the choices; -1 where there is no single one."""
+    if task.OUTPUT_TYPE == "loglikelihood":
+        return 0
+    target = task.doc_to_target(doc)
+    if getattr(task, "multiple_input", 0):
+        target = task.doc_to_text(doc)  # there the gold is an index into the contexts
+    if isinstance(target, (list, tuple)):
+        target = target[0] if target else -1
+    if isinstance(target, str):
+        choices = task.doc_to_choice(doc)
+        target = choices.index(target) if target in choices else -1
+    return target if isinstance(target, int) else -1
