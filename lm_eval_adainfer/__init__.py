@@ -9,7 +9,7 @@ __version__ = "0.1.0"
 __all__ = ["AdaInferLM", "__version__"]
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> object:
     if name == "AdaInferLM":
         from lm_eval_adainfer.model import AdaInferLM
 

@@ -22,6 +22,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from lm_eval_adainfer.errors import UnsupportedModelError
 
 _PROBE_TOKENS = 5
+_Call = tuple[int, Any, Any]  # module id, (args, kwargs), output
 
 
 class _HeadInput(BaseModelOutputWithPast):
@@ -96,9 +97,10 @@ class Anatomy:
         Raises:
             UnsupportedModelError: Where the structure does not allow early exit, saying why.
         """
-        self.model = model.get_base_model() if hasattr(model, "get_base_model") else model
-        config = getattr(self.model, "config", None)
-        self.config = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
+        unwrap = getattr(model, "get_base_model", None)  # PEFT; the adapters stay in place
+        self.model: Any = unwrap() if callable(unwrap) else model
+        config: Any = getattr(self.model, "config", None)
+        self.config: Any = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
         self.name = type(self.model).__name__
         if getattr(config, "is_encoder_decoder", False):
             raise UnsupportedModelError(
@@ -125,18 +127,13 @@ class Anatomy:
         holders = {id(m): (name, m) for name, m in self.model.named_modules() if name in prefixes}
         children = {id(c): c for _, h in holders.values() for c in h.children() if id(c) not in watched}
 
-        calls: list[tuple[int, Any, Any]] = []  # (module id, arguments, output) in order of completion
+        calls: list[_Call] = []  # in order of completion
         shapes: dict[int, dict[tuple[int, str], tuple[int, ...]]] = {2: {}, 3: {}}
         for batch in (2, 3):
             calls.clear()
             with ExitStack() as stack:
                 for module in {**watched, **{i: m for i, (_, m) in holders.items()}, **children}.values():
-                    stack.enter_context(
-                        _hook(
-                            module,
-                            lambda m, args, kwargs, out: calls.append((id(m), (list(args), dict(kwargs)), out)),
-                        )
-                    )
+                    stack.enter_context(_recorded(module, calls))
                 ids = self.probe_ids(batch)
                 logits = self.model(input_ids=ids, use_cache=False).logits
             if batch == 2:
@@ -144,22 +141,25 @@ class Anatomy:
             number = {id(block): k for k, block in enumerate(self.blocks, start=1)}
             for module_id, arguments, _ in calls:
                 if (k := number.get(module_id)) is not None:
-                    walk(list(arguments), lambda path, x, k=k: shapes[batch].__setitem__((k, path), tuple(x.shape)))
+                    shapes[batch].update({(k, path): tuple(x.shape) for path, x in _tensors(list(arguments))})
         self.batch_rule = BatchRule(_batch_factors(shapes[2], shapes[3]))
 
-        block_calls = [(a, o) for i, a, o in calls if i in number]
-        last = hidden_of(block_calls[-1][1])
-        base = next((i, o) for i, _, o in reversed(calls) if i in holders and _last_hidden(o) is not None)
-        self._base = holders[base[0]][1]
-        self._tail = self._chain(last, _last_hidden(base[1]), [(children[i], a, o) for i, a, o in calls if i in children])
+        last = hidden_of(next(o for i, _, o in reversed(calls) if i in number))
+        base, end = next(
+            (holders[i][1], x) for i, _, o in reversed(calls) if i in holders and (x := _last_hidden(o)) is not None
+        )
+        self._base = base
+        self._tail = self._chain(last, end, [(children[i], a, o) for i, a, o in calls if i in children])
         self.vocab_size = int(logits.shape[-1])
-        self.hidden_size = int(_last_hidden(base[1]).shape[-1])
+        self.hidden_size = int(end.shape[-1])
         self.block_hidden_size = int(last.shape[-1])
 
         again = self.logits(last[:, -1, :])
         worst = (again.float() - logits[:, -1, :].float()).abs().max().item()
         if not worst <= tolerance(logits):
-            raise self._unsupported(f"its final norm and output head could not be separated (logits off by {worst:.2g})")
+            raise self._unsupported(
+                f"its final norm and output head could not be separated (logits off by {worst:.2g})"
+            )
 
     def probe_ids(self, batch: int) -> Tensor:
         """Token ids [batch, 5] for a probe forward: different rows, deterministic, valid for any vocabulary."""
@@ -185,22 +185,23 @@ class Anatomy:
             raise self._unsupported(f"it has no list of {n_layers} decoder blocks")
         return sorted(found, key=lambda item: (item[0].count("."), -len(item[1])))
 
-    def _choose_blocks(self, candidates, calls) -> list[nn.Module]:
+    def _choose_blocks(
+        self, candidates: Sequence[tuple[str, nn.ModuleList]], calls: Sequence[_Call]
+    ) -> list[nn.Module]:
         """The first candidate whose modules each ran once, in order, each on its predecessor's output."""
         for _, blocks in candidates:
             ids = [id(block) for block in blocks]
             mine = [(i, a, o) for i, a, o in calls if i in set(ids)]
             if [i for i, _, _ in mine] != ids:
                 continue
-            states = [(_hidden_argument(a), hidden_of(o)) for _, a, o in mine]
-            shape = states[0][1].shape
-            if any(x is None or y.shape != shape or y.dim() != 3 for x, y in states):
+            inputs, outputs = [_hidden_argument(a) for _, a, _ in mine], [hidden_of(o) for _, _, o in mine]
+            if any(y.shape != outputs[0].shape or y.dim() != 3 for y in outputs):
                 continue
-            if all(torch.equal(states[k][1], states[k + 1][0]) for k in range(len(states) - 1)):
+            if all(x is not None and torch.equal(x, y) for x, y in zip(inputs[1:], outputs[:-1], strict=True)):
                 return list(blocks)
         raise self._unsupported("its decoder blocks do not run once each, in order, on the previous block's output")
 
-    def _chain(self, start: Tensor, end: Tensor, calls) -> list[nn.Module]:
+    def _chain(self, start: Tensor, end: Tensor, calls: Sequence[tuple[nn.Module, Any, Any]]) -> list[nn.Module]:
         """The modules that led from the last block's output to the base model's output (final norm, projection)."""
         chain, current = [], start
         for module, arguments, output in calls:
@@ -264,7 +265,12 @@ class Anatomy:
         for hint in names:
             for name, child in block.named_children():
                 lowered, kind = name.lower(), type(child).__name__.lower()
-                if (hint in lowered or hint in kind) and "norm" not in lowered and "norm" not in kind and _has_weights(child):
+                if (
+                    (hint in lowered or hint in kind)
+                    and "norm" not in lowered
+                    and "norm" not in kind
+                    and _has_weights(child)
+                ):
                     return child
         linear = [child for child in block.children() if is_linear(child)]
         if which == "mlp" and linear:
@@ -277,15 +283,14 @@ class Anatomy:
         active = getattr(self.config, "num_experts_per_tok", None)
         total = 0.0
         for name, module in block.named_modules():
-            routed = "experts" in name.split(".") and active
+            routed = active if "experts" in name.split(".") else None
             if is_linear(module):
-                count = float(_linear_size(module))
                 siblings = _expert_count(self.config)
-                total += count * active / siblings if routed and siblings else count
+                total += _linear_size(module) * (routed / siblings if routed and siblings else 1.0)
             elif routed:  # fused experts: one parameter [experts, in, out]
                 for parameter in module.parameters(recurse=False):
                     if parameter.dim() == 3:
-                        total += parameter.numel() * active / parameter.shape[0]
+                        total += parameter.numel() * routed / parameter.shape[0]
         return round(total)
 
     def _attention_width(self, block: nn.Module) -> int:
@@ -327,6 +332,13 @@ def _has_weights(module: nn.Module) -> bool:
     return any(True for _ in module.parameters())
 
 
+def _tensors(arguments: Any) -> list[tuple[str, Tensor]]:
+    """Every tensor in nested arguments, with its path."""
+    found: list[tuple[str, Tensor]] = []
+    walk(arguments, lambda path, x: found.append((path, x)))
+    return found
+
+
 def _ancestors(name: str) -> Iterator[str]:
     """``model.decoder.layers`` -> ``model.decoder``, ``model`` (the model itself, ``""``, is left out)."""
     while "." in name:
@@ -360,8 +372,13 @@ def _batch_factors(two: dict, three: dict) -> dict[tuple[int, str], int]:
 
 
 @contextmanager
-def _hook(module: nn.Module, act: Callable) -> Iterator[None]:
-    handle = module.register_forward_hook(act, with_kwargs=True)
+def _recorded(module: nn.Module, calls: list[_Call]) -> Iterator[None]:
+    """Append every call of the module."""
+
+    def record(m: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        calls.append((id(m), (list(args), dict(kwargs)), output))
+
+    handle = module.register_forward_hook(record, with_kwargs=True)
     try:
         yield
     finally:

@@ -58,6 +58,7 @@ class LogLikelihood(tuple):
     top1: bool
 
     def __new__(cls, logprob: float, is_greedy: bool, trace: ExitTrace, top1: bool) -> LogLikelihood:
+        """Pair the answer with its trace."""
         self = super().__new__(cls, (logprob, is_greedy))
         self.trace, self.top1 = trace, top1
         return self
@@ -72,6 +73,7 @@ class Rolling(float):
     trace: ExitTrace
 
     def __new__(cls, logprob: float, trace: ExitTrace) -> Rolling:
+        """Pair the number with its trace."""
         self = super().__new__(cls, logprob)
         self.trace = trace
         return self
@@ -86,6 +88,7 @@ class Text(str):
     trace: ExitTrace | None
 
     def __new__(cls, value: Any = "", trace: ExitTrace | None = None) -> Text:
+        """As ``str(value)``, with a trace."""
         self = super().__new__(cls, value)
         self.trace = trace
         return self

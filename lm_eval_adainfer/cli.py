@@ -78,7 +78,7 @@ def _parser() -> argparse.ArgumentParser:
         "--label",
         default="final",
         choices=["final", "gold"],
-        help="positive where the block's top token is the last block's (final, Eq. 1) or the gold answer's first (gold)",
+        help="positive where the block's top token is the last block's (final, Eq. 1) or the gold answer's (gold)",
     )
     svm.add_argument("--features", default="gap,top_prob", help="feature names, separated by commas")
     svm.add_argument(
@@ -130,7 +130,9 @@ def load_tasks(manager: Any, names: list[str]) -> dict[str, Any]:
     matched = manager.match_tasks(names)
     unknown = [name for name in names if "*" not in name and name not in matched]
     if unknown or not matched:
-        raise AdaInferError(f"tasks: {(unknown or names)[0]!r} is no task that lm-eval knows; `lm_eval ls tasks` lists them")
+        raise AdaInferError(
+            f"tasks: {(unknown or names)[0]!r} is no task that lm-eval knows; `lm_eval ls tasks` lists them"
+        )
     return manager.load(matched)["tasks"]
 
 

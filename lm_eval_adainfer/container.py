@@ -91,7 +91,7 @@ def read(path: str | Path, what: str, version: int, argument: str) -> tuple[dict
         raise AdaInferError(
             f"{argument}: {path} is a pickle, which could run code when loaded, so it is not opened; make a stopper "
             "from a fitted SVC in Python with lm_eval_adainfer.strategies.svm.SVMStopper.from_sklearn(svc, "
-            "features=(\"gap\", \"top_prob\")) and lm_eval_adainfer.strategies.artifact.save(stopper, \"svm.pkl\")"
+            'features=("gap", "top_prob")) and lm_eval_adainfer.strategies.artifact.save(stopper, "svm.pkl")'
         )
     if len(start) < 9 or start[8:9] != b"{" or int.from_bytes(start[:8], "little") > _MAX_HEADER:
         raise AdaInferError(f"{argument}: {path} is no {what} file; give one that adainfer wrote")
@@ -99,7 +99,9 @@ def read(path: str | Path, what: str, version: int, argument: str) -> tuple[dict
         with safe_open(path, framework="np") as file:
             header = json.loads((file.metadata() or {}).get(_KEY, "null"))
             if not isinstance(header, dict) or not isinstance(header.get("meta"), dict):
-                raise AdaInferError(f"{argument}: {path} is a safetensors file, but no {what}; give one that adainfer wrote")
+                raise AdaInferError(
+                    f"{argument}: {path} is a safetensors file, but no {what}; give one that adainfer wrote"
+                )
             if header.get("what") != what:
                 raise AdaInferError(f"{argument}: {path} holds a {header.get('what')}, not a {what}")
             if header.get("version") != version:

@@ -37,7 +37,7 @@ class FlopCounter:
         return float(self._head_row * rows)
 
     def decisions(self, n: int) -> float:
-        """n decisions of the stopper."""
+        """N decisions of the stopper."""
         return float(self._stopper * n)
 
     def flops_ratio(self, layer: float, prompt_tokens: float) -> float:

@@ -55,18 +55,23 @@ def examples(
     check_names(features, "features")
     if label not in LABELS:
         raise AdaInferError(f"label: {label!r} is none of {', '.join(LABELS)}")
-    xs, ys, metas = [], [], []
+    xs, ys = [], []
+    metas: list[dict[str, Any]] = []
     for file in files:
         meta, arrays = tracing.read(file)
         if metas and (meta["n_blocks"], meta["head_hash"]) != (metas[0]["n_blocks"], metas[0]["head_hash"]):
-            raise AdaInferError(f"traces: {file} is of {meta['model']}, the others of {metas[0]['model']}; fit one model at a time")
+            raise AdaInferError(
+                f"traces: {file} is of {meta['model']}, the others of {metas[0]['model']}; fit one model at a time"
+            )
         missing = [name for name in features if name not in meta["features"]]
         if missing:
             raise AdaInferError(f"features: {file} has no {missing[0]}; it has {', '.join(meta['features'])}")
         columns = [meta["features"].index(name) for name in features]
         x = arrays["features"][:, :, columns].astype(np.float64)
         if not np.isfinite(x).all():
-            raise AdaInferError(f"traces: {file} holds NaN or infinite features; trace in a dtype that does not overflow")
+            raise AdaInferError(
+                f"traces: {file} holds NaN or infinite features; trace in a dtype that does not overflow"
+            )
         top = arrays["top_token"]
         goal = top[:, -1] if label == "final" else arrays["gold_token"]
         known = goal >= 0
@@ -112,7 +117,9 @@ def fit_svm(
         x, y = x[chosen], y[chosen]
     if len(set(y.tolist())) < 2:
         always = "stop" if y[0] else "go on"
-        raise AdaInferError(f"traces: every one of the {len(y)} examples says {always}; trace more documents or other tasks")
+        raise AdaInferError(
+            f"traces: every one of the {len(y)} examples says {always}; trace more documents or other tasks"
+        )
     info = {
         **{key: metas[0][key] for key in ("model", "n_blocks", "head_hash")},
         "tasks": sorted({meta["task"] for meta in metas}),

@@ -167,4 +167,3 @@ def verify(anatomy: Anatomy) -> None:
         raise UnsupportedModelError(
             f"pretrained: {anatomy.name} is not supported for early exit: rows of a batch change when others leave it"
         )
-

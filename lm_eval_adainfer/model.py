@@ -69,7 +69,9 @@ class AdaInferLM(HFLM):
             raise AdaInferError("backend: seq2seq is not supported; adainfer needs a decoder-only model")
         if pretrained == DEMO:
             if not paths.demo_model().is_dir():
-                raise AdaInferError(f"pretrained: {DEMO} is not in this installation; install the package from its wheel")
+                raise AdaInferError(
+                    f"pretrained: {DEMO} is not in this installation; install the package from its wheel"
+                )
             pretrained = str(paths.demo_model())
         kwargs.setdefault("device", "cuda" if torch.cuda.is_available() else "cpu")
         self._pretrained_name = DEMO if pretrained == str(paths.demo_model()) else pretrained

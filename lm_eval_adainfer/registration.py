@@ -12,12 +12,13 @@ import functools
 import importlib.abc
 import importlib.machinery
 import sys
+from typing import Any
 
 MODEL_NAME = "adainfer"
 MODEL_TARGET = "lm_eval_adainfer.model:AdaInferLM"
 
 
-def _register_model(module) -> None:
+def _register_model(module: Any) -> None:
     """Register by string: the model's module (and torch) loads only when somebody asks for it."""
     from lm_eval.api import registry
 
@@ -27,7 +28,7 @@ def _register_model(module) -> None:
         registry.model_registry.register(MODEL_NAME, target=MODEL_TARGET)
 
 
-def _add_tasks(module) -> None:
+def _add_tasks(module: Any) -> None:
     """Let every TaskManager that loads the stock tasks see ours too, behind them and before the user's paths."""
     manager = module.TaskManager
     original = manager.__init__

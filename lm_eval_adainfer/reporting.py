@@ -67,9 +67,7 @@ def _wrap(evaluate: Callable[..., Any]) -> Callable[..., Any]:
             for group in groups.values():
                 stack.enter_context(_group_metrics(group, tasks))
             results = evaluate(lm, task_dict, *args, **kwargs)
-        gathered = model.gather_object(
-            ({name: watch.documents for name, watch in watches.items()}, model.totals())
-        )
+        gathered = model.gather_object(({name: watch.documents for name, watch in watches.items()}, model.totals()))
         if gathered is not None and model.rank == 0:
             documents = {name: _merge([part[0][name] for part in gathered]) for name in watches}
             model.run_totals = _add_up([part[1] for part in gathered])
@@ -189,7 +187,8 @@ def _group_metrics(group: Group, tasks: dict[str, Any]) -> Iterator[None]:
         return
     members = [task for task in group.get_all_tasks() if task.task_name in tasks]
     top1 = all(
-        task.OUTPUT_TYPE == "multiple_choice" and not getattr(task, "multiple_input", 0)
+        (task.OUTPUT_TYPE == "multiple_choice"
+        and not getattr(task, "multiple_input", 0))
         or task.OUTPUT_TYPE == "loglikelihood"
         for task in members
     )
@@ -212,9 +211,9 @@ def _merge(parts: Sequence[dict[int, dict[str, Any]]]) -> dict[int, dict[str, An
 
 def _add_up(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Totals over processes; they work side by side, so of the seconds the longest count."""
-    return {
-        name: (max if name.startswith("seconds") else sum)(part[name] for part in parts) for name in parts[0]
-    } | ({"processes": len(parts)} if len(parts) > 1 else {})
+    return {name: (max if name.startswith("seconds") else sum)(part[name] for part in parts) for name in parts[0]} | (
+        {"processes": len(parts)} if len(parts) > 1 else {}
+    )
 
 
 def _finish(results: dict[str, Any], documents: dict[str, dict[int, dict[str, Any]]], groups: dict[str, Group]) -> None:
@@ -225,8 +224,9 @@ def _finish(results: dict[str, Any], documents: dict[str, dict[int, dict[str, An
     for section in ("results", "groups"):
         for name, row in results.get(section, {}).items():
             found = layers.get(name) or pooled.get(name)
-            keys = [key for key in row if key.startswith("exit_layer,")]
-            for key in keys if found else []:
+            if not found:
+                continue
+            for key in [key for key in row if key.startswith("exit_layer,")]:
                 suffix = key.partition(",")[2]
                 row[f"{VARIANCE},{suffix}"] = population_variance(found)
                 row[f"{VARIANCE}_stderr,{suffix}"] = "N/A"

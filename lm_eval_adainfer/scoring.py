@@ -197,7 +197,7 @@ class Engine:
         needs_head = asked and features.needs_head(self.stopper.features)
         logits = None
         stops: list[bool] = []
-        if points and (asked and self.stopper.features or self.logged_features):
+        if points and ((asked and self.stopper.features) or self.logged_features):
             rows = torch.tensor([p[2] for p in points], device=state.hidden.device)
             positions = torch.tensor([p[3] for p in points], device=state.hidden.device)
             if needs_head or self.logged_features:

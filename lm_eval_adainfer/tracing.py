@@ -18,7 +18,7 @@ doc_id           [N] int64          the document's index in its split
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING, Any
@@ -141,7 +141,7 @@ def trace(
     for name, task in tasks.items():
         if task.OUTPUT_TYPE not in ("loglikelihood", "multiple_choice"):
             raise AdaInferError(
-                f"tasks: {name} is a {task.OUTPUT_TYPE} task; this release traces loglikelihood and multiple_choice tasks"
+                f"tasks: {name} is a {task.OUTPUT_TYPE} task; only loglikelihood and multiple_choice tasks are traced"
             )
     files = []
     for name, task in tasks.items():
@@ -259,7 +259,7 @@ def _arrays(task: Any, recorder: Recorder, doc_ids: Sequence[int]) -> dict[str, 
     for n, row in enumerate(rows):
         scores[n, :, : len(row["scores"])] = np.array(row["scores"]).T
         request[n, : len(row["request"])] = row["request"]
-    kinds: dict[str, Callable] = {
+    kinds: dict[str, Any] = {
         "features": np.float32, "top_token": np.int32, "gold": np.int16, "gold_token": np.int32,
         "prompt_tokens": np.int32, "doc_id": np.int64,
     }  # fmt: skip

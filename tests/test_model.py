@@ -95,8 +95,14 @@ def expected_exit(model, lm, contexts, threshold, checked):
 
 @pytest.mark.parametrize("shared_context", [True, False])
 @pytest.mark.parametrize("batch_size", [1, 3, 32])
-@pytest.mark.parametrize(("options", "checked"), [({}, (1, 2, 3, 4)), ({"check_layers": "every:2", "min_layer": 2}, (2, 4)),
-                                                  ({"check_layers": "2+3"}, (2, 3))])  # fmt: skip
+@pytest.mark.parametrize(
+    ("options", "checked"),
+    [
+        ({}, (1, 2, 3, 4)),
+        ({"check_layers": "every:2", "min_layer": 2}, (2, 4)),
+        ({"check_layers": "2+3"}, (2, 3)),
+    ],
+)
 def test_one_decision_per_document(shared_context, batch_size, options, checked, tokenizer):
     model = make_model("llama", vocab_size=257)
     lm = lm_of(model, tokenizer, stopper="gap:0.3", batch_size=batch_size, **options)
@@ -122,7 +128,9 @@ def test_results_do_not_depend_on_order_batch_size_or_limit(tokenizer):
     variants = [(list(reversed(asked)), 2), (asked[:11], 7), (random.Random(1).sample(asked, len(asked)), "auto")]
     for subset, size in variants:
         kept = {r.doc_id for r in asked} - ({asked[11].doc_id} if len(subset) == 11 else set())
-        answers = lm_of(model, tokenizer, stopper="gap:0.3", batch_size=size, max_batch_size=8).loglikelihood(subset, True)
+        answers = lm_of(model, tokenizer, stopper="gap:0.3", batch_size=size, max_batch_size=8).loglikelihood(
+            subset, True
+        )
         for r, a in zip(subset, answers, strict=True):
             if r.doc_id in kept:
                 logprob, greedy, layer = expected[r.doc_id, r.idx]
@@ -141,13 +149,18 @@ def test_left_truncation_moves_the_decision(tokenizer):
     layer = expected_exit(model, lm, [first], 0.3, (1, 2, 3, 4))
     for (context, continuation), answer in zip(pairs, answers, strict=True):
         assert answer.trace.exit_layer == layer
-        assert answer[0] == pytest.approx(score(model, lm.anatomy.blocks, context, continuation, layer, 12)[0], abs=1e-4)
+        assert answer[0] == pytest.approx(
+            score(model, lm.anatomy.blocks, context, continuation, layer, 12)[0], abs=1e-4
+        )
 
 
 def test_empty_context_follows_its_document_and_has_no_decision_of_its_own(tokenizer):
     model = make_model("llama", vocab_size=257)
     lm = lm_of(model, tokenizer, stopper="gap:0.3")
-    asked = [instance(c, w, 0, idx=i) for i, (c, w) in enumerate([("a fox", " x"), ("a fox", " yes"), ("", " x"), ("", " yes")])]
+    asked = [
+        instance(c, w, 0, idx=i)
+        for i, (c, w) in enumerate([("a fox", " x"), ("a fox", " yes"), ("", " x"), ("", " yes")])
+    ]
     asked.append(instance("", " alone", 1))
     answers = lm.loglikelihood(asked, True)
     layer = expected_exit(model, lm, [lm._encode_pair("a fox", " x")[0]], 0.3, (1, 2, 3, 4))
@@ -162,7 +175,7 @@ def test_empty_context_follows_its_document_and_has_no_decision_of_its_own(token
 
 @pytest.mark.parametrize("logits_cache", [True, False])
 def test_one_row_answers_all_one_token_choices_and_contexts_are_kept_apart(tokenizer, logits_cache):
-    """" ab" + "c" and " a" + "bc" are one token row, but two decisions at different positions."""
+    """ " ab" + "c" and " a" + "bc" are one token row, but two decisions at different positions."""
     model = make_model("llama", vocab_size=257)
     lm = lm_of(model, tokenizer, stopper="gap:0.3", logits_cache=logits_cache)
     asked = [instance("the ab", "c", 0), instance("the ab", "d", 0, idx=1), instance("the a", "bc", 1)]
@@ -172,7 +185,9 @@ def test_one_row_answers_all_one_token_choices_and_contexts_are_kept_apart(token
         context, continuation = lm._encode_pair(*request.args)
         layer = expected_exit(model, lm, [context], 0.3, (1, 2, 3, 4))
         assert answer.trace.exit_layer == layer
-        assert answer[0] == pytest.approx(score(model, lm.anatomy.blocks, context, continuation, layer, 64)[0], abs=1e-4)
+        assert answer[0] == pytest.approx(
+            score(model, lm.anatomy.blocks, context, continuation, layer, 64)[0], abs=1e-4
+        )
 
 
 @pytest.mark.parametrize("stopper", ["none", "gap:0.3", "fixed:2"])
@@ -214,7 +229,10 @@ def test_rolling_scores_every_token_at_its_own_block(tokenizer, stopper):
 
 def test_generation_runs_dense_and_says_so(tokenizer):
     model = make_model("llama", vocab_size=257)
-    asked = [instance(t, {"until": ["\n"], "max_gen_toks": 5}, n, kind="generate_until") for n, t in enumerate(["ab", "cde f"])]
+    asked = [
+        instance(t, {"until": ["\n"], "max_gen_toks": 5}, n, kind="generate_until")
+        for n, t in enumerate(["ab", "cde f"])
+    ]
     stock = HFLM(pretrained=model, tokenizer=tokenizer, max_length=64, batch_size=2).generate_until(asked, True)
     ours = lm_of(model, tokenizer, stopper="gap:0.1", batch_size=2).generate_until(asked, True)
     assert ours == stock

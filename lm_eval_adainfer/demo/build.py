@@ -34,7 +34,7 @@ SHARES = {
     "sentiment": 1.0, "topic": 1.0, "fact": 2.0, "order": 2.0, "odd_one_out": 2.0, "plural": 1.5,
 }  # fmt: skip
 """How often each task is drawn, hard ones more often."""
-LENGTHS = ((128, 0.7), (256, 0.2), (512, 0.1))
+LENGTHS = {128: 0.7, 256: 0.2, 512: 0.1}
 """Sequence lengths and how often a step uses each: short ones are cheap, long ones teach many shots."""
 TOKENS_PER_STEP = 3072
 ANSWER, SEPARATOR, REST = 1.0, 0.3, 0.1
@@ -134,7 +134,7 @@ class Batches:
 
     def draw(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Draw `(tokens, weights)`, both `[sequences, length]`."""
-        length = self.rng.choices(*zip(*LENGTHS, strict=True))[0]
+        length = self.rng.choices(list(LENGTHS), list(LENGTHS.values()))[0]
         tasks = self.rng.choices(list(SHARES), list(SHARES.values()), k=TOKENS_PER_STEP // length)
         rows = [self._sequence(self.examples[task], length) for task in tasks]
         return torch.tensor([r[0] for r in rows]), torch.tensor([r[1] for r in rows])
@@ -234,7 +234,7 @@ def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, table: dic
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}-") as beside:
         new, old = Path(beside) / "new", Path(beside) / "old"
-        model.to(torch.float16).save_pretrained(new)
+        model.half().save_pretrained(new)
         tokenizer.save_pretrained(new)
         (new / "accuracy.json").write_text(json.dumps(table, indent=1) + "\n")
         if output.exists():
@@ -255,7 +255,7 @@ def build(output: Path, budget: Budget, seed: int, start: Path | None = None) ->
     output.parent.mkdir(parents=True, exist_ok=True)
     train(model, Batches(tokenizer, seed), budget, checkpoint)
     # float16 is what ships, so that is what the table is about; computed in float32, as CPUs do it fastest.
-    model.to(torch.float16).float()
+    model.half().float()
     save(model, tokenizer, report(model, tokenizer), output)
     checkpoint.unlink(missing_ok=True)
     log.info("saved %s", output)

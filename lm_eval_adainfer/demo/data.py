@@ -132,11 +132,6 @@ def load(task: str) -> datasets.DatasetDict:
     )
 
 
-def dataset(demo_task: str, **_: object) -> datasets.DatasetDict:
-    """Answer lm-eval's `custom_dataset` call: `demo_task` from `dataset_kwargs`, metadata ignored."""
-    return load(demo_task)
-
-
 def prompt(question: str) -> str:
     """Give the context of a question, as the model was trained on it and as the task files write it."""
     return f"Q: {question}\nA:"
@@ -145,7 +140,8 @@ def prompt(question: str) -> str:
 def _split(task: str, rows: Iterable[Row]) -> tuple[list[Row], list[Row]]:
     """Drop repeated questions, then part the rows by the hash of their key."""
     unique = {row[0]: row for row in rows}
-    train, held_out = [], []
+    train: list[Row] = []
+    held_out: list[Row] = []
     for row in unique.values():
         (held_out if _hash(f"{task}:{row[3]}") % 100 < _TEST_PERCENT[task] else train).append(row)
     # In hash order rather than in generation order: `--limit` then takes a fair sample.

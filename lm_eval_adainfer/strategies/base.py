@@ -96,7 +96,9 @@ def _block_number(argument: str, value: Any, n_blocks: int) -> int:
     except ValueError:
         raise AdaInferError(f"{argument}: {value!r} is no block number; give 1 to {n_blocks}") from None
     if not 1 <= number <= n_blocks:
-        raise AdaInferError(f"{argument}: block {number} does not exist in a model of {n_blocks} blocks; give 1 to {n_blocks}")
+        raise AdaInferError(
+            f"{argument}: block {number} does not exist in a model of {n_blocks} blocks; give 1 to {n_blocks}"
+        )
     return number
 
 
