@@ -31,6 +31,8 @@ def report_errors_in_one_sentence() -> None:
     def hook(kind, error, traceback):
         if isinstance(error, AdaInferError):
             print(f"adainfer: error: {error}", file=sys.stderr)
+        elif kind is ValueError and str(error).startswith("Tasks not found: "):  # lm-eval's words for a wrong --tasks
+            print(f"adainfer: error: tasks: {error}; `lm_eval ls tasks` lists what there is", file=sys.stderr)
         else:
             previous(kind, error, traceback)
 

@@ -8,11 +8,12 @@ imports lm-eval, and nothing happens in processes that never do. Newer lm-eval r
 
 from __future__ import annotations
 
-import functools
-import importlib.abc
-import importlib.machinery
 import sys
-from typing import Any
+from importlib.machinery import PathFinder
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:  # typing itself would be the slowest line of this file, and it runs at every start of Python
+    from typing import Any
 
 MODEL_NAME = "adainfer"
 MODEL_TARGET = "lm_eval_adainfer.model:AdaInferLM"
@@ -35,7 +36,6 @@ def _add_tasks(module: Any) -> None:
     if getattr(original, "adainfer", False):
         return
 
-    @functools.wraps(original)
     def __init__(self, verbosity=None, include_path=None, include_defaults=True, *args, **kwargs):
         from lm_eval_adainfer.paths import task_configs
 
@@ -46,14 +46,18 @@ def _add_tasks(module: Any) -> None:
         original(self, verbosity, paths, include_defaults, *args, **kwargs)
         self.include_path = include_path
 
-    __init__.adainfer = True  # type: ignore[attr-defined]
+    __init__.__doc__, __init__.adainfer = original.__doc__, True  # type: ignore[attr-defined]
     manager.__init__ = __init__
+    if MODEL_NAME in sys.argv or f"--model={MODEL_NAME}" in sys.argv:
+        from lm_eval_adainfer.errors import report_errors_in_one_sentence
+
+        report_errors_in_one_sentence()
 
 
 _AFTER_IMPORT = {"lm_eval.models": _register_model, "lm_eval.tasks.manager": _add_tasks}
 
 
-class _Loader(importlib.abc.Loader):
+class _Loader:
     """Runs the real loader, then our few lines."""
 
     def __init__(self, loader):
@@ -70,13 +74,13 @@ class _Loader(importlib.abc.Loader):
         return getattr(self._loader, name)
 
 
-class _Finder(importlib.abc.MetaPathFinder):
+class _Finder:
     def find_spec(self, fullname, path, target=None):
         if fullname not in _AFTER_IMPORT:
             return None
-        spec = importlib.machinery.PathFinder.find_spec(fullname, path)
+        spec = PathFinder.find_spec(fullname, path)
         if spec is not None and spec.loader is not None:
-            spec.loader = _Loader(spec.loader)
+            spec.loader = _Loader(spec.loader)  # type: ignore[assignment]
         return spec
 
 
