@@ -100,7 +100,8 @@ def test_every_fact_of_the_test_split_is_asked_in_train_in_other_words() -> None
 
 
 @pytest.mark.parametrize(
-    ("noun", "expected"), [("fox", "foxes"), ("berry", "berries"), ("leaf", "leaves"), ("cat", "cats"), ("ash", "ashes")]
+    ("noun", "expected"),
+    [("fox", "foxes"), ("berry", "berries"), ("leaf", "leaves"), ("cat", "cats"), ("ash", "ashes")],
 )
 def test_plural_follows_the_english_rule(noun: str, expected: str) -> None:
     assert data.plural(noun) == expected

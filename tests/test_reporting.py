@@ -1,0 +1,225 @@
+"""Exit statistics beside the task's metrics, through lm-eval's own evaluate (written for lm-eval 0.4.13)."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import make_model
+from lm_eval import simple_evaluate
+from lm_eval.tasks import TaskManager
+
+from lm_eval_adainfer import paths
+from lm_eval_adainfer.errors import AdaInferError
+from lm_eval_adainfer.model import AdaInferLM
+
+TASKS = ["adainfer_demo"]
+MEANS = ["exit_layer", "pruning_ratio", "flops_ratio", "flops_ratio_total", "layers_run"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, tokenizer):
+    """A tiny model on disk, as a user would name it."""
+    where = tmp_path_factory.mktemp("model")
+    make_model("llama", vocab_size=257, max_position_embeddings=1024).save_pretrained(where)
+    tokenizer.save_pretrained(where)
+    return where
+
+
+@pytest.fixture(scope="module")
+def manager():
+    return TaskManager(include_path=str(paths.task_configs()), include_defaults=False)
+
+
+def evaluate(folder, manager, stopper="gap:0.3", model="adainfer", tasks=TASKS, limit=9, extra="", **kwargs):
+    stop = f",stopper={stopper}" if model == "adainfer" else ""
+    return simple_evaluate(
+        model=model,
+        model_args=f"pretrained={folder},dtype=float32{stop}{extra}",
+        tasks=list(tasks),
+        limit=limit,
+        num_fewshot=kwargs.pop("num_fewshot", 1),
+        batch_size=kwargs.pop("batch_size", 4),
+        device="cpu",
+        bootstrap_iters=0,
+        task_manager=manager,
+        **kwargs,
+    )
+
+
+@pytest.fixture(scope="module")
+def run(folder, manager):
+    return evaluate(folder, manager)
+
+
+def test_every_metric_of_the_table_is_the_mean_of_the_samples(run):
+    for task, samples in run["samples"].items():
+        row = run["results"][task]
+        layers = [s["exit_layer"] for s in samples]
+        for name in [*MEANS, "acc", "top1_acc"]:
+            assert row[f"{name},none"] == pytest.approx(sum(s[name] for s in samples) / len(samples)), name
+        mean = sum(layers) / len(layers)
+        assert row["exit_layer_var,none"] == pytest.approx(sum((x - mean) ** 2 for x in layers) / len(layers))
+        assert row["pruning_ratio,none"] == pytest.approx(1 - mean / 5)
+        for sample in samples:
+            traces = [response.trace for responses in sample["resps"] for response in responses]
+            assert {t.exit_layer for t in traces} == {sample["exit_layer"]}
+    assert 0 < run["results"]["adainfer_demo"]["pruning_ratio,none"] < 1
+
+
+def test_flops_ratio_is_equation_2(run):
+    h, vocab, n_blocks = 32, 257, 5
+    for samples in run["samples"].values():
+        for s in samples:
+            prompt = len(s["arguments"][0][0].encode())  # the tiny tokenizer has a token per byte
+            layer = s["exit_layer"]
+            expected = (2 * layer * (6 * h + prompt) + vocab) / (2 * n_blocks * (6 * h + prompt) + vocab)
+            assert s["flops_ratio"] == pytest.approx(expected)
+
+
+def test_group_rows_are_over_documents(run):
+    group = run["groups"]["adainfer_demo"]
+    pooled = [s for samples in run["samples"].values() for s in samples]
+    for name in [*MEANS, "acc", "top1_acc"]:
+        assert group[f"{name},none"] == pytest.approx(sum(s[name] for s in pooled) / len(pooled))
+    layers = [s["exit_layer"] for s in pooled]
+    mean = sum(layers) / len(layers)
+    assert group["exit_layer_var,none"] == pytest.approx(sum((x - mean) ** 2 for x in layers) / len(layers))
+
+
+def test_groups_of_unequal_tasks_are_weighted_by_documents(folder, manager):
+    found = evaluate(folder, manager, limit=None, samples={"adainfer_demo_fact": [0, 3, 7], "adainfer_demo_plural": [1]},
+                     tasks=["adainfer_demo_fact", "adainfer_demo_plural"])  # fmt: skip
+    assert [s["doc_id"] for s in found["samples"]["adainfer_demo_fact"]] == [0, 3, 7]
+    layers = [s["exit_layer"] for samples in found["samples"].values() for s in samples]
+    assert len(layers) == 4 and all(1 <= x <= 5 for x in layers)
+
+
+def test_dense_run_equals_stock_hf_and_stock_models_get_no_exit_statistics(folder, manager):
+    ours = evaluate(folder, manager, stopper="none")
+    stock = evaluate(folder, manager, model="hf")
+    for task, row in stock["results"].items():
+        assert "exit_layer,none" not in row and "top1_acc,none" not in row
+        assert ours["results"][task].get("acc,none") == row.get("acc,none")
+    for task, samples in stock["samples"].items():
+        for a, b in zip(samples, ours["samples"][task], strict=True):
+            for (x,), (y,) in zip(a["resps"], b["resps"], strict=True):
+                assert y[0] == pytest.approx(x[0], rel=2e-6, abs=1e-4) and x[1] == y[1]
+            assert b["exit_layer"] == 5 and b["flops_ratio_total"] == pytest.approx(1)
+    assert ours["results"]["adainfer_demo"]["pruning_ratio,none"] == 0
+
+
+def test_top1_acc_needs_the_whole_vocabulary(folder, manager, run):
+    """One-token choices: where the gold choice's first token is the vocabulary's top token, its greedy flag says so."""
+    for sample in run["samples"]["adainfer_demo_plural"]:
+        ((response,),) = sample["resps"]
+        assert sample["top1_acc"] == float(response.top1)
+    for sample in run["samples"]["adainfer_demo_topic"]:
+        gold = int(sample["target"])
+        assert sample["top1_acc"] == float(sample["resps"][gold][0].top1)
+
+
+def test_log_features_puts_every_checked_block_into_the_samples(folder, manager):
+    found = evaluate(folder, manager, extra=",log_features=True", tasks=["adainfer_demo_fact"])
+    plain = evaluate(folder, manager, tasks=["adainfer_demo_fact"])
+    for sample, other in zip(found["samples"]["adainfer_demo_fact"], plain["samples"]["adainfer_demo_fact"], strict=True):
+        (seen,) = sample["adainfer_features"]
+        assert seen["layer"] == list(range(1, int(sample["exit_layer"]) + 1))
+        assert all(len(seen[name]) == len(seen["layer"]) for name in ("gap", "top_prob", "cos_hidden", "cos_attn", "cos_mlp"))
+        stops = [gap > 0.3 for gap in seen["gap"]]
+        assert not any(stops[:-1]) and (stops[-1] or sample["exit_layer"] == 5)
+        assert {k: sample[k] for k in MEANS} == pytest.approx({k: other[k] for k in MEANS})
+    json.dumps(found["samples"], default=str)
+
+
+def test_the_record_says_what_ran(run):
+    record = run["config"]["adainfer"]
+    assert record["stopper"]["kind"] == "gap" and record["n_blocks"] == 5 and record["checked_blocks"] == [1, 2, 3, 4]
+    assert record["seconds_in_model_measured"] > 0 and record["tokens_counted"] > 0 and record["head_rows_counted"] > 0
+    json.dumps(record)
+
+
+def test_tasks_and_groups_are_left_as_they_were(folder, manager):
+    lm = AdaInferLM(pretrained=str(folder), stopper="fixed:2", device="cpu", dtype="float32")
+    loaded = manager.load(TASKS)
+    group = loaded["groups"]["adainfer_demo"]
+    before = list(group.aggregate_metric_list)
+    import lm_eval.evaluator
+
+    for task in loaded["tasks"].values():
+        task.set_fewshot_seed(1)
+    lm_eval.evaluator.evaluate(lm, loaded, limit=2, bootstrap_iters=0)
+    assert group.aggregate_metric_list == before
+    for task in loaded["tasks"].values():
+        assert not {"doc_iterator", "process_results", "aggregation", "higher_is_better"} & set(vars(task))
+
+
+def statistics(found):
+    return {
+        task: {k: v for k, v in row.items() if k.split(",")[0] in {*MEANS, "acc", "top1_acc", "exit_layer_var"}}
+        for task, row in found["results"].items()
+    }
+
+
+def test_use_cache_gives_the_same_statistics_and_refuses_other_stoppers(folder, manager, run, tmp_path):
+    cache = str(tmp_path / "answers")
+    first = evaluate(folder, manager, use_cache=cache)
+    again = evaluate(folder, manager, use_cache=cache)
+    assert statistics(first) == statistics(again) == statistics(run)
+    assert again["config"]["adainfer"]["block_calls_counted"] == 0
+    with pytest.raises(AdaInferError, match=r"^use_cache: .*another path$"):
+        evaluate(folder, manager, stopper="gap:0.4", use_cache=cache)
+    with pytest.raises(AdaInferError, match=r"^use_cache"):
+        evaluate(folder, manager, use_cache=cache, extra=",check_layers=every:2")
+
+
+def test_another_models_cache_is_refused(folder, manager, tmp_path):
+    cache = str(tmp_path / "answers")
+    evaluate(folder, manager, model="hf", use_cache=cache, limit=2)
+    with pytest.raises(AdaInferError, match=r"no adainfer model's"):
+        evaluate(folder, manager, use_cache=cache, limit=2)
+
+
+def test_an_interrupted_run_keeps_whole_documents(folder, manager, run, tmp_path, monkeypatch):
+    from lm_eval_adainfer.scoring import Engine
+
+    cache, real, calls = str(tmp_path / "answers"), Engine.run, []
+
+    def interrupted(self, documents, batch_size):
+        calls.append(len(documents))
+        if len(calls) == 6:
+            raise KeyboardInterrupt
+        real(self, documents, batch_size)
+
+    monkeypatch.setattr(Engine, "run", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(folder, manager, use_cache=cache)
+    monkeypatch.setattr(Engine, "run", real)
+    resumed = evaluate(folder, manager, use_cache=cache)
+    for task, row in statistics(resumed).items():
+        assert row == pytest.approx(statistics(run)[task])
+    assert 0 < resumed["config"]["adainfer"]["tokens_counted"] < run["config"]["adainfer"]["tokens_counted"]
+
+
+def test_two_processes_give_the_same_numbers(folder, run, tmp_path):
+    """A real two-process run on CPUs, through the launcher that people use."""
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29517",
+        "-m", "lm_eval_adainfer", "--model", "adainfer",
+        "--model_args", f"pretrained={folder},dtype=float32,stopper=gap:0.3",
+        "--tasks", ",".join(TASKS), "--limit", "9", "--num_fewshot", "1", "--batch_size", "4", "--device", "cpu",
+        "--output_path", str(tmp_path), "--log_samples",
+    ]  # fmt: skip
+    env = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    (file,) = Path(tmp_path).rglob("results_*.json")
+    found = json.loads(file.read_text())
+    for task, row in statistics(found).items():
+        assert row == pytest.approx(statistics(run)[task], abs=1e-6)
+    assert found["config"]["adainfer"]["processes"] == 2
+    assert found["config"]["adainfer"]["tokens_counted"] == run["config"]["adainfer"]["tokens_counted"]
