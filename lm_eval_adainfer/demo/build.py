@@ -1,7 +1,7 @@
 """Builds the demo model: `python -m lm_eval_adainfer.demo.build --output DIR`, about 40 minutes on one core.
 
 Generates the data, trains the tokenizer and a small Llama on the `train` documents, prints what each block already
-knows of the `test` documents, and saves the folder. Training is plain next-token prediction at the last block: no
+knows of the `test` documents, saves the folder, and fits the stopper that ships (`stoppers/svm.yaml`). Training is plain next-token prediction at the last block: no
 auxiliary loss at intermediate blocks, so what early exit finds there has grown by itself.
 """
 
@@ -24,14 +24,14 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from tqdm.auto import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from lm_eval_adainfer import paths
 from lm_eval_adainfer.demo import data
 
 log = logging.getLogger(__name__)
 
 BOS = "<|endoftext|>"
-MODEL_DIR = Path(__file__).parent / "model"
 SHARES = {
-    "sentiment": 1.0, "topic": 1.0, "fact": 2.0, "order": 2.0, "odd_one_out": 2.0, "plural": 1.5,
+    "sentiment": 1.0, "topic": 1.0, "fact": 2.0, "plural": 1.5, "odd_one_out": 1.5, "row": 1.5,
 }  # fmt: skip
 """How often each task is drawn, hard ones more often."""
 LENGTHS = {128: 0.7, 256: 0.2, 512: 0.1}
@@ -243,6 +243,30 @@ def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, table: dic
         shutil.rmtree(old, ignore_errors=True)
 
 
+def fit_stopper(model_dir: Path, recipe: Path, output: Path) -> None:
+    """Trace the demo's `train` documents and fit the stopper that ships, as its recipe says."""
+    import yaml
+
+    from lm_eval_adainfer import fitting, model, tracing
+    from lm_eval_adainfer.registration import install
+    from lm_eval_adainfer.strategies import artifact
+
+    install()
+    from lm_eval.tasks import TaskManager
+
+    steps = yaml.safe_load(recipe.read_text())
+    traced, fitted = dict(steps["trace"]), dict(steps["fit"])
+    tasks = TaskManager(include_path=str(paths.task_configs()), include_defaults=False).load(traced.pop("tasks"))["tasks"]
+    lm = model.AdaInferLM(pretrained=str(model_dir), dtype="float32", device="cpu", batch_size=8)
+    with tempfile.TemporaryDirectory() as folder:
+        tracing.trace(lm, tasks, folder, **traced)
+        fitted.pop("kind")
+        stopper = fitting.fit_svm([folder], **fitted)
+    stopper.info["model"] = model.DEMO
+    artifact.save(stopper, output)
+    log.info("saved %s", output)
+
+
 def build(output: Path, budget: Budget, seed: int, start: Path | None = None) -> None:
     """Make the demo model and save it to `output`; `start` is a checkpoint to go on from."""
     torch.manual_seed(seed)
@@ -264,16 +288,22 @@ def build(output: Path, budget: Budget, seed: int, start: Path | None = None) ->
 def main(argv: list[str] | None = None) -> None:
     """Run the build from the command line."""
     parser = argparse.ArgumentParser(prog="python -m lm_eval_adainfer.demo.build", description=__doc__)
-    parser.add_argument("--output", type=Path, default=MODEL_DIR, help="folder of the model (default: the package's)")
-    parser.add_argument("--minutes", type=float, default=40, help="training time at most")
-    parser.add_argument("--steps", type=int, default=8000, help="training steps at most")
+    parser.add_argument("--output", type=Path, default=paths.demo_model(), help="folder of the model (default: the package's)")
+    parser.add_argument("--minutes", type=float, default=30, help="training time at most")
+    parser.add_argument("--steps", type=int, default=100_000, help="training steps at most")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1, help="torch threads")
     parser.add_argument("--start", type=Path, help="a checkpoint to go on from")
+    parser.add_argument(
+        "--stopper", type=Path, default=paths.stoppers() / "svm.stopper", help="file of the stopper fitted on the model"
+    )
+    parser.add_argument("--stopper_only", action="store_true", help="keep the model in --output, fit the stopper again")
     arguments = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     torch.set_num_threads(arguments.threads)
-    build(arguments.output, Budget(arguments.steps, arguments.minutes), arguments.seed, arguments.start)
+    if not arguments.stopper_only:
+        build(arguments.output, Budget(arguments.steps, arguments.minutes), arguments.seed, arguments.start)
+    fit_stopper(arguments.output, paths.stoppers() / "svm.yaml", arguments.stopper)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """The demo's data: six small question tasks, generated here, each with disjoint train and test splits.
 
 Two tasks are easy (`sentiment`, `topic`: one word in the sentence decides), one asks for facts of an invented
-world (`fact`), three follow a rule (`order`, `odd_one_out`, `plural`).
+world (`fact`), three follow a rule (`plural`, `odd_one_out`, `row`).
 A document's split is a fixed hash of the document, so it depends on no random state and on no other document.
 `fact` holds out wordings: a fact cannot be guessed, so every fact asked in `test` is also asked in `train`, in
 other words. The rule tasks hold out the case itself, in every wording: nothing of it is in `train`.
@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator
 
 import datasets
 
-TASKS: tuple[str, ...] = ("sentiment", "topic", "fact", "order", "odd_one_out", "plural")
+TASKS: tuple[str, ...] = ("sentiment", "topic", "fact", "plural", "odd_one_out", "row")
 
 TEST_DOCUMENTS = 320
 """At most this many test documents a task; held-out documents beyond it are dropped, never trained on."""
@@ -77,15 +77,8 @@ CATEGORIES = {
 }
 ODD_TEMPLATES = ("Which does not belong: {}, {}, {}, {}?", "Find the odd one out: {}, {}, {}, {}.")
 
-DAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()
-MONTHS = "January February March April May June July August September October November December".split()
-LETTERS = list("ABCDEFGHIJKLMNOPQRSTUVWXYZ")
-COUNT = "zero one two three".split()
-ORDER_TEMPLATES = (
-    "Which {k} comes {n} {way} {x}?",
-    "Start at {x} and go {n} {way_on}. Which {k}?",
-    "{x} is the {k}. What is {n} {way}?",
-)
+ROW_TEMPLATES = ("Row: {row}. What is {n} {way} {x}?", "In {row}, start at {x} and go {n} {way_on}.")
+ROW_LENGTH, COUNT = 7, "zero one two three".split()
 
 RELATIONS = {
     "metal": ("tin iron copper gold silver zinc lead nickel", "is mined in {}", "do they mine in {}"),
@@ -212,19 +205,17 @@ def _fact() -> Iterator[Row]:
             yield question, town, [], question
 
 
-def _order() -> Iterator[Row]:
-    numbers = [str(n) for n in range(10, 60)]
-    for kind, items in (("day", DAYS), ("month", MONTHS), ("letter", LETTERS), ("number", numbers)):
-        circular = kind in ("day", "month")
-        for i, x in enumerate(items):
-            for step in (-3, -2, -1, 1, 2, 3):
-                j = (i + step) % len(items) if circular else i + step
-                if not 0 <= j < len(items):
-                    continue
-                words = {"k": kind, "x": x, "n": COUNT[abs(step)]}
-                words |= {"way": "after", "way_on": "on"} if step > 0 else {"way": "before", "way_on": "back"}
-                for template in ORDER_TEMPLATES:
-                    yield template.format(**words), items[j], [], f"{x} {step}"
+def _row() -> Iterator[Row]:
+    rng = _rng("row")
+    words = [word for of in CATEGORIES.values() for word in of.split()]
+    for _ in range(16000):
+        row = rng.sample(words, ROW_LENGTH)
+        start, step = rng.randrange(ROW_LENGTH), rng.choice((-3, -2, -1, 1, 2, 3))
+        if not 0 <= start + step < ROW_LENGTH:
+            step = -step
+        ways = {"way": "after", "way_on": "on"} if step > 0 else {"way": "before", "way_on": "back"}
+        question = rng.choice(ROW_TEMPLATES).format(row=", ".join(row), x=row[start], n=COUNT[abs(step)], **ways)
+        yield question, row[start + step], [], " ".join(row)
 
 
 def _odd_one_out() -> Iterator[Row]:
@@ -263,11 +254,11 @@ _GENERATORS = {
     "sentiment": _sentiment,
     "topic": _topic,
     "fact": _fact,
-    "order": _order,
+    "row": _row,
     "odd_one_out": _odd_one_out,
     "plural": _plural,
 }
 # Shares that leave some 300 held-out documents, or as many as a small task can spare.
 _TEST_PERCENT = {
-    "sentiment": 5, "topic": 6, "fact": 25, "order": 15, "odd_one_out": 4, "plural": 4,
+    "sentiment": 5, "topic": 6, "fact": 25, "plural": 4, "odd_one_out": 4, "row": 4,
 }  # fmt: skip

@@ -1,0 +1,1 @@
+"""Speed, as ratios of two things timed alternately in one run: ``python -m benchmarks --help``."""
