@@ -165,9 +165,13 @@ def table(record: dict) -> str:
         "|" + "---|" * len(columns),
     ]
     for row in record["rows"]:
-        cells = [f"{v['median']:.2f} ({v['low']:.2f}-{v['high']:.2f})" if isinstance(v, dict) else str(v) for v in row.values()]
-        lines.append("| " + " | ".join(cells) + " |")
+        lines.append("| " + " | ".join(map(cell, row.values())) + " |")
     return "\n".join(lines) + "\n"
+
+
+def cell(value: dict | int) -> str:
+    """A ratio with its range, or a plain number."""
+    return f"{value['median']:.2f} ({value['low']:.2f}-{value['high']:.2f})" if isinstance(value, dict) else str(value)
 
 
 if __name__ == "__main__":

@@ -305,3 +305,34 @@ def test_an_encoder_decoder_model_is_refused(tmp_path, tokenizer):
     tokenizer.save_pretrained(tmp_path)
     with pytest.raises(AdaInferError, match=r"encoder-decoder .*decoder-only"):
         AdaInferLM(pretrained=str(tmp_path), device="cpu")
+
+
+def test_a_decision_in_parts_is_counted_on_top(tokenizer):
+    """Batch size 1 and several contexts: the deciding passes are real work, and every number says so."""
+    model = make_model("llama", vocab_size=257)
+    asked = requests(seed=3, shared_context=False)
+    together = lm_of(model, tokenizer, stopper="gap:0.3", batch_size=32)
+    apart = lm_of(model, tokenizer, stopper="gap:0.3", batch_size=1)
+    traces = {}
+    for lm in (together, apart):
+        answers = lm.loglikelihood(asked, True)
+        traces[lm] = {r.doc_id: a.trace for r, a in zip(asked, answers, strict=True)}
+        documents = lm.documents([(r.args, *lm._encode_pair(*r.args)) for r in asked], [r.doc_id for r in asked])
+        tokens = {d.rows[0].answers[0].request: sum(len(row.tokens) for row in d.rows) for d in documents}
+        run = sum(traces[lm][asked[first].doc_id].layers_run * count for first, count in tokens.items())
+        assert run == pytest.approx(lm.engine.block_tokens)
+    for doc, trace in traces[together].items():
+        assert trace.layers_run == trace.exit_layer == traces[apart][doc].exit_layer
+        assert traces[apart][doc].flops_dense == trace.flops_dense
+        assert traces[apart][doc].flops > trace.flops
+
+
+def test_a_cached_generation_keeps_its_trace(tokenizer, tmp_path):
+    from lm_eval.api.model import CachingLM
+
+    asked = [instance("ab", {"until": ["\n"], "max_gen_toks": 3}, 0, kind="generate_until")]
+    lm = lm_of(make_model("llama", vocab_size=257), tokenizer)
+    cached = CachingLM(lm, str(tmp_path / "answers.db"))
+    first = cached.generate_until(asked)
+    (again,) = cached.generate_until(asked)
+    assert again == first[0] and again.trace.exit_layer == 5

@@ -1,8 +1,9 @@
 """Builds the demo model: `python -m lm_eval_adainfer.demo.build --output DIR`, about 40 minutes on one core.
 
 Generates the data, trains the tokenizer and a small Llama on the `train` documents, prints what each block already
-knows of the `test` documents, saves the folder, and fits the stopper that ships (`stoppers/svm.yaml`). Training is plain next-token prediction at the last block: no
-auxiliary loss at intermediate blocks, so what early exit finds there has grown by itself.
+knows of the `test` documents, saves the folder, and fits the stopper that ships (`stoppers/svm.yaml`). Training is
+plain next-token prediction at the last block: no auxiliary loss at intermediate blocks, so what early exit finds
+there has grown by itself.
 """
 
 from __future__ import annotations
@@ -256,7 +257,8 @@ def fit_stopper(model_dir: Path, recipe: Path, output: Path) -> None:
 
     steps = yaml.safe_load(recipe.read_text())
     traced, fitted = dict(steps["trace"]), dict(steps["fit"])
-    tasks = TaskManager(include_path=str(paths.task_configs()), include_defaults=False).load(traced.pop("tasks"))["tasks"]
+    manager = TaskManager(include_path=str(paths.task_configs()), include_defaults=False)
+    tasks = manager.load(traced.pop("tasks"))["tasks"]
     lm = model.AdaInferLM(pretrained=str(model_dir), dtype="float32", device="cpu", batch_size=8)
     with tempfile.TemporaryDirectory() as folder:
         tracing.trace(lm, tasks, folder, **traced)
@@ -288,16 +290,15 @@ def build(output: Path, budget: Budget, seed: int, start: Path | None = None) ->
 def main(argv: list[str] | None = None) -> None:
     """Run the build from the command line."""
     parser = argparse.ArgumentParser(prog="python -m lm_eval_adainfer.demo.build", description=__doc__)
-    parser.add_argument("--output", type=Path, default=paths.demo_model(), help="folder of the model (default: the package's)")
+    parser.add_argument("--output", type=Path, default=paths.demo_model(), help="folder (default: the package's)")
     parser.add_argument("--minutes", type=float, default=30, help="training time at most")
     parser.add_argument("--steps", type=int, default=100_000, help="training steps at most")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1, help="torch threads")
     parser.add_argument("--start", type=Path, help="a checkpoint to go on from")
-    parser.add_argument(
-        "--stopper", type=Path, default=paths.stoppers() / "svm.stopper", help="file of the stopper fitted on the model"
-    )
-    parser.add_argument("--stopper_only", action="store_true", help="keep the model in --output, fit the stopper again")
+    stopper = paths.stoppers() / "svm.stopper"
+    parser.add_argument("--stopper", type=Path, default=stopper, help="file of the stopper fitted on the model")
+    parser.add_argument("--stopper_only", action="store_true", help="keep the model, fit the stopper again")
     arguments = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     torch.set_num_threads(arguments.threads)
