@@ -12,7 +12,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class ExitTrace:
-    """How deep one document went (``metrics.md``, "Per document").
+    """How deep one document went (``docs/numbers.md``, "Per document").
 
     Attributes:
         exit_layer: The decided block, 1 to L; where every token decides, the mean over its tokens.

@@ -1,4 +1,4 @@
-"""Floating-point operations, counted as ``metrics.md`` defines them."""
+"""Floating-point operations, counted as ``docs/numbers.md`` defines them."""
 
 from __future__ import annotations
 

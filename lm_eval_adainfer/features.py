@@ -1,4 +1,4 @@
-"""The features a stopper may read after a block (``metrics.md``, paper section 4.1): one function each.
+"""The features a stopper may read after a block (``docs/numbers.md``, paper section 4.1): one function each.
 
 All are computed at the decision positions only. ``gap`` and ``top_prob`` come from the full vocabulary's softmax in
 float32; the cosines compare a block with the previous one.

@@ -2,7 +2,7 @@
 
 lm-eval's own samplers draw from one running generator, so a document's shots depend on every document before it: on
 ``--limit``, on the number of processes, on the order. Exit layers depend on the shots, so a trace written in one run
-would not belong to the documents of another. Here each document seeds its own draw (design/metrics.md, "Shots").
+would not belong to the documents of another. Here each document seeds its own draw (task_configs/README.md).
 """
 
 from __future__ import annotations

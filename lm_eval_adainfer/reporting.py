@@ -2,7 +2,7 @@
 
 lm-eval has no hook for this. When an AdaInferLM is built, ``lm_eval.evaluator.evaluate`` is wrapped; for our model,
 and for it alone, each task *instance* gets its own ``process_results``, ``aggregation`` and so on for the length of
-the call. The metrics are defined in ``metrics.md``.
+the call. The metrics are defined in ``docs/numbers.md``.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Early exit of whole documents: which rows decide, at which block they leave, and what is scored there.
 
 A document is all requests that lm-eval compares with each other. It has one exit block, decided at the last tokens
-of its distinct contexts (``metrics.md``, "Document and decision").
+of its distinct contexts (``docs/numbers.md``, "Document and decision").
 """
 
 from __future__ import annotations

@@ -203,7 +203,7 @@ def read(path: str | Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
 
 
 def in_fitting_part(doc: Any) -> bool:
-    """Whether a document of a task without training split is among the 30% for fitting (``metrics.md``, Splits)."""
+    """Whether a document of a task without training split is among the 30% for fitting (``docs/numbers.md``, Splits)."""
     return stable_hash("split", canonical_json(doc)) % 100 < _FIT_PERCENT
 
 

@@ -44,7 +44,7 @@ class Stopper(ABC):
 
     @property
     def flops(self) -> int:
-        """Floating-point operations of one decision (counted, see ``metrics.md``)."""
+        """Floating-point operations of one decision (counted, see ``docs/numbers.md``)."""
         return len(self.features)
 
     def describe(self) -> dict[str, Any]:
