@@ -10,6 +10,7 @@ it is built, so a model that does not fit is refused in one sentence instead of 
 from __future__ import annotations
 
 import hashlib
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -173,6 +174,11 @@ class Anatomy:
         device = self.model.get_input_embeddings().weight.device
         return device if device.type != "meta" else torch.device(getattr(self.model, "device", "cpu"))
 
+    @property
+    def takes_position_ids(self) -> bool:
+        """Whether the model's forward has the argument (families with alibi have none)."""
+        return "position_ids" in inspect.signature(self.model.forward).parameters
+
     def _candidate_lists(self) -> list[tuple[str, nn.ModuleList]]:
         """Module lists as long as the config's number of layers, outermost first."""
         n_layers = getattr(self.config, "num_hidden_layers", None)
@@ -291,6 +297,8 @@ class Anatomy:
                 for parameter in module.parameters(recurse=False):
                     if parameter.dim() == 3:
                         total += parameter.numel() * routed / parameter.shape[0]
+            elif not isinstance(module, nn.Embedding):  # a matrix of its own: a router applied as a linear map
+                total += sum(p.numel() for p in module.parameters(recurse=False) if p.dim() == 2)
         return round(total)
 
     def _attention_width(self, block: nn.Module) -> int:

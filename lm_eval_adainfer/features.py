@@ -86,6 +86,8 @@ _NEEDS_PART = {"cos_attn": "attn", "cos_mlp": "mlp"}
 
 def check_names(names: Sequence[str], argument: str) -> None:
     """Raise AdaInferError where a name is not a feature's."""
+    if not names:
+        raise AdaInferError(f"{argument}: no feature is named; the features are {', '.join(FEATURES)}")
     for name in names:
         if name not in FEATURES:
             raise AdaInferError(f"{argument}: {name!r} is no feature; the features are {', '.join(FEATURES)}")

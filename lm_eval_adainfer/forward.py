@@ -76,8 +76,8 @@ class _Run:
     def part_hook(self, which: str, output: Any) -> None:
         """After the attention or feed-forward part of a block."""
         assert self.before is not None
-        hidden = hidden_of(output)
-        self.parts[which] = hidden.reshape(*self.before.shape[:2], hidden.shape[-1])  # some families flatten here
+        hidden = hidden_of(output).reshape(*self.before.shape[:2], -1)  # some families flatten here
+        self.parts[which] = hidden.clone()  # and some add the other part in place afterwards
 
     def post_hook(self, k: int, output: Any) -> Any:
         """After block k: ask which rows go on, and let only those."""

@@ -335,7 +335,7 @@ class AdaInferLM(HFLM):
         return {**super().get_model_info(), "adainfer": self.record()}
 
     def record(self) -> dict[str, Any]:
-        """JSON-serialisable: identity (stopper, L, checked blocks, device, versions) and totals (``docs/numbers.md``)."""
+        """JSON-serialisable: identity (stopper, L, checked blocks, device, versions) and totals (docs/numbers.md)."""
         import transformers
 
         try:

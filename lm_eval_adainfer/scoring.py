@@ -186,13 +186,18 @@ class Engine:
             ids[i, : len(row)] = torch.tensor(row, dtype=torch.long)
         return ids.to(self.anatomy.input_device)
 
-    def _check(self, state: BlockState, documents: Sequence[Document], at: dict) -> dict[int, Tensor]:
+    def _check(
+        self, state: BlockState, documents: Sequence[Document], at: dict, ask: bool = True
+    ) -> dict[int, Tensor]:
         """Ask the stopper for every decider of ``documents``; set ``exit_layer`` of those that stop.
+
+        With ``ask=False`` features are only logged.
 
         Returns:
             Logits at the decision positions, by row in flow, for scoring to use again.
         """
-        k, asked = state.block, state.block in self.checked and state.block < self.anatomy.n_blocks
+        k = state.block
+        asked = ask and k in self.checked and k < self.anatomy.n_blocks
         points = [(d, j, at[id(d), i], d.rows[i].decision) for d in documents for j, i in enumerate(d.deciders)]
         needs_head = asked and features.needs_head(self.stopper.features)
         logits = None
@@ -259,43 +264,47 @@ class Engine:
             document.exit_layer = candidates[0] if candidates else self.anatomy.n_blocks
             return
         for start in range(0, len(document.deciders), batch_size):
-            if not candidates:
+            if not candidates and not self.logged_features:
                 break
             rows = [document.rows[i] for i in document.deciders[start : start + batch_size]]
             rows = [Row(row.tokens[: row.decision + 1], 1) for row in rows]  # the decision reads nothing behind it
             probe = Document(rows, list(range(len(rows))))
+            if self.logged_features:
+                probe.logged = [{"layer": []} for _ in rows]
             candidates = self._stopping_blocks(probe, candidates)
+            document.logged += probe.logged
             document.decisions += probe.decisions
             document.head_rows += probe.head_rows
             for row in rows:
                 document.extra_flops += self.counter.blocks(probe.exit_layer or 0, len(row.tokens))
                 document.extra_block_tokens += (probe.exit_layer or 0) * len(row.tokens)
         document.exit_layer = candidates[0] if candidates else self.anatomy.n_blocks
+        for logged in document.logged:  # these passes may have gone deeper than the document does
+            count = sum(k <= document.exit_layer for k in logged["layer"])
+            logged.update({name: values[:count] for name, values in logged.items()})
 
     def _stopping_blocks(self, document: Document, candidates: Sequence[int]) -> list[int]:
         """Of the candidate blocks, those after which every decider of the document says stop."""
         at = {(id(document), i): i for i in range(len(document.rows))}
         found: list[int] = []
+        depth = candidates[-1] if candidates else 0  # what deciding needs; logging goes on to the end
+        end = self.anatomy.n_blocks if self.logged_features else depth
 
         def after_block(state: BlockState) -> Tensor | None:
             self.block_calls += 1
             self.block_tokens += sum(len(row.tokens) for row in document.rows)
-            if state.block in candidates:
-                self._check(state, [document], at)
+            if state.block in candidates or self.logged_features:
+                self._check(state, [document], at, ask=state.block in candidates)
                 if document.exit_layer == state.block:
                     found.append(state.block)
                 document.exit_layer = None
-            if state.block < candidates[-1]:
+            if state.block < end:
                 return None
-            document.exit_layer = state.block  # how deep this pass went, for counting
+            document.exit_layer = depth  # how deep this pass had to go, for counting
             return torch.empty(0, dtype=torch.long)
 
-        logged, self.logged_features = self.logged_features, ()
-        try:
-            self.tokens += sum(len(row.tokens) for row in document.rows)
-            run_blocks(self.anatomy, self.pad([row.tokens for row in document.rows]), after_block, self._parts)
-        finally:
-            self.logged_features = logged
+        self.tokens += sum(len(row.tokens) for row in document.rows)
+        run_blocks(self.anatomy, self.pad([row.tokens for row in document.rows]), after_block, self._parts)
         return found
 
     def trace(self, document: Document, fingerprint: str) -> ExitTrace:

@@ -18,7 +18,8 @@ doc_id           [N] int64          the document's index in its split
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING, Any
@@ -38,6 +39,8 @@ if TYPE_CHECKING:
     from lm_eval_adainfer.model import AdaInferLM
 
 VERSION = 1
+ARRAYS = ("features", "top_token", "gold_token")  # what every reader needs
+META = ("model", "n_blocks", "head_hash", "task", "num_fewshot", "split", "documents", "features")
 SPLITS = ("train", "test")
 _FIT_PERCENT = 30
 _logger = logging.getLogger(__name__)
@@ -145,39 +148,40 @@ def trace(
             )
     files = []
     for name, task in tasks.items():
-        if num_fewshot is not None:
-            task.set_config(key="num_fewshot", value=num_fewshot)
-        elif task.get_config("num_fewshot") is None:
-            task.set_config(key="num_fewshot", value=0)
-        task.set_fewshot_seed(seed=fewshot_seed)
-        shots = task.get_config("num_fewshot")
-        identity = {
-            **model_identity(lm),
-            "task": name,
-            "task_version": str(task.VERSION),
-            "num_fewshot": shots,
-            "split": split,
-            "limit": limit,
-            "seed": seed,
-            "fewshot_seed": fewshot_seed,
-        }
+        shots = num_fewshot if num_fewshot is not None else task.get_config("num_fewshot") or 0
         path = Path(output) / f"{name}_{shots}shot_{split}.trace"
         files.append(path)
-        if path.exists():
-            found, _ = read(path)
-            if {key: found.get(key) for key in identity} != identity:
-                raise AdaInferError(f"output: {path} holds a trace made with other settings; give another folder")
-            _logger.info("%s is there already, made with the same settings", path)
-            continue
-        doc_ids = _use_documents(task, name, split, limit, seed)
-        task.build_all_requests(limit=None, rank=0, world_size=1)
-        recorder = Recorder(lm)
-        before, lm.run_documents = lm.run_documents, recorder.run
-        try:
-            lm.loglikelihood(task.instances)
-        finally:
-            lm.run_documents = before
-        arrays = _arrays(task, recorder, doc_ids)
+        with _documents_of(task, name, split, limit, seed, shots) as doc_ids:
+            task.set_fewshot_seed(seed=fewshot_seed)
+            task.build_all_requests(limit=None, rank=0, world_size=1)
+            identity = {
+                **model_identity(lm),
+                "task": name,
+                "task_version": str(task.VERSION),
+                "num_fewshot": shots,
+                "split": split,
+                "limit": limit,
+                "seed": seed,
+                "fewshot_seed": fewshot_seed,
+                "requests": f"{stable_hash(*(text for i in task.instances for text in i.args)):x}"[:16],
+            }
+            if path.exists():
+                found, _ = read(path)
+                different = [key for key, value in identity.items() if found.get(key) != value]
+                if different:
+                    raise AdaInferError(
+                        f"output: {path} was made with other settings ({different[0]} was {found.get(different[0])!r}, "
+                        f"not {identity[different[0]]!r}); give another folder"
+                    )
+                _logger.info("%s is there already, made with the same settings", path)
+                continue
+            recorder = Recorder(lm)
+            before, lm.run_documents = lm.run_documents, recorder.run
+            try:
+                lm.loglikelihood(task.instances)
+            finally:
+                lm.run_documents = before
+            arrays = _arrays(task, recorder, doc_ids)
         meta = {**identity, "features": list(recorder.names), "documents": len(doc_ids), "version": __version__}
         container.write(path, "trace", VERSION, meta, arrays)
     return files
@@ -190,6 +194,9 @@ def model_identity(lm: AdaInferLM) -> dict[str, Any]:
         "n_blocks": lm.anatomy.n_blocks,
         "head_hash": lm.anatomy.head_hash(),
         "max_length": lm.max_length,
+        "dtype": str(lm._dtype()),
+        "autocast": str(lm.mixed_precision_dtype),
+        "add_bos_token": str(lm.add_bos_token),
     }
 
 
@@ -199,16 +206,23 @@ def read(path: str | Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     Raises:
         AdaInferError: Where it is missing, damaged or no trace.
     """
-    return container.read(path, "trace", VERSION, "trace")
+    meta, arrays = container.read(path, "trace", VERSION, "traces")
+    missing = [f"array {n}" for n in ARRAYS if n not in arrays] + [n for n in META if n not in meta]
+    if missing:
+        raise AdaInferError(f"traces: {path} is incomplete: it has no {missing[0]}; make it again with adainfer trace")
+    return meta, arrays
 
 
 def in_fitting_part(doc: Any) -> bool:
-    """Whether a document of a task without training split is among the 30% for fitting (``docs/numbers.md``, Splits)."""
+    """Whether a document of a task without training split is among the 30% for fitting (docs/numbers.md, Splits)."""
     return stable_hash("split", canonical_json(doc)) % 100 < _FIT_PERCENT
 
 
-def _use_documents(task: Any, name: str, split: str, limit: int | None, seed: int) -> list[int]:
-    """Make the task evaluate these documents; returns their indices in the split they come from."""
+@contextmanager
+def _documents_of(
+    task: Any, name: str, split: str, limit: int | None, seed: int, num_fewshot: int
+) -> Iterator[list[int]]:
+    """Make the task evaluate these documents for a while; yields their indices in the split they come from."""
     has_training = task.has_training_docs()
     docs = task.training_docs() if split == "train" and has_training else task.eval_docs
     indices = list(range(len(docs)))
@@ -219,11 +233,18 @@ def _use_documents(task: Any, name: str, split: str, limit: int | None, seed: in
     if not indices:
         raise AdaInferError(f"tasks: {name} has no documents for split={split}")
     chosen = [docs[i] for i in indices]
+    shots, test_split = task.get_config("num_fewshot"), task.get_config("test_split")
     task.has_test_docs, task.test_docs = (lambda: True), (lambda: chosen)
+    task.set_config(key="num_fewshot", value=num_fewshot)
     # lm-eval excludes a document from its own shots only where it believes the two splits to be the same
     if hasattr(task, "fewshot_cfg"):
-        task.config.test_split = task.fewshot_cfg.split
-    return indices
+        task.set_config(key="test_split", value=task.fewshot_cfg.split)
+    try:
+        yield indices
+    finally:
+        del task.has_test_docs, task.test_docs
+        task.set_config(key="num_fewshot", value=shots)
+        task.set_config(key="test_split", value=test_split)
 
 
 def _arrays(task: Any, recorder: Recorder, doc_ids: Sequence[int]) -> dict[str, np.ndarray]:

@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 
 BOS = "<|endoftext|>"
 SHARES = {
-    "sentiment": 1.0, "topic": 1.0, "fact": 2.0, "plural": 1.5, "odd_one_out": 1.5, "row": 1.5,
+    "sentiment": 0.7, "topic": 0.7, "fact": 1.2, "plural": 1.2, "odd_one_out": 1.7,
 }  # fmt: skip
 """How often each task is drawn, hard ones more often."""
 LENGTHS = {128: 0.7, 256: 0.2, 512: 0.1}

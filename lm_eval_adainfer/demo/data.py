@@ -1,7 +1,7 @@
-"""The demo's data: six small question tasks, generated here, each with disjoint train and test splits.
+"""The demo's data: five small question tasks, generated here, each with disjoint train and test splits.
 
 Two tasks are easy (`sentiment`, `topic`: one word in the sentence decides), one asks for facts of an invented
-world (`fact`), three follow a rule (`plural`, `odd_one_out`, `row`).
+world (`fact`: there are many, and the model is small), two follow a rule (`plural`, `odd_one_out`).
 A document's split is a fixed hash of the document, so it depends on no random state and on no other document.
 `fact` holds out wordings: a fact cannot be guessed, so every fact asked in `test` is also asked in `train`, in
 other words. The rule tasks hold out the case itself, in every wording: nothing of it is in `train`.
@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator
 
 import datasets
 
-TASKS: tuple[str, ...] = ("sentiment", "topic", "fact", "plural", "odd_one_out", "row")
+TASKS: tuple[str, ...] = ("sentiment", "topic", "fact", "plural", "odd_one_out")
 
 TEST_DOCUMENTS = 320
 """At most this many test documents a task; held-out documents beyond it are dropped, never trained on."""
@@ -77,9 +77,6 @@ CATEGORIES = {
 }
 ODD_TEMPLATES = ("Which does not belong: {}, {}, {}, {}?", "Find the odd one out: {}, {}, {}, {}.")
 
-ROW_TEMPLATES = ("Row: {row}. What is {n} {way} {x}?", "In {row}, start at {x} and go {n} {way_on}.")
-ROW_LENGTH, COUNT = 7, "zero one two three".split()
-
 RELATIONS = {
     "metal": ("tin iron copper gold silver zinc lead nickel", "is mined in {}", "do they mine in {}"),
     "colour": ("red blue green white black yellow purple brown", "is the flag of {}", "do they fly in {}"),
@@ -88,7 +85,7 @@ RELATIONS = {
 }
 FACT_TEMPLATES = ("Which {r} {p}?", "What {r} {q}?", "Name the {r} that {p}.", "Say which {r} {p}.")
 HOME_TEMPLATES = ("Where does {} live?", "In which town is {} at home?", "Name the town of {}.", "Where is {} from?")
-TOWNS, PEOPLE = 40, 120
+TOWNS, PEOPLE = 160, 320
 
 
 def load(task: str) -> datasets.DatasetDict:
@@ -205,19 +202,6 @@ def _fact() -> Iterator[Row]:
             yield question, town, [], question
 
 
-def _row() -> Iterator[Row]:
-    rng = _rng("row")
-    words = [word for of in CATEGORIES.values() for word in of.split()]
-    for _ in range(16000):
-        row = rng.sample(words, ROW_LENGTH)
-        start, step = rng.randrange(ROW_LENGTH), rng.choice((-3, -2, -1, 1, 2, 3))
-        if not 0 <= start + step < ROW_LENGTH:
-            step = -step
-        ways = {"way": "after", "way_on": "on"} if step > 0 else {"way": "before", "way_on": "back"}
-        question = rng.choice(ROW_TEMPLATES).format(row=", ".join(row), x=row[start], n=COUNT[abs(step)], **ways)
-        yield question, row[start + step], [], " ".join(row)
-
-
 def _odd_one_out() -> Iterator[Row]:
     rng = _rng("odd_one_out")
     for _ in range(16000):
@@ -254,11 +238,10 @@ _GENERATORS = {
     "sentiment": _sentiment,
     "topic": _topic,
     "fact": _fact,
-    "row": _row,
     "odd_one_out": _odd_one_out,
     "plural": _plural,
 }
 # Shares that leave some 300 held-out documents, or as many as a small task can spare.
 _TEST_PERCENT = {
-    "sentiment": 5, "topic": 6, "fact": 25, "plural": 4, "odd_one_out": 4, "row": 4,
+    "sentiment": 5, "topic": 6, "fact": 25, "plural": 4, "odd_one_out": 4,
 }  # fmt: skip

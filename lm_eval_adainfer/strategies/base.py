@@ -79,7 +79,7 @@ class Schedule:
         asked = _parse_check_layers(check_layers, n_blocks)
         wanted = [k for k in range(1, n_blocks) if stopper.wants(k)]
         self.blocks = tuple(k for k in wanted if k in asked and k >= self.min_layer)
-        if len(wanted) == 1 and not self.blocks:  # fixed:N must mean block N
+        if wanted and not self.blocks and not stopper.features:  # fixed:N must mean block N
             raise AdaInferError(
                 f"check_layers/min_layer: they leave out block {wanted[0]}, the only one after which "
                 f"stopper={stopper.kind}:{wanted[0]} stops"

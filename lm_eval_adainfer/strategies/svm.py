@@ -93,15 +93,13 @@ class SVMStopper(Stopper):
         """
         if not hasattr(svc, "support_vectors_"):
             raise AdaInferError("svc: it is not fitted; call fit on it first")
-        if [int(c) for c in svc.classes_] != [0, 1]:
+        if svc.kernel not in KERNELS:
+            raise AdaInferError(f"svc: its kernel is {svc.kernel!r}; supported are {', '.join(KERNELS)}")
+        if not np.array_equal(svc.classes_, [0, 1]):
             raise AdaInferError(f"svc: its classes are {list(svc.classes_)}, but 0 (go on) and 1 (stop) are needed")
-        arrays = {
-            "support_vectors": svc.support_vectors_,
-            "dual_coef": svc.dual_coef_[0],
-            "intercept": svc.intercept_,
-        }
-        kernel = svc.kernel if isinstance(svc.kernel, str) else "callable"
-        return cls(arrays, features, kernel, svc._gamma, svc.coef0, svc.degree, threshold, info)
+        vectors, dual = (x.toarray() if hasattr(x, "toarray") else x for x in (svc.support_vectors_, svc.dual_coef_))
+        arrays = {"support_vectors": vectors, "dual_coef": dual[0], "intercept": svc.intercept_}
+        return cls(arrays, features, svc.kernel, svc._gamma, svc.coef0, svc.degree, threshold, info)
 
     def margin(self, block: int, values: Tensor) -> Tensor:
         """Decision function minus threshold, in float64, on the device of ``values``."""
