@@ -24,6 +24,7 @@ class ExitTrace:
         fingerprint: Of the model and the stopper that made it.
         features: Where ``log_features=True``: one dict per distinct context, ``layer`` and the features' values
             after each checked block up to the exit.
+        layers: Of generated text, every new token's exit block.
     """
 
     exit_layer: float
@@ -34,6 +35,7 @@ class ExitTrace:
     flops_dense: float
     fingerprint: str
     features: tuple[dict[str, list[float]], ...] | None = None
+    layers: tuple[int, ...] | None = None
 
     @property
     def pruning_ratio(self) -> float:

@@ -32,6 +32,10 @@ class FlopCounter:
             pairs = tokens * (tokens + 1) // 2
         return 2.0 * self._weights[depth] * tokens + 4.0 * pairs * self._widths[depth]
 
+    def block(self, k: int, tokens: int, pairs: int) -> float:
+        """Block k alone."""
+        return self.blocks(k, tokens, pairs) - self.blocks(k - 1, tokens, pairs)
+
     def head(self, rows: int) -> float:
         """2Vh per head row."""
         return float(self._head_row * rows)

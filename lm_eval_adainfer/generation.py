@@ -23,7 +23,7 @@ from torch import Tensor
 from transformers import DynamicCache, masking_utils
 
 from lm_eval_adainfer import features
-from lm_eval_adainfer.anatomy import Anatomy, hidden_of, walk, with_hidden
+from lm_eval_adainfer.anatomy import Anatomy, BatchRule, hidden_of, walk, with_hidden
 from lm_eval_adainfer.errors import UnsupportedModelError
 from lm_eval_adainfer.features import Observation
 from lm_eval_adainfer.forward import BlockState
@@ -134,6 +134,19 @@ class Decoded:
         return sum(self.block_tokens)
 
 
+@dataclass
+class Windows:
+    """How the blocks' arguments follow a decoding step, as seen in two small forwards.
+
+    Attributes:
+        queries: (block, path) -> the dimensions that followed the number of queries.
+        rows: How they follow the batch (position ids are given per row here, unlike in a plain forward).
+    """
+
+    queries: dict[tuple[int, str], tuple[int, ...]]
+    rows: BatchRule
+
+
 class Decoder:
     """A batch of rows being decoded.
 
@@ -141,7 +154,7 @@ class Decoder:
         anatomy: The model.
         stopper: Says after a block whether a new token leaves.
         schedule: After which blocks it is asked.
-        query_dims: Which dimensions of the blocks' arguments follow the queries (:func:`query_dimensions`).
+        windows: How the blocks' arguments follow a step (:func:`watch_windows`).
         prompts: Token ids of the rows.
         max_new_tokens: Room to make.
     """
@@ -151,12 +164,12 @@ class Decoder:
         anatomy: Anatomy,
         stopper: Stopper,
         schedule: Schedule,
-        query_dims: dict[tuple[int, str], tuple[int, ...]],
+        windows: Windows,
         prompts: Sequence[Sequence[int]],
         max_new_tokens: int,
     ):
         self.anatomy, self.stopper, self.checked = anatomy, stopper, frozenset(schedule.blocks)
-        self.query_dims = query_dims
+        self.windows = windows
         self.parts = features.needed_parts(stopper.features) if self.checked else []
         # a strategy that asks nothing stops every token at its one block; deeper ones are never needed
         self.deepest = schedule.blocks[0] if schedule.blocks and not stopper.features else anatomy.n_blocks
@@ -267,29 +280,26 @@ class _Step:
         self.all_valid = bool((self.start == first).all())
         window = torch.arange(first, self.length)
         self.valid = (window[None] >= self.start[:, None]).to(hidden.device)
-        if k == 1:
-            hidden = hidden[:, -self.width :]
-        elif self.width > hidden.shape[1] or bool((self.start < before).any()):
+        original, hidden = hidden, hidden[:, -self.width :]
+        if k > 1 and bool((self.start < before).any()):  # this block misses tokens that left before it
             kept = decoder.states[k - 1][self.flow.to(hidden.device), first : self.length]
+            newest = kept[:, -hidden.shape[1] :]
             flowing = (window[None] >= before[:, None]).to(hidden.device)[:, -hidden.shape[1] :]
-            kept[:, -hidden.shape[1] :] = torch.where(flowing[..., None], hidden, kept[:, -hidden.shape[1] :])
+            newest.copy_(torch.where(flowing[..., None], hidden, newest))
             hidden = kept
-        elif self.width < hidden.shape[1]:
-            hidden = hidden[:, -self.width :]
         self.before = hidden
-        original = args[0] if args else kwargs["hidden_states"]
         new_args, new_kwargs = walk(
             [list(args), kwargs], lambda path, x: hidden if x is original else self._cut(k, path, x)
         )
         return tuple(new_args), new_kwargs
 
     def _cut(self, k: int, path: str, value: Tensor) -> Tensor:
-        for dim in self.decoder.query_dims.get((k, path), ()):
+        for dim in self.decoder.windows.queries.get((k, path), ()):
             if value.shape[dim] > self.width:
                 value = value.narrow(dim, value.shape[dim] - self.width, self.width)
         if self.rows is None:
             return value
-        return self.anatomy.batch_rule.cut(k, path, value, self.rows, self.n_rows)
+        return self.decoder.windows.rows.cut(k, path, value, self.rows, self.n_rows)
 
     def part_hook(self, which: str, output: Any) -> None:
         assert self.before is not None
@@ -367,47 +377,67 @@ class _Step:
 
 
 @torch.no_grad()
-def query_dimensions(anatomy: Anatomy) -> dict[tuple[int, str], tuple[int, ...]]:
-    """Which dimensions of the blocks' arguments follow the number of queries, as seen in two small forwards.
+def watch_windows(anatomy: Anatomy) -> Windows:
+    """Watch two decoding steps of different batch, cache and window sizes.
 
     Raises:
         UnsupportedModelError: Where the model does not use a key-value cache the common way.
     """
-    seen: list[dict[tuple[int, str], tuple[int, ...]]] = []
-    vocab = int(anatomy.model.get_input_embeddings().weight.shape[0])
-    for cached, width in ((5, 2), (6, 3)):
-        ids = (torch.arange(4 * (cached + width)).reshape(4, -1) % vocab).to(anatomy.input_device)
-        attend = torch.ones_like(ids)
-        attend[0, 0] = 0
-        cache, handles = DynamicCache(), []
-        shapes: dict[tuple[int, str], tuple[int, ...]] = {}
-        for k, block in enumerate(anatomy.blocks, start=1):
-
-            def note(m: Any, args: Any, kwargs: Any, k: int = k, shapes: dict = shapes) -> None:
-                walk([list(args), kwargs], lambda path, x: shapes.__setitem__((k, path), tuple(x.shape)))
-
-            handles.append(block.register_forward_pre_hook(note, with_kwargs=True))
-        try:
-            with explicit_masks():
-                for part, mask in ((ids[:, :cached], attend[:, :cached]), (ids[:, cached:], attend)):
-                    shapes.clear()
-                    anatomy.model(input_ids=part, attention_mask=mask, past_key_values=cache, use_cache=True)
-        except Exception as error:  # whatever a family does with a cache that it does not expect
-            raise UnsupportedModelError(
-                f"pretrained: {anatomy.name} does not use a plain key-value cache ({type(error).__name__}), so it "
-                "can't exit early while generating; pass generation=dense to generate without early exit"
-            ) from error
-        finally:
-            for handle in handles:
-                handle.remove()
-        if len(cache) < anatomy.n_blocks or cache.get_seq_length() != cached + width:
-            raise UnsupportedModelError(
-                f"pretrained: {anatomy.name} keeps no key-value cache in every block, so it can't exit early while "
-                "generating; pass generation=dense to generate without early exit"
-            )
-        seen.append(dict(shapes))
-    return {
-        key: tuple(d for d, (a, b) in enumerate(zip(shape, seen[1][key], strict=True)) if (a, b) == (2, 3))
-        for key, shape in seen[0].items()
-        if key in seen[1] and len(seen[1][key]) == len(shape)
+    sizes = ((3, 5, 2), (5, 6, 4))  # batch, cached, window: no size is another's, and both change
+    seen = [_watch_step(anatomy, *size) for size in sizes]
+    both = {key: (shape, seen[1][key]) for key, shape in seen[0].items() if len(seen[1].get(key, ())) == len(shape)}
+    queries = {
+        key: tuple(d for d, pair in enumerate(zip(*shapes, strict=True)) if pair == (2, 4))
+        for key, shapes in both.items()
     }
+    factors = {}
+    for key, (a, b) in both.items():
+        if a:
+            factors[key] = a[0] // 3 if a[0] % 3 == 0 and b[0] == a[0] // 3 * 5 else 0
+    return Windows(queries, BatchRule(factors))
+
+
+def _watch_step(anatomy: Anatomy, batch: int, cached: int, width: int) -> dict[tuple[int, str], tuple[int, ...]]:
+    """Shapes of all blocks' arguments in a step of ``width`` tokens after ``cached`` ones."""
+    vocab = int(anatomy.model.get_input_embeddings().weight.shape[0])
+    ids = (torch.arange(batch * (cached + width)).reshape(batch, -1) % vocab).to(anatomy.input_device)
+    attend = torch.ones_like(ids)
+    attend[0, 0] = 0
+    positions = (attend.cumsum(-1) - 1).clamp(min=0)
+    cache, handles = DynamicCache(), []
+    shapes: dict[tuple[int, str], tuple[int, ...]] = {}
+    for k, block in enumerate(anatomy.blocks, start=1):
+
+        def note(m: Any, args: Any, kwargs: Any, k: int = k) -> None:
+            walk([list(args), kwargs], lambda path, x: shapes.__setitem__((k, path), tuple(x.shape)))
+
+        handles.append(block.register_forward_pre_hook(note, with_kwargs=True))
+    try:
+        with explicit_masks():
+            for start, end in ((0, cached), (cached, cached + width)):
+                shapes.clear()
+                anatomy.model(
+                    input_ids=ids[:, start:end],
+                    attention_mask=attend[:, :end],
+                    past_key_values=cache,
+                    use_cache=True,
+                    **({"position_ids": positions[:, start:end]} if anatomy.takes_position_ids else {}),
+                )
+        in_every_block = len(cache) >= anatomy.n_blocks and all(
+            cache.get_seq_length(layer) == cached + width for layer in range(anatomy.n_blocks)
+        )
+    except Exception as error:  # whatever a family does with a cache that it does not expect
+        raise _no_cache(anatomy, type(error).__name__) from error
+    finally:
+        for handle in handles:
+            handle.remove()
+    if not in_every_block:
+        raise _no_cache(anatomy, "not in every block")
+    return shapes
+
+
+def _no_cache(anatomy: Anatomy, why: str) -> UnsupportedModelError:
+    return UnsupportedModelError(
+        f"generation: {anatomy.name} does not use a plain key-value cache ({why}), so it can't exit early while "
+        "generating; pass generation=dense to generate without early exit"
+    )

@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 import time
+from collections import defaultdict, deque
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -18,8 +19,11 @@ from tqdm import tqdm
 from lm_eval_adainfer import __version__, paths, reporting
 from lm_eval_adainfer.anatomy import Anatomy
 from lm_eval_adainfer.answers import ExitTrace, LogLikelihood, Rolling, Text
+from lm_eval_adainfer.decoding import Seeds, decode
+from lm_eval_adainfer.decoding import trace as decode_trace
 from lm_eval_adainfer.errors import AdaInferError, report_errors_in_one_sentence
 from lm_eval_adainfer.forward import verify
+from lm_eval_adainfer.generation import watch_windows
 from lm_eval_adainfer.scoring import Answer, Document, Engine, Row
 from lm_eval_adainfer.strategies import artifact
 from lm_eval_adainfer.strategies.base import Schedule
@@ -47,6 +51,8 @@ class AdaInferLM(HFLM):
             stopper file written by ``adainfer fit``.
         min_layer: No exit before this block (1 to L; default 1).
         check_layers: After which blocks the stopper is asked: ``all`` (default), ``every:2``, or a list ``8+12+16``.
+        generation: What ``generate_until`` does: ``dense`` (default) or ``early``, where every new token leaves at its
+            own block and later tokens see the exact cache.
         log_features: Put every checked block's features into the samples (``--log_samples``); default False.
 
     Raises:
@@ -60,11 +66,14 @@ class AdaInferLM(HFLM):
         min_layer: int | str = 1,
         check_layers: Any = "all",
         log_features: bool | str = False,
+        generation: str = "dense",
         **kwargs: Any,
     ) -> None:
         report_errors_in_one_sentence()
         strategy = artifact.parse(stopper)  # before the weights are loaded: a wrong argument should fail at once
         self._log_features = _flag("log_features", log_features)
+        if generation not in ("dense", "early"):
+            raise AdaInferError(f"generation: {generation!r} is neither dense nor early")
         if kwargs.get("backend") == "seq2seq":
             raise AdaInferError("backend: seq2seq is not supported; adainfer needs a decoder-only model")
         if pretrained == DEMO:
@@ -84,8 +93,16 @@ class AdaInferLM(HFLM):
         self.schedule = Schedule(self.anatomy.n_blocks, strategy, min_layer, check_layers)
         artifact.warn_if_foreign(strategy, self._model_name(), self.anatomy.n_blocks, self.anatomy.head_hash())
         self.engine = Engine(self.anatomy, strategy, self.schedule, self.softmax_dtype, self._log_features)
+        early = generation == "early" and bool(self.schedule.blocks)
+        self.windows = watch_windows(self.anatomy) if early else None  # None: generate dense
+        self.generation = "early" if early else "dense"
         self.fingerprint = self._fingerprint()
         self.seconds = 0.0
+        self.generated_tokens = 0
+        self._generated: defaultdict[str, deque[Text]] = defaultdict(deque)
+        self._traces: deque[ExitTrace] = deque()
+        self._seeds = Seeds()
+        self.set_cache_hook(CacheHook(None))
         self.run_totals: dict[str, Any] = {}
         self._document_keys: list[Any] = []
         self.run_documents = self.engine.run  # tracing puts a dense pass that records every block here
@@ -133,6 +150,7 @@ class AdaInferLM(HFLM):
             "stopper": self.stopper.describe(),
             "schedule": self.schedule.describe(),
             "log_features": self._log_features,
+            "generation": self.generation,
         }
         return hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
@@ -291,13 +309,48 @@ class AdaInferLM(HFLM):
         return results
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[Any]:
-        """As HFLM's: generation runs dense, and its traces say so (every token leaves after block L)."""
-        if requests and self.schedule.blocks:
-            eval_logger.warning("generate_until runs dense in this release: every document reports exit_layer = L")
+        """As HFLM's, every text with its exit trace; dense unless ``generation=early``."""
+        if requests and self.schedule.blocks and self.windows is None:
+            eval_logger.warning("generate_until runs dense (exit_layer = L); pass generation=early to exit early there")
+        self._generated.clear()
+        self._traces.clear()
+        self._seeds = Seeds()
         started = time.perf_counter()
-        texts = super().generate_until(requests, disable_tqdm=disable_tqdm)
+        super().generate_until(requests, disable_tqdm=disable_tqdm)
         self.seconds += time.perf_counter() - started
-        return [Text(text, self._dense_trace()) for text in texts]
+        return [self._generated[hash_args("generate_until", r.args)].popleft() for r in requests]
+
+    def _model_generate(self, context: torch.Tensor, max_length: int, stop: list[str], **kwargs: Any) -> torch.Tensor:
+        """HFLM's call for one batch: [B, S] left-padded ids to [B, S + new]; notes every row's trace."""
+        if self.windows is None:
+            self._traces.extend(self._dense_trace() for _ in context)
+            return super()._model_generate(context, max_length, stop, **kwargs)
+        mask = kwargs.pop("attention_mask")
+        if kwargs.setdefault("temperature", 0.0) == 0.0:  # as HFLM: a temperature of 0 means greedy
+            kwargs.pop("temperature")
+            kwargs.setdefault("do_sample", False)
+        with self._autocast():
+            rows = decode(
+                self.anatomy, self.stopper, self.schedule, self.windows, context, mask, max_length,
+                self.tokenizer, stop, self._seeds, **kwargs,
+            )  # fmt: skip
+        for row, prompt in zip(rows, mask.sum(-1).tolist(), strict=True):
+            self._traces.append(decode_trace(row, int(prompt), self.engine.counter, self.fingerprint))
+            self.engine.head_rows += row.head_rows
+            self.engine.block_tokens += row.executed
+            self.engine.tokens += int(prompt) + len(row.tokens) - 1
+            self.generated_tokens += len(row.tokens)
+        width = max(len(row.tokens) for row in rows)
+        new = torch.full((len(rows), width), self.tokenizer.pad_token_id, dtype=context.dtype)
+        for n, row in enumerate(rows):
+            new[n, : len(row.tokens)] = torch.tensor(row.tokens)
+        return torch.cat([context, new.to(context.device)], dim=1)
+
+    def note_text(self, arguments: Any, text: str) -> Text:
+        """Pair a generated text with its trace; HFLM finishes rows in the order in which they were generated."""
+        found = Text(text, self._traces.popleft())
+        self._generated[hash_args("generate_until", arguments)].append(found)
+        return found
 
     def _dense_trace(self, *_: Any) -> ExitTrace:
         n_blocks = self.anatomy.n_blocks
@@ -321,7 +374,7 @@ class AdaInferLM(HFLM):
                     f"use_cache: its answers are {whose}, not this model's and stopper's ({self.fingerprint}); "
                     "give another path"
                 )
-        super().set_cache_hook(_TextHook(cache_hook, self._dense_trace))
+        super().set_cache_hook(_TextHook(cache_hook, self))
 
     def _remember(self, finished: dict[str, Any]) -> None:
         """Store a whole document's answers in one transaction: a killed run leaves no half document behind."""
@@ -351,7 +404,7 @@ class AdaInferLM(HFLM):
             **self.schedule.describe(),
             "device": str(self.device),
             "dtype": str(self._dtype()),
-            "generate_until": "dense",
+            "generation": self.generation,
             "loglikelihood_rolling": "counted as if each token had been run to its exit block only",
             **(self.run_totals or self.totals()),
             "versions": {
@@ -370,18 +423,19 @@ class AdaInferLM(HFLM):
             "block_tokens_counted": self.engine.block_tokens,
             "block_calls_counted": self.engine.block_calls,
             "head_rows_counted": self.engine.head_rows,
+            "generated_tokens_counted": self.generated_tokens,
         }
 
 
 class _TextHook(CacheHook):
-    """HFLM stores generated text as plain strings while it runs; keep the carriers instead."""
+    """HFLM reports finished texts here, as plain strings; note them with their traces, and cache those."""
 
-    def __init__(self, hook: CacheHook, trace: Any):
+    def __init__(self, hook: CacheHook, lm: AdaInferLM):
         self.dbdict = hook.dbdict
-        self._trace = trace
+        self._lm = lm
 
     def add_partial(self, attr: str, req: Any, res: Any) -> None:
-        super().add_partial(attr, req, Text(res, self._trace()) if attr == "generate_until" else res)
+        super().add_partial(attr, req, self._lm.note_text(req, res) if attr == "generate_until" else res)
 
 
 def _flag(argument: str, value: Any) -> bool:

@@ -111,7 +111,8 @@ class _Watch:
         values = {name: sum(getattr(t, name) for t in traces) / len(traces) for name in MEANS}
         self.documents[self.true_id] = {
             "exit_layer": values["exit_layer"],
-            **({"features": traces[0].features} if traces[0].features is not None else {}),
+            **({"adainfer_features": traces[0].features} if traces[0].features is not None else {}),
+            **({"exit_layers": [t.layers for t in traces]} if traces[0].layers is not None else {}),
         }
         if (top1 := self._top1(doc, instances)) is not None:
             values[TOP1] = top1
@@ -232,9 +233,8 @@ def _finish(results: dict[str, Any], documents: dict[str, dict[int, dict[str, An
                 row[f"{VARIANCE}_stderr,{suffix}"] = "N/A"
     for name, samples in results.get("samples", {}).items():
         for sample in samples:
-            details = documents.get(name, {}).get(sample["doc_id"])
-            if details and "features" in details:
-                sample["adainfer_features"] = details["features"]
+            details = documents.get(name, {}).get(sample["doc_id"], {})
+            sample.update({key: value for key, value in details.items() if key != "exit_layer"})
 
 
 def population_variance(values: Sequence[float]) -> float:

@@ -1,0 +1,160 @@
+"""Early-exit decoding against a reference that runs the whole prefix of every token, without a cache."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+from conftest import FAMILIES, make_model
+from lm_eval.models.huggingface import HFLM
+from reference import gap_after_block, instance, logits_after_block
+from test_model import Scripted
+
+from lm_eval_adainfer.anatomy import Anatomy
+from lm_eval_adainfer.errors import AdaInferError, UnsupportedModelError
+from lm_eval_adainfer.generation import Decoder, watch_windows
+from lm_eval_adainfer.model import AdaInferLM
+from lm_eval_adainfer.strategies.artifact import parse
+from lm_eval_adainfer.strategies.base import Schedule
+from lm_eval_adainfer.strategies.rules import NoStopper
+
+WITH_CACHE = [family for family in FAMILIES if family != "mamba"]
+STEPS = 9
+
+
+def decoder_of(model, stopper, prompts, **schedule):
+    anatomy = Anatomy(model)
+    return Decoder(
+        anatomy, stopper, Schedule(anatomy.n_blocks, stopper, **schedule), watch_windows(anatomy), prompts, STEPS + 1
+    )
+
+
+def prompts_of(rows, seed=0):
+    rng = random.Random(seed)
+    return [[rng.randrange(1, 101) for _ in range(rng.randint(3, 9))] for _ in range(rows)]
+
+
+@pytest.mark.parametrize("family", WITH_CACHE)
+@pytest.mark.parametrize("rows", [1, 6])
+@pytest.mark.parametrize("stopper", [Scripted(), parse("fixed:2"), NoStopper()], ids=lambda s: s.kind)
+def test_every_logit_is_that_of_the_whole_prefix_without_a_cache(family, rows, stopper):
+    """Rows of different lengths; some finish early and leave the batch."""
+    model = make_model(family)
+    prompts = prompts_of(rows, seed=rows)
+    decoder = decoder_of(model, stopper, prompts)
+    texts = [list(p) for p in prompts]
+    for step in range(STEPS):
+        active = list(decoder.rows)
+        logits = decoder.step()
+        chosen = logits.argmax(-1).tolist()
+        for n, row in enumerate(active):
+            layer = decoder.results[row].layers[-1]
+            expected = logits_after_block(model, decoder.anatomy.blocks, texts[row], layer)[-1]
+            torch.testing.assert_close(logits[n], expected, atol=1e-4, rtol=0)
+            assert chosen[n] == expected.argmax().item()
+            texts[row].append(chosen[n])
+        decoder.append(chosen, [step == 3 + row % 4 and row > 0 for row in active])
+    layers = {layer for result in decoder.results for layer in result.layers}
+    if stopper.kind == "scripted" and rows > 1:
+        assert len(layers) > 1
+    for row, result in enumerate(decoder.results):  # no slot is run twice in a block, and none that nobody needed
+        positions = len(prompts[row]) + len(result.tokens) - 1
+        assert all(count <= positions for count in result.block_tokens)
+        assert result.block_tokens == sorted(result.block_tokens, reverse=True)
+        deepest = max(result.layers)
+        assert result.block_tokens[deepest:] == [0] * (len(result.block_tokens) - deepest)
+        if stopper.kind == "none":
+            assert result.block_tokens == [positions] * 5
+
+
+def test_a_gap_rule_leaves_where_the_reference_says():
+    model = make_model("llama")
+    prompts = prompts_of(5, seed=2)
+    decoder = decoder_of(model, parse("gap:0.2"), prompts, check_layers="1+2+4")
+    texts = [list(p) for p in prompts]
+    for _ in range(STEPS):
+        chosen = decoder.step().argmax(-1).tolist()
+        for row in range(5):
+            gaps = {k: gap_after_block(model, decoder.anatomy.blocks, texts[row], k) for k in (1, 2, 4)}
+            expected = next((k for k, gap in gaps.items() if gap > 0.2), 5)
+            assert all(abs(gap - 0.2) > 1e-4 for gap in gaps.values())
+            assert decoder.results[row].layers[-1] == expected
+            texts[row].append(chosen[row])
+        decoder.append(chosen, [False] * 5)
+
+
+def lm_of(model, tokenizer, **kwargs):
+    return AdaInferLM(pretrained=model, tokenizer=tokenizer, **{"batch_size": 3, "max_length": 64, **kwargs})
+
+
+def questions(n=7, **gen):
+    texts = ["ab", "cde f", "the quick brown", "x", "hello world again", "q q q q", "zz"]
+    settings = {"until": ["\n", "zq"], "max_gen_toks": 8, **gen}
+    return [instance(t, settings, i, kind="generate_until") for i, t in enumerate(texts[:n])]
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 7])
+def test_texts_that_never_leave_early_are_stock_hfs(tokenizer, batch_size):
+    """gap:1 asks at every block and never stops: the early-exit loop itself must generate what stock does."""
+    model = make_model("llama", vocab_size=257)
+    stock = HFLM(pretrained=model, tokenizer=tokenizer, max_length=64, batch_size=batch_size)
+    ours = lm_of(model, tokenizer, stopper="gap:1", generation="early", batch_size=batch_size)
+    for settings in ({}, {"repetition_penalty": 1.3}, {"max_gen_toks": 1}):
+        asked = questions(**settings)
+        answers = ours.generate_until(asked, True)
+        assert answers == stock.generate_until(asked, True)
+        assert {a.trace.exit_layer for a in answers} == {5} and {a.trace.layers_run for a in answers} == {5}
+        assert all(a.trace.flops_ratio_total > 1 for a in answers)  # the checks cost, and are counted
+
+
+def test_a_text_does_not_depend_on_its_neighbours(tokenizer):
+    model = make_model("llama", vocab_size=257)
+    for settings in ({}, {"do_sample": True, "temperature": 0.8, "top_p": 0.9}):
+        asked = questions(**settings)
+        torch.manual_seed(1234)
+        alone = lm_of(model, tokenizer, stopper="gap:0.3", generation="early", batch_size=1).generate_until(asked, True)
+        together = lm_of(model, tokenizer, stopper="gap:0.3", generation="early", batch_size=7).generate_until(asked, True)
+        assert alone == together
+        assert [a.trace.layers for a in alone] == [a.trace.layers for a in together]
+        assert any(a.trace.exit_layer < 5 for a in alone)
+
+
+def test_repeats_of_a_sampled_question_differ_and_can_be_repeated(tokenizer):
+    lm = lm_of(make_model("llama", vocab_size=257), tokenizer, stopper="gap:0.3", generation="early")
+    asked = questions(1, do_sample=True, temperature=1.0) * 4
+    torch.manual_seed(1)
+    first = lm.generate_until(asked, True)
+    assert len(set(first)) > 1
+    assert lm.generate_until(asked, True) == first
+    torch.manual_seed(2)
+    assert lm.generate_until(asked, True) != first
+
+
+def test_traces_belong_to_their_texts(tokenizer):
+    """Of every text: the mean of its tokens' exits, and executions that add up to what the engine really ran."""
+    lm = lm_of(make_model("llama", vocab_size=257), tokenizer, stopper="gap:0.3", generation="early")
+    asked = questions()
+    answers = lm.generate_until(asked, True)
+    run = 0.0
+    for request, answer in zip(asked, answers, strict=True):
+        trace = answer.trace
+        assert trace.exit_layer == pytest.approx(sum(trace.layers) / len(trace.layers))
+        run += trace.layers_run * (len(lm.tok_encode(request.args[0])) + len(trace.layers) - 1)
+    assert run == pytest.approx(lm.engine.block_tokens)
+    assert lm.record()["generated_tokens_counted"] == sum(len(a.trace.layers) for a in answers)
+
+
+def test_beams_and_wrong_values_are_refused_in_one_sentence(tokenizer):
+    model = make_model("llama", vocab_size=257)
+    with pytest.raises(AdaInferError, match=r"^generation: 'late' is neither dense nor early$"):
+        lm_of(model, tokenizer, generation="late")
+    with pytest.raises(AdaInferError, match=r"^generation_kwargs: beam_search can't exit early"):
+        lm_of(model, tokenizer, stopper="gap", generation="early").generate_until(questions(1, num_beams=2), True)
+
+
+def test_a_model_without_a_plain_cache_is_refused_unless_the_user_asks_for_dense(tokenizer):
+    model = make_model("mamba", vocab_size=257)
+    with pytest.raises(UnsupportedModelError, match=r"generation=dense"):
+        lm_of(model, tokenizer, stopper="gap", generation="early")
+    assert lm_of(model, tokenizer, stopper="gap").generation == "dense"
