@@ -247,12 +247,15 @@ class Engine:
         for r, document, _ in rows:
             document.head_rows -= r in ready
         self.head_rows += len(fresh)
+        if known:
+            score_points(torch.stack([ready[p[0]] for p in known]), known, self.softmax_dtype)
+        self.score_fresh(state, fresh)
+
+    def score_fresh(self, state: BlockState, points: Sequence[tuple[int, int, Row, int]]) -> None:
+        """Score positions at this block: the head's logits of all of them, so many at a time as memory allows."""
         size = max(1, _CHUNK_ELEMENTS // self.anatomy.vocab_size)
-        for start in range(0, len(known), size):
-            chunk = known[start : start + size]
-            score_points(torch.stack([ready[p[0]] for p in chunk]), chunk, self.softmax_dtype)
-        for start in range(0, len(fresh), size):
-            chunk = fresh[start : start + size]
+        for start in range(0, len(points), size):
+            chunk = points[start : start + size]
             hidden = state.hidden[[p[0] for p in chunk], [p[1] for p in chunk]]
             score_points(self.anatomy.logits(hidden), chunk, self.softmax_dtype)
 

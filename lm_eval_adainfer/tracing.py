@@ -33,7 +33,7 @@ from lm_eval_adainfer.errors import AdaInferError
 from lm_eval_adainfer.features import Observation
 from lm_eval_adainfer.forward import BlockState, run_blocks
 from lm_eval_adainfer.qa_task import canonical_json, stable_hash
-from lm_eval_adainfer.scoring import Answer, Document, Row, available_features, score_points
+from lm_eval_adainfer.scoring import Answer, Document, Row, available_features
 
 if TYPE_CHECKING:
     from lm_eval_adainfer.model import AdaInferLM
@@ -81,16 +81,17 @@ class Recorder:
                     record = self._record(document)
                     record["features"][j].append(row)
                     record["top"][j].append(top)
-            for r, (document, i) in enumerate(flow):
-                row = document.rows[i]
-                # the last block's scores are the requests' answers; the others' only go into the record
-                shadow = row if k == n_blocks else Row(
-                    row.tokens, row.scored, row.context, [Answer(a.request, a.continuation) for a in row.answers]
-                )  # fmt: skip
-                points = [(r, row.decision + j, shadow, j) for j in range(row.scored)]
-                hidden = state.hidden[[p[0] for p in points], [p[1] for p in points]]
-                score_points(anatomy.logits(hidden), points, self.engine.softmax_dtype)
-                for answer in shadow.answers:
+            rows = [document.rows[i] for document, i in flow]
+            if k < n_blocks:  # the last block's scores are the requests' answers; the others' go into the record alone
+                rows = [
+                    Row(row.tokens, row.scored, row.context, [Answer(a.request, a.continuation) for a in row.answers])
+                    for row in rows
+                ]
+            self.engine.score_fresh(
+                state, [(r, row.decision + j, row, j) for r, row in enumerate(rows) for j in range(row.scored)]
+            )
+            for (document, _), row in zip(flow, rows, strict=True):
+                for answer in row.answers:
                     self._record(document)["scores"].setdefault(answer.request, []).append(answer.logprob)
             return torch.empty(0, dtype=torch.long) if k == n_blocks else None
 

@@ -34,7 +34,7 @@ BOS = "<|endoftext|>"
 SHARES = {
     "sentiment": 0.7, "topic": 0.7, "fact": 1.2, "plural": 1.2, "odd_one_out": 1.7,
 }  # fmt: skip
-"""How often each task is drawn, hard ones more often."""
+"""How often each task is drawn in training; `odd_of_six` never is."""
 LENGTHS = {128: 0.7, 256: 0.2, 512: 0.1}
 """Sequence lengths and how often a step uses each: short ones are cheap, long ones teach many shots."""
 TOKENS_PER_STEP = 3072
@@ -79,7 +79,7 @@ def train_tokenizer(size: int) -> PreTrainedTokenizerFast:
     )
 
     def texts() -> Iterator[str]:
-        for task in data.TASKS:
+        for task in SHARES:
             rows = data.load(task)["train"]
             # Small tasks are repeated, or the words of the large ones would take every merge.
             for _ in range(max(1, 6000 // len(rows))):
@@ -123,7 +123,7 @@ class Batches:
         """Tokenize every `train` document once, with the loss weight of each token."""
         self.rng = random.Random(seed)
         self.examples = {}
-        for task in data.TASKS:
+        for task in SHARES:
             rows = data.load(task)["train"]
             questions = tokenizer([data.prompt(q) for q in rows["question"]], add_special_tokens=False)["input_ids"]
             answers = tokenizer([f" {a}" for a in rows["answer"]], add_special_tokens=False)["input_ids"]

@@ -1,7 +1,9 @@
-"""The demo's data: five small question tasks, generated here, each with disjoint train and test splits.
+"""The demo's data: six small question tasks, generated here, each with disjoint train and test splits.
 
 Two tasks are easy (`sentiment`, `topic`: one word in the sentence decides), one asks for facts of an invented
 world (`fact`: there are many, and the model is small), two follow a rule (`plural`, `odd_one_out`).
+`odd_of_six` is `odd_one_out` with six words instead of four. The model is not trained on it, not even on its `train`
+documents (these are for shots and stoppers), so it is the hardest.
 A document's split is a fixed hash of the document, so it depends on no random state and on no other document.
 `fact` holds out wordings: a fact cannot be guessed, so every fact asked in `test` is also asked in `train`, in
 other words. The rule tasks hold out the case itself, in every wording: nothing of it is in `train`.
@@ -16,7 +18,7 @@ from collections.abc import Iterable, Iterator
 
 import datasets
 
-TASKS: tuple[str, ...] = ("sentiment", "topic", "fact", "plural", "odd_one_out")
+TASKS: tuple[str, ...] = ("sentiment", "topic", "fact", "plural", "odd_one_out", "odd_of_six")
 
 TEST_DOCUMENTS = 320
 """At most this many test documents a task; held-out documents beyond it are dropped, never trained on."""
@@ -75,7 +77,7 @@ CATEGORIES = {
     "vehicle": "car bus train boat ship plane bicycle truck tram van wagon taxi ferry sledge canoe tractor",
     "furniture": "chair table bed desk sofa shelf bench stool cupboard wardrobe couch cradle drawer mirror lamp rug",
 }
-ODD_TEMPLATES = ("Which does not belong: {}, {}, {}, {}?", "Find the odd one out: {}, {}, {}, {}.")
+ODD_TEMPLATES = ("Which does not belong: {}?", "Find the odd one out: {}.")
 
 RELATIONS = {
     "metal": ("tin iron copper gold silver zinc lead nickel", "is mined in {}", "do they mine in {}"),
@@ -202,14 +204,18 @@ def _fact() -> Iterator[Row]:
             yield question, town, [], question
 
 
-def _odd_one_out() -> Iterator[Row]:
-    rng = _rng("odd_one_out")
-    for _ in range(16000):
+def _odd_one_out(name: str = "odd_one_out", documents: int = 16000, size: int = 4) -> Iterator[Row]:
+    rng = _rng(name)
+    for _ in range(documents):
         many, few = rng.sample(list(CATEGORIES), 2)
         odd = rng.choice(CATEGORIES[few].split())
-        words = [*rng.sample(CATEGORIES[many].split(), 3), odd]
+        words = [*rng.sample(CATEGORIES[many].split(), size - 1), odd]
         rng.shuffle(words)
-        yield rng.choice(ODD_TEMPLATES).format(*words), odd, words, " ".join(sorted(words))
+        yield rng.choice(ODD_TEMPLATES).format(", ".join(words)), odd, words, " ".join(sorted(words))
+
+
+def _odd_of_six() -> Iterator[Row]:
+    return _odd_one_out("odd_of_six", 4000, 6)
 
 
 def _plural() -> Iterator[Row]:
@@ -239,9 +245,10 @@ _GENERATORS = {
     "topic": _topic,
     "fact": _fact,
     "odd_one_out": _odd_one_out,
+    "odd_of_six": _odd_of_six,
     "plural": _plural,
 }
 # Shares that leave some 300 held-out documents, or as many as a small task can spare.
 _TEST_PERCENT = {
-    "sentiment": 5, "topic": 6, "fact": 25, "plural": 4, "odd_one_out": 4,
+    "sentiment": 5, "topic": 6, "fact": 25, "plural": 4, "odd_one_out": 4, "odd_of_six": 10,
 }  # fmt: skip
