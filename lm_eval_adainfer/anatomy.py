@@ -98,6 +98,12 @@ class Anatomy:
         Raises:
             UnsupportedModelError: Where the structure does not allow early exit, saying why.
         """
+        adapter = getattr(model, "active_peft_config", None)
+        if getattr(adapter, "is_prompt_learning", False):  # its virtual tokens live outside the base model
+            raise UnsupportedModelError(
+                f"peft: {type(adapter).__name__} is prompt learning, which adainfer does not support; use an adapter "
+                "that changes layers, like LoRA"
+            )
         unwrap = getattr(model, "get_base_model", None)  # PEFT; the adapters stay in place
         self.model: Any = unwrap() if callable(unwrap) else model
         config: Any = getattr(self.model, "config", None)
@@ -137,6 +143,10 @@ class Anatomy:
                     stack.enter_context(_recorded(module, calls))
                 ids = self.probe_ids(batch)
                 logits = self.model(input_ids=ids, use_cache=False).logits
+            if not bool(torch.isfinite(logits).all()):
+                raise UnsupportedModelError(
+                    f"dtype: the logits of {self.name} are not finite in {logits.dtype}; try another dtype"
+                )
             if batch == 2:
                 self.blocks = self._choose_blocks(candidates, calls)
             number = {id(block): k for k, block in enumerate(self.blocks, start=1)}
@@ -253,6 +263,16 @@ class Anatomy:
         digest.update(rows.numpy().tobytes())
         return digest.hexdigest()[:16]
 
+    def weights_hash(self) -> str:
+        """A short hash of a few values of every parameter, adapters included: it tells fine-tunes apart."""
+        digest = hashlib.sha256()
+        for name, parameter in self.model.named_parameters():
+            digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
+            if parameter.device.type != "meta" and parameter.numel():
+                values = parameter.detach().flatten()[:: max(1, parameter.numel() // 64)]
+                digest.update(values.float().cpu().numpy().tobytes())
+        return digest.hexdigest()[:16]
+
     def part(self, block: nn.Module, which: str) -> nn.Module:
         """The attention or feed-forward part of a block whose output is compared along the blocks.
 
@@ -267,16 +287,12 @@ class Anatomy:
         Raises:
             UnsupportedModelError: Where the block has no such part.
         """
-        names = {"attn": ("attn", "attention", "mixer"), "mlp": ("mlp", "ffn", "feed_forward", "moe", "mixer")}[which]
-        for hint in names:
+        hints = {"attn": ("attn", "attention"), "mlp": ("mlp", "ffn", "feed_forward", "moe")}[which]
+        others = ("norm", "mamba", "linear_att", "delta")  # recurrences that are called attention, or sit in its place
+        for hint in hints:
             for name, child in block.named_children():
-                lowered, kind = name.lower(), type(child).__name__.lower()
-                if (
-                    (hint in lowered or hint in kind)
-                    and "norm" not in lowered
-                    and "norm" not in kind
-                    and _has_weights(child)
-                ):
+                both = f"{name} {type(child).__name__}".lower()
+                if hint in both and not any(other in both for other in others) and _has_weights(child):
                     return child
         linear = [child for child in block.children() if is_linear(child)]
         if which == "mlp" and linear:
@@ -309,6 +325,9 @@ class Anatomy:
         heads = getattr(self.config, "num_attention_heads", None)
         if not heads:
             return 0
+        nope, rope = (getattr(self.config, f"qk_{part}_head_dim", None) for part in ("nope", "rope"))
+        if nope and rope:  # latent attention: queries and keys are wider than values
+            return heads * (nope + rope + self.config.v_head_dim) // 2
         size = getattr(self.config, "head_dim", None) or self.config.hidden_size // heads
         return heads * size
 

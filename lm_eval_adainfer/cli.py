@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
+from pathlib import Path
 from typing import Any
 
 from lm_eval_adainfer import __version__
@@ -99,6 +100,9 @@ def _trace(arguments: argparse.Namespace) -> None:
     from lm_eval_adainfer.model import AdaInferLM
     from lm_eval_adainfer.registration import install
 
+    tracing.check_arguments(arguments.split, arguments.limit, arguments.num_fewshot)
+    if arguments.include_path and not Path(arguments.include_path).is_dir():
+        raise AdaInferError(f"include_path: {arguments.include_path} is no folder; give one that holds task YAMLs")
     install()
     manager = TaskManager(include_path=arguments.include_path)
     tasks = load_tasks(manager, [name for name in arguments.tasks.split(",") if name])
@@ -106,7 +110,12 @@ def _trace(arguments: argparse.Namespace) -> None:
     options.setdefault("batch_size", arguments.batch_size)
     if arguments.device:
         options["device"] = arguments.device
-    lm = AdaInferLM(**options)
+    try:
+        lm = AdaInferLM(**options)
+    except (AttributeError, OSError, TypeError, ValueError) as error:  # transformers' words for what it can't load
+        if isinstance(error, AdaInferError):
+            raise
+        raise AdaInferError(f"model_args: {str(error).splitlines()[0] if str(error) else repr(error)}") from error
     files = tracing.trace(
         lm,
         tasks,
@@ -127,6 +136,8 @@ def load_tasks(manager: Any, names: list[str]) -> dict[str, Any]:
     Raises:
         AdaInferError: On a name that lm-eval does not know.
     """
+    if not names:
+        raise AdaInferError("tasks: none is named; `lm_eval ls tasks` lists what there is")
     matched = manager.match_tasks(names)
     unknown = [name for name in names if "*" not in name and name not in matched]
     if unknown or not matched:

@@ -21,7 +21,7 @@ from lm_eval_adainfer.anatomy import Anatomy
 from lm_eval_adainfer.answers import ExitTrace, LogLikelihood, Rolling, Text
 from lm_eval_adainfer.decoding import Seeds, decode
 from lm_eval_adainfer.decoding import trace as decode_trace
-from lm_eval_adainfer.errors import AdaInferError, report_errors_in_one_sentence
+from lm_eval_adainfer.errors import AdaInferError, UnsupportedModelError, report_errors_in_one_sentence
 from lm_eval_adainfer.forward import verify
 from lm_eval_adainfer.generation import watch_windows
 from lm_eval_adainfer.scoring import Answer, Document, Engine, Row
@@ -53,7 +53,8 @@ class AdaInferLM(HFLM):
         check_layers: After which blocks the stopper is asked: ``all`` (default), ``every:2``, or a list ``8+12+16``.
         generation: What ``generate_until`` does: ``dense`` (default) or ``early``, where every new token leaves at its
             own block and later tokens see the exact cache.
-        log_features: Put every checked block's features into the samples (``--log_samples``); default False.
+        log_features: Put the features after every block up to the exit into the samples (``--log_samples``);
+            default False.
 
     Raises:
         AdaInferError: On a wrong argument or a model that can't exit early, in one sentence.
@@ -74,6 +75,7 @@ class AdaInferLM(HFLM):
         self._log_features = _flag("log_features", log_features)
         if generation not in ("dense", "early"):
             raise AdaInferError(f"generation: {generation!r} is neither dense nor early")
+        _check_numbers(kwargs)
         if kwargs.get("backend") == "seq2seq":
             raise AdaInferError("backend: seq2seq is not supported; adainfer needs a decoder-only model")
         if pretrained == DEMO:
@@ -86,11 +88,11 @@ class AdaInferLM(HFLM):
         self._pretrained_name = DEMO if pretrained == str(paths.demo_model()) else pretrained
         super().__init__(pretrained, **kwargs)
         self._set_ranks()
-        self.anatomy = Anatomy(self.model)
-        with self._autocast():
-            verify(self.anatomy)
+        self.anatomy = self._taken_apart()
         self.stopper = strategy
         self.schedule = Schedule(self.anatomy.n_blocks, strategy, min_layer, check_layers)
+        if strategy.kind != "none" and not self.schedule.blocks:
+            eval_logger.warning("check_layers/min_layer: they leave no block to ask the stopper at, so it runs dense")
         artifact.warn_if_foreign(strategy, self._model_name(), self.anatomy.n_blocks, self.anatomy.head_hash())
         self.engine = Engine(self.anatomy, strategy, self.schedule, self.softmax_dtype, self._log_features)
         early = generation == "early" and bool(self.schedule.blocks)
@@ -125,6 +127,21 @@ class AdaInferLM(HFLM):
             self._rank = accelerator.process_index
             self._world_size = accelerator.num_processes
 
+    def _taken_apart(self) -> Anatomy:
+        """The model's anatomy, checked; whatever goes wrong in these few forwards is told in one sentence."""
+        try:
+            anatomy = Anatomy(self.model)
+            with self._autocast():
+                verify(anatomy)
+        except (AdaInferError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:
+            raise UnsupportedModelError(
+                f"pretrained: {type(self.model).__name__} can't exit early: its forward fails when rows leave it "
+                f"({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''})"
+            ) from error
+        return anatomy
+
     def _autocast(self) -> torch.autocast:
         return torch.autocast(
             device_type=self.device.type,
@@ -140,7 +157,8 @@ class AdaInferLM(HFLM):
         """16 hex digits of whatever changes an answer: the model, its window and dtype, the stopper, the schedule."""
         identity = {
             "model": self._model_name(),
-            "head": self.anatomy.head_hash(),
+            "weights": self.anatomy.weights_hash(),
+            "softmax_dtype": str(self.softmax_dtype),
             "n_blocks": self.anatomy.n_blocks,
             "dtype": str(self._dtype()),
             "autocast": str(self.mixed_precision_dtype),
@@ -436,6 +454,20 @@ class _TextHook(CacheHook):
 
     def add_partial(self, attr: str, req: Any, res: Any) -> None:
         super().add_partial(attr, req, self._lm.note_text(req, res) if attr == "generate_until" else res)
+
+
+def _check_numbers(options: dict[str, Any]) -> None:
+    """Refuse what HFLM would only trip over later."""
+    size = options.get("batch_size", 1)
+    if size is not None and not str(size).startswith("auto") and not (str(size).isdecimal() and int(size) > 0):
+        raise AdaInferError(f"batch_size: {size!r} is neither a number of 1 or more nor auto")
+    length = options.get("max_length")
+    if length is not None and not (str(length).isdecimal() and int(length) > 0):
+        raise AdaInferError(f"max_length: {length!r} is no number of 1 or more")
+    for name in ("dtype", "softmax_dtype", "mixed_precision_dtype"):
+        value = options.get(name)
+        if isinstance(value, str) and value != "auto" and not isinstance(getattr(torch, value, None), torch.dtype):
+            raise AdaInferError(f"{name}: {value!r} is no dtype of torch; give float32, bfloat16 or float16, say")
 
 
 def _flag(argument: str, value: Any) -> bool:

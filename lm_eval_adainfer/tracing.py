@@ -138,10 +138,7 @@ def trace(
     Raises:
         AdaInferError: On a task that can't be traced, or a file there that an unequal call made.
     """
-    if split not in SPLITS:
-        raise AdaInferError(f"split: {split!r} is none of {', '.join(SPLITS)}")
-    if limit is not None and limit < 1:
-        raise AdaInferError(f"limit: {limit} documents are none; give 1 or more")
+    check_arguments(split, limit, num_fewshot)
     for name, task in tasks.items():
         if task.OUTPUT_TYPE not in ("loglikelihood", "multiple_choice"):
             raise AdaInferError(
@@ -188,12 +185,23 @@ def trace(
     return files
 
 
+def check_arguments(split: str, limit: int | None, num_fewshot: int | None) -> None:
+    """Raise AdaInferError where these make no sense; no model is needed for that."""
+    if split not in SPLITS:
+        raise AdaInferError(f"split: {split!r} is none of {', '.join(SPLITS)}")
+    if limit is not None and limit < 1:
+        raise AdaInferError(f"limit: {limit} documents are none; give 1 or more")
+    if num_fewshot is not None and num_fewshot < 0:
+        raise AdaInferError(f"num_fewshot: {num_fewshot} is negative; give 0 or more")
+
+
 def model_identity(lm: AdaInferLM) -> dict[str, Any]:
     """What a trace or a stopper says about its model."""
     return {
         "model": lm._model_name(),
         "n_blocks": lm.anatomy.n_blocks,
         "head_hash": lm.anatomy.head_hash(),
+        "weights_hash": lm.anatomy.weights_hash(),
         "max_length": lm.max_length,
         "dtype": str(lm._dtype()),
         "autocast": str(lm.mixed_precision_dtype),

@@ -289,6 +289,10 @@ def test_answers_survive_pickling_with_their_trace(tokenizer):
         ({"stopper": "gap", "check_layers": "some"}, ["check_layers", "every:N"]),
         ({"stopper": "fixed:2", "min_layer": 3}, ["min_layer", "fixed:2"]),
         ({"log_features": "perhaps"}, ["log_features", "perhaps"]),
+        ({"batch_size": 0}, ["batch_size", "0"]),
+        ({"batch_size": "abc"}, ["batch_size", "abc", "auto"]),
+        ({"max_length": "abc"}, ["max_length", "abc"]),
+        ({"dtype": "foo"}, ["dtype", "foo", "float32"]),
     ],
 )
 def test_wrong_arguments_are_refused_in_one_sentence(options, words, tokenizer):
@@ -336,3 +340,43 @@ def test_a_cached_generation_keeps_its_trace(tokenizer, tmp_path):
     first = cached.generate_until(asked)
     (again,) = cached.generate_until(asked)
     assert again == first[0] and again.trace.exit_layer == 5
+
+
+def test_adapters_are_part_of_the_model_and_of_its_fingerprint(tokenizer):
+    import peft
+
+    asked = requests(documents=3)
+
+    def adapted(seed, config):
+        torch.manual_seed(seed)
+        return peft.get_peft_model(make_model("llama", vocab_size=257), config).eval()
+
+    lora = peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+    fingerprints = set()
+    for seed in (1, 2):
+        model = adapted(seed, lora)
+        lm = lm_of(model, tokenizer)
+        stock = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=4, max_length=64).loglikelihood(asked, True)
+        for a, b in zip(stock, lm.loglikelihood(asked, True), strict=True):
+            assert b[0] == pytest.approx(a[0], rel=2e-6, abs=1e-4)
+        fingerprints.add(lm.fingerprint)
+    assert len(fingerprints) == 2
+    prompt = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    with pytest.raises(AdaInferError, match=r"^peft: .*prompt learning"):
+        lm_of(adapted(1, prompt), tokenizer)
+
+
+def test_a_model_of_nan_is_refused_for_what_it_is(tokenizer):
+    model = make_model("llama", vocab_size=257)
+    model.get_output_embeddings().weight.data[3] = float("nan")
+    with pytest.raises(AdaInferError, match=r"^dtype: the logits .* are not finite"):
+        lm_of(model, tokenizer)
+
+
+def test_a_forward_that_breaks_when_rows_leave_is_one_sentence(tokenizer, monkeypatch):
+    def broken(anatomy):
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied\nmore")
+
+    monkeypatch.setattr("lm_eval_adainfer.model.verify", broken)
+    with pytest.raises(AdaInferError, match=r"^pretrained: .* can't exit early: .*multiplied\)$"):
+        lm_of(make_model("llama", vocab_size=257), tokenizer)

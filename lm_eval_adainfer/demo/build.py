@@ -1,4 +1,4 @@
-"""Builds the demo model: `python -m lm_eval_adainfer.demo.build --output DIR`, about 40 minutes on one core.
+"""Builds the demo model: `python -m lm_eval_adainfer.demo.build --output DIR`, about half an hour on one core.
 
 Generates the data, trains the tokenizer and a small Llama on the `train` documents, prints what each block already
 knows of the `test` documents, saves the folder, and fits the stopper that ships (`stoppers/svm.yaml`). Training is
@@ -291,7 +291,7 @@ def main(argv: list[str] | None = None) -> None:
     """Run the build from the command line."""
     parser = argparse.ArgumentParser(prog="python -m lm_eval_adainfer.demo.build", description=__doc__)
     parser.add_argument("--output", type=Path, default=paths.demo_model(), help="folder (default: the package's)")
-    parser.add_argument("--minutes", type=float, default=30, help="training time at most")
+    parser.add_argument("--minutes", type=float, default=28, help="training time at most")
     parser.add_argument("--steps", type=int, default=100_000, help="training steps at most")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1, help="torch threads")
