@@ -348,8 +348,9 @@ def test_adapters_are_part_of_the_model_and_of_its_fingerprint(tokenizer):
     asked = requests(documents=3)
 
     def adapted(seed, config):
+        model = make_model("llama", vocab_size=257)
         torch.manual_seed(seed)
-        return peft.get_peft_model(make_model("llama", vocab_size=257), config).eval()
+        return peft.get_peft_model(model, config).eval()
 
     lora = peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj", "down_proj"], init_lora_weights=False)
     fingerprints = set()
