@@ -98,7 +98,7 @@ def ratio(a: HFLM, b: HFLM, asked: list[Instance], repeats: int) -> dict[str, fl
 
 
 def main() -> None:
-    """Run the benchmark and write ``speed.json`` and ``speed.md``."""
+    """Run the benchmark and write ``speed-SHAPE-DTYPE-DEVICE`` as JSON and Markdown."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("--shape", default="llama-16x512", choices=SHAPES)
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
@@ -106,7 +106,7 @@ def main() -> None:
     parser.add_argument("--lengths", default="64,256", help="prompt tokens, separated by commas")
     parser.add_argument("--batch_sizes", default="1,8", help="separated by commas")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--output", "-o", default="benchmarks/results", help="folder for speed.json and speed.md")
+    parser.add_argument("--output", "-o", default="benchmarks/results", help="folder for JSON and Markdown")
     options = parser.parse_args()
 
     model = make_model(options.shape, getattr(torch, options.dtype), options.device)

@@ -23,7 +23,7 @@ class ExitTrace:
         flops_dense: The same count with stopper ``none``.
         fingerprint: Of the model and the stopper that made it.
         features: Where ``log_features=True``: one dict per distinct context, ``layer`` and the features' values
-            after each checked block up to the exit.
+            after every block up to the exit.
         layers: Of generated text, every new token's exit block.
     """
 

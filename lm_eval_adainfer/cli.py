@@ -28,6 +28,13 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
+class _Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows defaults, where there are any."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default is None else super()._get_help_string(action)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="adainfer",
@@ -35,7 +42,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"lm-eval-adainfer {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    how = argparse.ArgumentDefaultsHelpFormatter
+    how = _Help
 
     trace = commands.add_parser(
         "trace",

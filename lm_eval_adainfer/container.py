@@ -88,8 +88,11 @@ def read(path: str | Path, what: str, version: int, argument: str) -> tuple[dict
     if not start:
         raise AdaInferError(f"{argument}: {path} is empty; give a {what} file that adainfer wrote")
     if looks_like_pickle(start):
+        refused = f"{argument}: {path} is a pickle, which could run code when loaded, so it is not opened"
+        if what != "stopper":
+            raise AdaInferError(f"{refused}; make a {what} with adainfer")
         raise AdaInferError(
-            f"{argument}: {path} is a pickle, which could run code when loaded, so it is not opened; make a stopper "
+            f"{refused}; make a stopper "
             "from a fitted SVC in Python with lm_eval_adainfer.strategies.svm.SVMStopper.from_sklearn(svc, "
             'features=("gap", "top_prob")) and lm_eval_adainfer.strategies.artifact.save(stopper, "svm.pkl")'
         )

@@ -45,11 +45,17 @@ class _AllRowsLeft(Exception):  # noqa: N818 - control flow, never seen by users
     """Leaves the model's forward when no row needs the next block."""
 
 
+def part_output(output: Any, block_input: Tensor) -> Tensor:
+    """[n, S, h] output of a block's attention or feed-forward part, kept apart from what the block does with it."""
+    hidden = hidden_of(output).reshape(*block_input.shape[:2], -1)  # some families flatten here
+    return hidden.clone()  # and some add the other part in place afterwards
+
+
 class _Run:
     """One forward's hooks and their bookkeeping."""
 
-    def __init__(self, anatomy: Anatomy, batch: int, after_block: AfterBlock, capture: Sequence[str]):
-        self.anatomy, self.batch, self.after_block, self.capture = anatomy, batch, after_block, capture
+    def __init__(self, anatomy: Anatomy, batch: int, after_block: AfterBlock):
+        self.anatomy, self.batch, self.after_block = anatomy, batch, after_block
         self.rows: Tensor | None = None  # indices into the batch of the rows in flow; None while that is all of them
         self.before: Tensor | None = None
         self.parts: dict[str, Tensor] = {}
@@ -76,8 +82,7 @@ class _Run:
     def part_hook(self, which: str, output: Any) -> None:
         """After the attention or feed-forward part of a block."""
         assert self.before is not None
-        hidden = hidden_of(output).reshape(*self.before.shape[:2], -1)  # some families flatten here
-        self.parts[which] = hidden.clone()  # and some add the other part in place afterwards
+        self.parts[which] = part_output(output, self.before)
 
     def post_hook(self, k: int, output: Any) -> Any:
         """After block k: ask which rows go on, and let only those."""
@@ -107,7 +112,7 @@ def run_blocks(anatomy: Anatomy, input_ids: Tensor, after_block: AfterBlock, cap
             ``state.hidden``) that go on, empty to stop, or None for all. After block L it must return an empty one.
         capture: Which parts' outputs to keep for ``state.parts``: of ``"attn"``, ``"mlp"``.
     """
-    run = _Run(anatomy, input_ids.shape[0], after_block, capture)
+    run = _Run(anatomy, input_ids.shape[0], after_block)
     handles: list[Any] = []
     try:
         for k, block in enumerate(anatomy.blocks, start=1):

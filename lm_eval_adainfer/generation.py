@@ -26,7 +26,7 @@ from lm_eval_adainfer import features
 from lm_eval_adainfer.anatomy import Anatomy, BatchRule, hidden_of, walk, with_hidden
 from lm_eval_adainfer.errors import UnsupportedModelError
 from lm_eval_adainfer.features import Observation
-from lm_eval_adainfer.forward import BlockState
+from lm_eval_adainfer.forward import BlockState, part_output
 from lm_eval_adainfer.strategies.base import Schedule, Stopper
 
 
@@ -303,8 +303,7 @@ class _Step:
 
     def part_hook(self, which: str, output: Any) -> None:
         assert self.before is not None
-        hidden = hidden_of(output)
-        self.parts[which] = hidden.reshape(*self.before.shape[:2], hidden.shape[-1])
+        self.parts[which] = part_output(output, self.before)
 
     def post_hook(self, k: int, output: Any) -> Any:
         """After block k: it now knows every slot of the rows in flow; those whose token leaves go."""

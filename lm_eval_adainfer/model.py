@@ -8,6 +8,7 @@ import logging
 import time
 from collections import defaultdict, deque
 from collections.abc import Iterator, Sequence
+from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -86,7 +87,10 @@ class AdaInferLM(HFLM):
             pretrained = str(paths.demo_model())
         kwargs.setdefault("device", "cuda" if torch.cuda.is_available() else "cpu")
         self._pretrained_name = DEMO if pretrained == str(paths.demo_model()) else pretrained
-        super().__init__(pretrained, **kwargs)
+        try:
+            super().__init__(pretrained, **kwargs)
+        except TypeError as error:  # HFLM hands unknown arguments on to the model's constructor
+            raise AdaInferError(f"model_args: {str(error).splitlines()[0]}") from error
         self._set_ranks()
         self.anatomy = self._taken_apart()
         self.stopper = strategy
@@ -321,7 +325,7 @@ class AdaInferLM(HFLM):
         results = []
         for request, parts in zip(requests, by_request, strict=True):
             logprob = sum(answer.logprob for row, _ in parts for answer in row.answers)
-            trace = self.engine.trace_tokens(parts, self.fingerprint) if parts else self._dense_trace(1)
+            trace = self.engine.trace_tokens(parts, self.fingerprint) if parts else self._dense_trace()
             results.append(Rolling(logprob, trace))
             self._remember({hash_args("loglikelihood_rolling", request.args): results[-1]})
         return results
@@ -370,7 +374,7 @@ class AdaInferLM(HFLM):
         self._generated[hash_args("generate_until", arguments)].append(found)
         return found
 
-    def _dense_trace(self, *_: Any) -> ExitTrace:
+    def _dense_trace(self) -> ExitTrace:
         n_blocks = self.anatomy.n_blocks
         return ExitTrace(n_blocks, n_blocks, 1.0, n_blocks, 1.0, 1.0, self.fingerprint)
 
@@ -409,12 +413,6 @@ class AdaInferLM(HFLM):
         """JSON-serialisable: identity (stopper, L, checked blocks, device, versions) and totals (docs/numbers.md)."""
         import transformers
 
-        try:
-            from importlib.metadata import version
-
-            harness = version("lm_eval")
-        except ImportError:
-            harness = ""
         return {
             "stopper": self.stopper.describe(),
             "fingerprint": self.fingerprint,
@@ -427,7 +425,7 @@ class AdaInferLM(HFLM):
             **(self.run_totals or self.totals()),
             "versions": {
                 "lm_eval_adainfer": __version__,
-                "lm_eval": harness,
+                "lm_eval": version("lm_eval"),
                 "torch": torch.__version__,
                 "transformers": transformers.__version__,
             },

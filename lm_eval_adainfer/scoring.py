@@ -1,7 +1,7 @@
 """Early exit of whole documents: which rows decide, at which block they leave, and what is scored there.
 
 A document is all requests that lm-eval compares with each other. It has one exit block, decided at the last tokens
-of its distinct contexts (``docs/numbers.md``, "Document and decision").
+of its distinct contexts (docs/numbers.md, "One decision per document").
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ class Engine:
         stopper: The strategy.
         schedule: After which blocks it is asked.
         softmax_dtype: As HFLM's; None keeps the logits' dtype.
-        log_features: Record the features of checked blocks up to the exit (diagnostic: not counted as FLOPs).
+        log_features: Record the features after every block up to the exit (diagnostic: not counted as FLOPs).
     """
 
     def __init__(
@@ -186,9 +186,7 @@ class Engine:
             ids[i, : len(row)] = torch.tensor(row, dtype=torch.long)
         return ids.to(self.anatomy.input_device)
 
-    def _check(
-        self, state: BlockState, documents: Sequence[Document], at: dict, ask: bool = True
-    ) -> dict[int, Tensor]:
+    def _check(self, state: BlockState, documents: Sequence[Document], at: dict, ask: bool = True) -> dict[int, Tensor]:
         """Ask the stopper for every decider of ``documents``; set ``exit_layer`` of those that stop.
 
         With ``ask=False`` features are only logged.
@@ -362,15 +360,25 @@ class Engine:
                 chunk = points[start : start + size]
                 at = torch.tensor([place[p[0]] for p in chunk], device=state.hidden.device)
                 positions = torch.tensor([p[1] for p in chunk], device=state.hidden.device)
-                logits = self.anatomy.logits(state.hidden[at, positions])
-                self.head_rows += len(chunk)
+                asks = state.block < n_blocks
+                needs_head = features.needs_head(self.stopper.features) if asks else True
+                logits = self.anatomy.logits(state.hidden[at, positions]) if needs_head else None
                 stops = [True] * len(chunk)
-                if state.block < n_blocks:
+                if asks:
                     seen = Observation(state, at, positions, logits)
                     values = features.compute(self.stopper.features, seen)
                     stops = (self.stopper.margin(state.block, values) > 0).tolist()
                 done = [n for n, stop in enumerate(stops) if stop]
-                score_points(logits[done], [chunk[n] for n in done], self.softmax_dtype)
+                self.head_rows += len(chunk) if needs_head else len(done)
+                if done and logits is None:
+                    score_points(
+                        self.anatomy.logits(state.hidden[at[done], positions[done]]),
+                        [chunk[n] for n in done],
+                        self.softmax_dtype,
+                    )
+                elif done:
+                    assert logits is not None
+                    score_points(logits[done], [chunk[n] for n in done], self.softmax_dtype)
                 for n in done:
                     exits[number[id(chunk[n][2])]][chunk[n][3]] = state.block
                 left += [p for p, stop in zip(chunk, stops, strict=True) if not stop]

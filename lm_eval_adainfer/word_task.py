@@ -20,7 +20,7 @@ SPLITS = (("train", 30), ("validation", 20), ("test", 50))  # per cent: fit, cal
 def hash_split(question: str) -> str:
     """The split a document belongs to, for data without official ones: ``train``, ``validation`` or ``test``.
 
-    30%, 20% and 50% (docs/numbers.md: fit, calibrate, test). The question alone decides, so that a word that
+    30%, 20% and 50% (fit, calibrate, test). The question alone decides, so that a word that
     occurs in several tasks is in the same split of all of them.
     """
     percentile = stable_hash("split", question.strip()) % 100

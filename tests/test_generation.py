@@ -158,3 +158,24 @@ def test_a_model_without_a_plain_cache_is_refused_unless_the_user_asks_for_dense
     with pytest.raises(UnsupportedModelError, match=r"generation=dense"):
         lm_of(model, tokenizer, stopper="gap", generation="early")
     assert lm_of(model, tokenizer, stopper="gap").generation == "dense"
+
+
+class Cosine(Scripted):
+    kind = "cosine"
+    features = ("cos_mlp", "cos_attn", "cos_hidden")
+
+    def margin(self, block, values):
+        return torch.frac(values.sum(-1) * 97) - 0.5
+
+
+@pytest.mark.parametrize("family", ["llama", "falcon", "opt"])
+def test_a_decoding_step_sees_the_features_of_a_plain_forward(family, tokenizer):
+    """The first new token of a prompt leaves where a document with that context leaves (Falcon adds parts in place)."""
+    model = make_model(family, vocab_size=257)
+    texts = ["ab", "cde f", "the quick brown", "hello world again"]
+    lm = lm_of(model, tokenizer, stopper=Cosine(), generation="early", batch_size=1)
+    documents = lm.loglikelihood([instance(t, " x", n) for n, t in enumerate(texts)], True)
+    generated = lm.generate_until(
+        [instance(t, {"until": [], "max_gen_toks": 1}, n, kind="generate_until") for n, t in enumerate(texts)], True
+    )
+    assert [g.trace.layers[0] for g in generated] == [d.trace.exit_layer for d in documents]
