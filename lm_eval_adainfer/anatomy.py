@@ -14,6 +14,7 @@ import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -153,7 +154,7 @@ class Anatomy:
             for module_id, arguments, _ in calls:
                 if (k := number.get(module_id)) is not None:
                     shapes[batch].update({(k, path): tuple(x.shape) for path, x in _tensors(list(arguments))})
-        self.batch_rule = BatchRule(_batch_factors(shapes[2], shapes[3]))
+        self.batch_rule = BatchRule(batch_factors(shapes[2], shapes[3], (2, 3)))
 
         last = hidden_of(next(o for i, _, o in reversed(calls) if i in number))
         base, end = next(
@@ -184,7 +185,7 @@ class Anatomy:
         device = self.model.get_input_embeddings().weight.device
         return device if device.type != "meta" else torch.device(getattr(self.model, "device", "cpu"))
 
-    @property
+    @cached_property
     def takes_position_ids(self) -> bool:
         """Whether the model's forward has the argument (families with alibi have none)."""
         return "position_ids" in inspect.signature(self.model.forward).parameters
@@ -387,14 +388,15 @@ def _hidden_argument(arguments: Sequence[Any]) -> Tensor | None:
     return value if isinstance(value, Tensor) else None
 
 
-def _batch_factors(two: dict, three: dict) -> dict[tuple[int, str], int]:
-    """From argument shapes at batch 2 and batch 3: the factor by which the first dimension follows the batch."""
+def batch_factors(first: dict, second: dict, batches: tuple[int, int]) -> dict[tuple[int, str], int]:
+    """From argument shapes at two batch sizes: the factor by which the first dimension follows the batch, or 0."""
     factors = {}
-    for key, shape in two.items():
-        other = three.get(key)
-        if other is None or not shape:
+    for key, shape in first.items():
+        other = second.get(key)
+        if not other or not shape:
             continue
-        factors[key] = shape[0] // 2 if shape[0] % 2 == 0 and other[0] == shape[0] // 2 * 3 else 0
+        factor, rest = divmod(shape[0], batches[0])
+        factors[key] = factor if rest == 0 and other[0] == factor * batches[1] else 0
     return factors
 
 

@@ -8,9 +8,10 @@ leaves the model's forward. The weights and the code of the model stay as they a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -41,7 +42,7 @@ class BlockState:
 AfterBlock = Callable[[BlockState], "Tensor | None"]
 
 
-class _AllRowsLeft(Exception):  # noqa: N818 - control flow, never seen by users
+class AllRowsLeft(Exception):  # noqa: N818 - control flow, never seen by users
     """Leaves the model's forward when no row needs the next block."""
 
 
@@ -49,6 +50,43 @@ def part_output(output: Any, block_input: Tensor) -> Tensor:
     """[n, S, h] output of a block's attention or feed-forward part, kept apart from what the block does with it."""
     hidden = hidden_of(output).reshape(*block_input.shape[:2], -1)  # some families flatten here
     return hidden.clone()  # and some add the other part in place afterwards
+
+
+class BlockHooks(Protocol):
+    """What watches a forward's blocks (numbered k, from 1) and their parts."""
+
+    def pre_hook(self, k: int, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        """Before block k: its arguments, as they are to be."""
+
+    def part_hook(self, which: str, output: Any) -> None:
+        """After the attention or feed-forward part of a block."""
+
+    def post_hook(self, k: int, output: Any) -> Any:
+        """After block k: its output, as it is to be; or raises AllRowsLeft."""
+
+
+@contextmanager
+def hooked(anatomy: Anatomy, hooks: BlockHooks, capture: Sequence[str]) -> Iterator[None]:
+    """Attach ``hooks`` to every block and to its captured parts, for a while."""
+    handles: list[Any] = []
+    try:
+        for k, block in enumerate(anatomy.blocks, start=1):
+            handles.append(
+                block.register_forward_pre_hook(
+                    lambda m, args, kwargs, k=k: hooks.pre_hook(k, args, kwargs), with_kwargs=True
+                )
+            )
+            for which in capture:
+                handles.append(
+                    anatomy.part(block, which).register_forward_hook(
+                        lambda m, args, output, which=which: hooks.part_hook(which, output)
+                    )
+                )
+            handles.append(block.register_forward_hook(lambda m, args, output, k=k: hooks.post_hook(k, output)))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 class _Run:
@@ -93,7 +131,7 @@ class _Run:
         if keep is None:
             return output
         if keep.numel() == 0:
-            raise _AllRowsLeft
+            raise AllRowsLeft
         keep = keep.to(hidden.device)
         self.rows = keep if self.rows is None else self.rows.to(keep.device)[keep]
         self._cut.clear()
@@ -113,27 +151,11 @@ def run_blocks(anatomy: Anatomy, input_ids: Tensor, after_block: AfterBlock, cap
         capture: Which parts' outputs to keep for ``state.parts``: of ``"attn"``, ``"mlp"``.
     """
     run = _Run(anatomy, input_ids.shape[0], after_block)
-    handles: list[Any] = []
     try:
-        for k, block in enumerate(anatomy.blocks, start=1):
-            handles.append(
-                block.register_forward_pre_hook(
-                    lambda m, args, kwargs, k=k: run.pre_hook(k, args, kwargs), with_kwargs=True
-                )
-            )
-            for which in capture:
-                handles.append(
-                    anatomy.part(block, which).register_forward_hook(
-                        lambda m, args, output, which=which: run.part_hook(which, output)
-                    )
-                )
-            handles.append(block.register_forward_hook(lambda m, args, output, k=k: run.post_hook(k, output)))
-        anatomy.model(input_ids=input_ids, use_cache=False)
-    except _AllRowsLeft:
+        with hooked(anatomy, run, capture):
+            anatomy.model(input_ids=input_ids, use_cache=False)
+    except AllRowsLeft:
         return
-    finally:
-        for handle in handles:
-            handle.remove()
     raise RuntimeError("after_block let rows go on after the last block")
 
 

@@ -23,15 +23,11 @@ from torch import Tensor
 from transformers import DynamicCache, masking_utils
 
 from lm_eval_adainfer import features
-from lm_eval_adainfer.anatomy import Anatomy, BatchRule, hidden_of, walk, with_hidden
+from lm_eval_adainfer.anatomy import Anatomy, BatchRule, batch_factors, hidden_of, walk, with_hidden
 from lm_eval_adainfer.errors import UnsupportedModelError
 from lm_eval_adainfer.features import Observation
-from lm_eval_adainfer.forward import BlockState, part_output
+from lm_eval_adainfer.forward import AllRowsLeft, BlockState, hooked, part_output
 from lm_eval_adainfer.strategies.base import Schedule, Stopper
-
-
-class _Left(Exception):  # noqa: N818 - control flow, never seen by users
-    """Leaves the model's forward when no row needs the next block."""
 
 
 @contextmanager
@@ -240,22 +236,8 @@ class _Step:
         slot = torch.arange(self.length)
         attend = (slot[None] >= decoder.pad[:, None]).to(decoder.device)
         positions = (slot[None, base:] - decoder.pad[:, None]).clamp(min=0).to(decoder.device)
-        handles: list[Any] = []
         try:
-            for k, block in enumerate(anatomy.blocks, start=1):
-                handles.append(
-                    block.register_forward_pre_hook(
-                        lambda m, args, kwargs, k=k: self.pre_hook(k, args, kwargs), with_kwargs=True
-                    )
-                )
-                for which in decoder.parts:
-                    handles.append(
-                        anatomy.part(block, which).register_forward_hook(
-                            lambda m, args, output, which=which: self.part_hook(which, output)
-                        )
-                    )
-                handles.append(block.register_forward_hook(lambda m, args, output, k=k: self.post_hook(k, output)))
-            with explicit_masks():
+            with explicit_masks(), hooked(anatomy, self, decoder.parts):
                 anatomy.model(
                     input_ids=decoder.slots[:, base : self.length].to(decoder.device),
                     attention_mask=attend.long(),
@@ -263,11 +245,8 @@ class _Step:
                     use_cache=True,
                     **({"position_ids": positions} if anatomy.takes_position_ids else {}),
                 )
-        except _Left:
+        except AllRowsLeft:
             pass
-        finally:
-            for handle in handles:
-                handle.remove()
         return torch.stack([x.to(decoder.device).float() for x in self.logits if x is not None])
 
     def pre_hook(self, k: int, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
@@ -314,7 +293,7 @@ class _Step:
             result, start = decoder.results[decoder.rows[row]], int(self.start[n])
             count, pad = self.length - start, int(decoder.pad[row])
             result.block_tokens[k - 1] += count
-            result.pairs[k - 1] += sum(range(start - pad + 1, self.length - pad + 1))
+            result.pairs[k - 1] += count * (start - pad + 1 + self.length - pad) // 2  # causal: one key more a query
         decoder.known[k - 1, self.flow] = self.length
         state = BlockState(k, hidden, self.before, self.parts, self.parts_before)
         leaves = self._leaving(k, state)
@@ -326,7 +305,7 @@ class _Step:
         gone = set(leaves)
         keep = torch.tensor([n for n in range(len(self.flow)) if n not in gone], dtype=torch.long)
         if keep.numel() == 0:
-            raise _Left
+            raise AllRowsLeft
         self.flow, self.start = self.flow[keep], self.start[keep]
         self.rows = self.flow.to(hidden.device)
         index = keep.to(hidden.device)
@@ -389,11 +368,7 @@ def watch_windows(anatomy: Anatomy) -> Windows:
         key: tuple(d for d, pair in enumerate(zip(*shapes, strict=True)) if pair == (2, 4))
         for key, shapes in both.items()
     }
-    factors = {}
-    for key, (a, b) in both.items():
-        if a:
-            factors[key] = a[0] // 3 if a[0] % 3 == 0 and b[0] == a[0] // 3 * 5 else 0
-    return Windows(queries, BatchRule(factors))
+    return Windows(queries, BatchRule(batch_factors(seen[0], seen[1], (3, 5))))
 
 
 def _watch_step(anatomy: Anatomy, batch: int, cached: int, width: int) -> dict[tuple[int, str], tuple[int, ...]]:

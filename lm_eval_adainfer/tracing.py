@@ -144,7 +144,7 @@ def trace(
             raise AdaInferError(
                 f"tasks: {name} is a {task.OUTPUT_TYPE} task; only loglikelihood and multiple_choice tasks are traced"
             )
-    files = []
+    files, model = [], model_identity(lm)
     for name, task in tasks.items():
         shots = num_fewshot if num_fewshot is not None else task.get_config("num_fewshot") or 0
         path = Path(output) / f"{name}_{shots}shot_{split}.trace"
@@ -153,7 +153,7 @@ def trace(
             task.set_fewshot_seed(seed=fewshot_seed)
             task.build_all_requests(limit=None, rank=0, world_size=1)
             identity = {
-                **model_identity(lm),
+                **model,
                 "task": name,
                 "task_version": str(task.VERSION),
                 "num_fewshot": shots,
