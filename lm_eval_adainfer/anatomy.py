@@ -91,6 +91,7 @@ class Anatomy:
         block_weights: Per block, the weights of its linear maps that one token meets (experts: the active share).
         attention_width: Per block, heads x head size (0 where there is no attention module).
         batch_rule: How the blocks' arguments follow the batch.
+        blocks_return_tuples: Whether a block returns a tuple (hidden states first) or a tensor.
     """
 
     def __init__(self, model: nn.Module):
@@ -164,6 +165,7 @@ class Anatomy:
         self._tail = self._chain(last, end, [(children[i], a, o) for i, a, o in calls if i in children])
         self.vocab_size = int(logits.shape[-1])
         self.hidden_size = int(end.shape[-1])
+        self.blocks_return_tuples = not all(isinstance(o, Tensor) for i, _, o in calls if i in number)
         self.block_hidden_size = int(last.shape[-1])
 
         again = self.logits(last[:, -1, :])
@@ -232,22 +234,48 @@ class Anatomy:
 
     # ------------------------------------------------------------------ use
     @torch.no_grad()
-    def logits(self, hidden: Tensor) -> Tensor:
+    def logits(self, hidden: Tensor, candidates: Tensor | None = None) -> Tensor:
         """Final norm and output head, by the model's own code (soft-caps, scales and biases included).
 
         Args:
             hidden: [n, block width], outputs of any block at n positions.
+            candidates: [n, C] token ids; only their logits are computed (see :meth:`require_candidates`).
 
         Returns:
-            [n, V] logits in the model's dtype.
+            [n, V] (or [n, C]) logits in the model's dtype.
         """
         x = hidden.unsqueeze(1)
         for module in self._tail:
             x = module(x)
         stub = _HeadInput(last_hidden_state=x)
         ids = torch.zeros(x.shape[0], 1, dtype=torch.long, device=x.device)
-        with _replaced_forward(self._base, lambda *args, **kwargs: stub):
+        with ExitStack() as stack:
+            stack.enter_context(replaced_forward(self._base, lambda *args, **kwargs: stub))
+            if candidates is not None:
+                head = self.model.get_output_embeddings()
+                stack.enter_context(replaced_forward(head, lambda y: _candidate_logits(head, y, candidates)))
             return self.model(input_ids=ids, use_cache=False).logits[:, -1, :]
+
+    def require_candidates(self) -> None:
+        """Check that logits of a few candidates alone are those of the full head.
+
+        Raises:
+            UnsupportedModelError: Where the head is no plain linear map, or the model mixes its logits.
+        """
+        x = torch.linspace(-1, 1, 3 * self.block_hidden_size).reshape(3, -1)
+        x = x.to(device=self.input_device, dtype=self.model.get_input_embeddings().weight.dtype)
+        some = (torch.arange(6).reshape(3, 2) * 7 + 1).to(x.device) % self.vocab_size
+        try:
+            whole = self.logits(x)
+            worst = (self.logits(x, some).float() - whole.gather(1, some).float()).abs().max().item()
+            good = worst <= tolerance(whole)
+        except (AttributeError, RuntimeError, IndexError, TypeError):
+            good = False
+        if not good:
+            raise UnsupportedModelError(
+                f"head_check: the output head of {self.name} can't be read for a few tokens alone, so shortlist does "
+                "not work with it; use head_check=exact"
+            )
 
     def head_hash(self) -> str:
         """A short hash of the output head, which ties a stopper to the model it was fitted on.
@@ -309,7 +337,7 @@ class Anatomy:
             routed = active if "experts" in name.split(".") else None
             if is_linear(module):
                 siblings = _expert_count(self.config)
-                total += _linear_size(module) * (routed / siblings if routed and siblings else 1.0)
+                total += linear_size(module) * (routed / siblings if routed and siblings else 1.0)
             elif routed:  # fused experts: one parameter [experts, in, out]
                 for parameter in module.parameters(recurse=False):
                     if parameter.dim() == 3:
@@ -343,7 +371,8 @@ def is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
 
 
-def _linear_size(module: Any) -> int:
+def linear_size(module: Any) -> int:
+    """Weights of a linear map."""
     if isinstance(module, nn.Linear):  # packed 4-bit weights have another shape than the map
         return module.in_features * module.out_features
     return module.weight.numel()
@@ -400,6 +429,13 @@ def batch_factors(first: dict, second: dict, batches: tuple[int, int]) -> dict[t
     return factors
 
 
+def _candidate_logits(head: Any, hidden: Tensor, candidates: Tensor) -> Tensor:
+    """[n, 1, C] of hidden states [n, 1, h], each row with its own candidates."""
+    logits = torch.einsum("nsh,nch->nsc", hidden, head.weight[candidates])
+    bias = getattr(head, "bias", None)
+    return logits if bias is None else logits + bias[candidates][:, None]
+
+
 @contextmanager
 def _recorded(module: nn.Module, calls: list[_Call]) -> Iterator[None]:
     """Append every call of the module."""
@@ -415,7 +451,7 @@ def _recorded(module: nn.Module, calls: list[_Call]) -> Iterator[None]:
 
 
 @contextmanager
-def _replaced_forward(module: nn.Module, forward: Callable) -> Iterator[None]:
+def replaced_forward(module: nn.Module, forward: Callable) -> Iterator[None]:
     """Put another forward in place; accelerate keeps its own in the instance's dict, so restore what was there."""
     missing = object()
     before = module.__dict__.get("forward", missing)

@@ -18,7 +18,9 @@ class FlopCounter:
         self._weights = [0, *accumulate(anatomy.block_weights)]
         self._widths = [0, *accumulate(anatomy.attention_width)]
         self._head_row = 2 * anatomy.vocab_size * anatomy.hidden_size
+        self._head_width = anatomy.hidden_size
         self._stopper = stopper.flops
+        self.stored_weights: list[int] = []  # per block, of the maps that lead to its keys and values
 
     def blocks(self, depth: int, tokens: int, pairs: int | None = None) -> float:
         """Blocks 1..depth over ``tokens`` tokens: 2 x weights x tokens + 4 x (query x key pairs) x heads' width.
@@ -39,6 +41,14 @@ class FlopCounter:
     def head(self, rows: int) -> float:
         """2Vh per head row."""
         return float(self._head_row * rows)
+
+    def stored(self, k: int, tokens: int) -> float:
+        """Keys and values of block k alone: 2 x the weights that lead to them x tokens."""
+        return 2.0 * self.stored_weights[k - 1] * tokens if tokens else 0.0
+
+    def screened(self, logits: int) -> float:
+        """2h per logit that was computed for a candidate alone."""
+        return 2.0 * self._head_width * logits
 
     def decisions(self, n: int) -> float:
         """N decisions of the stopper."""

@@ -15,7 +15,8 @@ from lm_eval_adainfer.anatomy import Anatomy
 from lm_eval_adainfer.answers import ExitTrace
 from lm_eval_adainfer.counting import FlopCounter
 from lm_eval_adainfer.errors import AdaInferError
-from lm_eval_adainfer.generation import Decoded, Decoder, Windows
+from lm_eval_adainfer.generation import Decoded, Decoder
+from lm_eval_adainfer.slots import Windows
 from lm_eval_adainfer.strategies.base import Schedule, Stopper
 
 
@@ -62,6 +63,8 @@ def decode(
     tokenizer: Any,
     stop: Sequence[str],
     seeds: Seeds,
+    kv_policy: str = "recompute",
+    shortlist: int = 0,
     **kwargs: Any,
 ) -> list[Decoded]:
     """Generate with early exit.
@@ -70,13 +73,15 @@ def decode(
         anatomy: The model.
         stopper: Says after a block whether a new token leaves.
         schedule: After which blocks it is asked.
-        windows: From ``generation.watch_windows``.
+        windows: From ``slots.watch_windows``.
         context: [B, S] token ids, left-padded.
         attention_mask: [B, S], 0 at padding.
         max_length: S + new tokens at most.
         tokenizer: For stop strings.
         stop: Stop strings.
         seeds: Where rows that sample get their generators.
+        kv_policy: As :class:`Decoder`'s.
+        shortlist: As :class:`Decoder`'s.
         **kwargs: As ``model.generate`` takes them (``do_sample``, ``temperature``, ``top_p``, ...).
 
     Raises:
@@ -102,24 +107,28 @@ def decode(
     finished = Stop(tokenizer, stop, [] if ends is None else ends.flatten().tolist())
 
     prompts = [row[mask.bool()].tolist() for row, mask in zip(context, attention_mask, strict=True)]
-    decoder = Decoder(anatomy, stopper, schedule, windows, prompts, max_length - context.shape[1])
+    new = max_length - context.shape[1]
+    decoder = Decoder(anatomy, stopper, schedule, windows, prompts, new, kv_policy, shortlist)
     decoder.slots[:, : context.shape[1]] = context.cpu()  # padding ids as the tokenizer wrote them, for processors
     generators = [seeds.generator(prompt, context.device) for prompt in prompts] if config.do_sample else []
-    while decoder.rows:
-        logits = decoder.step()
-        scores = processors(decoder.slots[:, : decoder.length].to(logits.device), logits)
-        if config.do_sample:
-            odds = scores.softmax(dim=-1)
-            chosen = [
-                int(torch.multinomial(odds[n], 1, generator=generators[row])) for n, row in enumerate(decoder.rows)
+    with decoder.attached():
+        while decoder.rows:
+            logits = decoder.step()
+            scores = logits
+            if processors:
+                scores = processors(decoder.slots[:, : decoder.length].to(logits.device), logits)
+            if config.do_sample:
+                odds = scores.softmax(dim=-1)
+                chosen = [
+                    int(torch.multinomial(odds[n], 1, generator=generators[row])) for n, row in enumerate(decoder.rows)
+                ]
+            else:
+                chosen = scores.argmax(dim=-1).tolist()
+            done = [
+                decoder.length + 1 >= max_length or finished([*decoder.results[row].tokens, token])
+                for row, token in zip(decoder.rows, chosen, strict=True)
             ]
-        else:
-            chosen = scores.argmax(dim=-1).tolist()
-        done = [
-            decoder.length + 1 >= max_length or finished([*decoder.results[row].tokens, token])
-            for row, token in zip(decoder.rows, chosen, strict=True)
-        ]
-        decoder.append(chosen, done)
+            decoder.append(chosen, done)
     return decoder.results
 
 
@@ -130,7 +139,9 @@ def trace(decoded: Decoded, prompt_tokens: int, counter: FlopCounter, fingerprin
     layer = sum(decoded.layers) / new
     flops = (
         sum(counter.block(k, decoded.block_tokens[k - 1], decoded.pairs[k - 1]) for k in range(1, n_blocks + 1))
+        + sum(counter.stored(k, n) for k, n in enumerate(decoded.stored_tokens, start=1))
         + counter.head(decoded.head_rows)
+        + counter.screened(decoded.screened)
         + counter.decisions(decoded.decisions)
     )
     return ExitTrace(

@@ -55,14 +55,14 @@ def part_output(output: Any, block_input: Tensor) -> Tensor:
 class BlockHooks(Protocol):
     """What watches a forward's blocks (numbered k, from 1) and their parts."""
 
-    def pre_hook(self, k: int, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        """Before block k: its arguments, as they are to be."""
+    def pre_hook(self, k: int, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        """Before block k: its arguments, as they are to be (None: as they are)."""
 
     def part_hook(self, which: str, output: Any) -> None:
         """After the attention or feed-forward part of a block."""
 
     def post_hook(self, k: int, output: Any) -> Any:
-        """After block k: its output, as it is to be; or raises AllRowsLeft."""
+        """After block k: its output, as it is to be (None: as it is); or raises AllRowsLeft."""
 
 
 @contextmanager

@@ -24,8 +24,9 @@ from lm_eval_adainfer.decoding import Seeds, decode
 from lm_eval_adainfer.decoding import trace as decode_trace
 from lm_eval_adainfer.errors import AdaInferError, UnsupportedModelError, report_errors_in_one_sentence
 from lm_eval_adainfer.forward import verify
-from lm_eval_adainfer.generation import watch_windows
+from lm_eval_adainfer.generation import KV_POLICIES, prepare
 from lm_eval_adainfer.scoring import Answer, Document, Engine, Row
+from lm_eval_adainfer.slots import Windows
 from lm_eval_adainfer.strategies import artifact
 from lm_eval_adainfer.strategies.base import Schedule
 
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 eval_logger = logging.getLogger(__name__)
 
 DEMO = "adainfer-demo"
+SHORTLIST = 64  # candidates of head_check=shortlist
 _FINGERPRINT_KEY = "adainfer_fingerprint"
 
 TokenRequest = tuple["tuple[str, str] | None", list[int], list[int]]
@@ -52,8 +54,14 @@ class AdaInferLM(HFLM):
             stopper file written by ``adainfer fit``.
         min_layer: No exit before this block (1 to L; default 1).
         check_layers: After which blocks the stopper is asked: ``all`` (default), ``every:2``, or a list ``8+12+16``.
-        generation: What ``generate_until`` does: ``dense`` (default) or ``early``, where every new token leaves at its
-            own block and later tokens see the exact cache.
+        generation: What ``generate_until`` does: ``early`` (default), where every new token leaves at its own block, or
+            ``dense``.
+        kv_policy: What a token that goes deeper than its predecessors did finds in the cache: ``recompute`` (default):
+            their blocks are run first, so that it sees exactly the dense model's cache; ``propagate``: their exit
+            states are projected into it (CALM's state copy; approximate, cheaper).
+        head_check: How ``generate_until`` asks the stopper: ``exact`` (default): from the full vocabulary at every
+            checked block; ``shortlist`` (or ``shortlist:64``, the number of candidates): from the top tokens of the
+            token's previous full check, confirmed by the full vocabulary before it leaves. Never earlier than ``exact``.
         log_features: Put the features after every block up to the exit into the samples (``--log_samples``);
             default False.
 
@@ -68,7 +76,9 @@ class AdaInferLM(HFLM):
         min_layer: int | str = 1,
         check_layers: Any = "all",
         log_features: bool | str = False,
-        generation: str = "dense",
+        generation: str = "early",
+        kv_policy: str = "recompute",
+        head_check: str = "exact",
         **kwargs: Any,
     ) -> None:
         report_errors_in_one_sentence()
@@ -76,6 +86,9 @@ class AdaInferLM(HFLM):
         self._log_features = _flag("log_features", log_features)
         if generation not in ("dense", "early"):
             raise AdaInferError(f"generation: {generation!r} is neither dense nor early")
+        if kv_policy not in KV_POLICIES:
+            raise AdaInferError(f"kv_policy: {kv_policy!r} is neither {' nor '.join(KV_POLICIES)}")
+        self.shortlist = _shortlist(head_check)
         _check_numbers(kwargs)
         if kwargs.get("backend") == "seq2seq":
             raise AdaInferError("backend: seq2seq is not supported; adainfer needs a decoder-only model")
@@ -99,11 +112,13 @@ class AdaInferLM(HFLM):
             eval_logger.warning("check_layers/min_layer: they leave no block to ask the stopper at, so it runs dense")
         artifact.warn_if_foreign(strategy, self._model_name(), self.anatomy.n_blocks, self.anatomy.head_hash())
         self.engine = Engine(self.anatomy, strategy, self.schedule, self.softmax_dtype, self._log_features)
-        early = generation == "early" and bool(self.schedule.blocks)
-        self.windows = watch_windows(self.anatomy) if early else None  # None: generate dense
-        self.generation = "early" if early else "dense"
+        self.generation = generation if self.schedule.blocks else "dense"
+        self.kv_policy = kv_policy
+        if self.shortlist:
+            self.anatomy.require_candidates()
         self.fingerprint = self._fingerprint()
         self.seconds = 0.0
+        self.generating_seconds = 0.0
         self.generated_tokens = 0
         self._generated: defaultdict[str, deque[Text]] = defaultdict(deque)
         self._traces: deque[ExitTrace] = deque()
@@ -111,6 +126,7 @@ class AdaInferLM(HFLM):
         self.set_cache_hook(CacheHook(None))
         self.run_totals: dict[str, Any] = {}
         self._document_keys: list[Any] = []
+        self._windows: Windows | None = None  # watched when generation first exits early
         self.run_documents = self.engine.run  # tracing puts a dense pass that records every block here
         reporting.install()
 
@@ -173,6 +189,7 @@ class AdaInferLM(HFLM):
             "schedule": self.schedule.describe(),
             "log_features": self._log_features,
             "generation": self.generation,
+            **({"kv_policy": self.kv_policy, "shortlist": self.shortlist} if self.generation == "early" else {}),
         }
         return hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
@@ -331,30 +348,43 @@ class AdaInferLM(HFLM):
         return results
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[Any]:
-        """As HFLM's, every text with its exit trace; dense unless ``generation=early``."""
-        if requests and self.schedule.blocks and self.windows is None:
-            eval_logger.warning("generate_until runs dense (exit_layer = L); pass generation=early to exit early there")
+        """As HFLM's, every text with its exit trace.
+
+        Raises:
+            UnsupportedModelError: Where the model's cache can't be driven block by block; ``generation=dense`` helps.
+        """
+        early = self.generation == "early"
+        if requests and early and self._windows is None:
+            with self._autocast():
+                self._windows = prepare(self.anatomy)
+            self.engine.counter.stored_weights = self._windows.stored_weights
+        if requests and not early and self.schedule.blocks:
+            eval_logger.warning("generation=dense: generate_until does not exit early (exit_layer = L)")
         self._generated.clear()
         self._traces.clear()
         self._seeds = Seeds()
         started = time.perf_counter()
         super().generate_until(requests, disable_tqdm=disable_tqdm)
-        self.seconds += time.perf_counter() - started
+        seconds = time.perf_counter() - started
+        self.seconds, self.generating_seconds = self.seconds + seconds, self.generating_seconds + seconds
         return [self._generated[hash_args("generate_until", r.args)].popleft() for r in requests]
 
     def _model_generate(self, context: torch.Tensor, max_length: int, stop: list[str], **kwargs: Any) -> torch.Tensor:
         """HFLM's call for one batch: [B, S] left-padded ids to [B, S + new]; notes every row's trace."""
-        if self.windows is None:
+        if self._windows is None:
+            whole = super()._model_generate(context, max_length, stop, **kwargs)
             self._traces.extend(self._dense_trace() for _ in context)
-            return super()._model_generate(context, max_length, stop, **kwargs)
+            new = whole[:, context.shape[1] :] != self.tokenizer.pad_token_id
+            self.generated_tokens += int(new.flip(-1).cummax(-1).values.sum())  # up to a row's last that is no padding
+            return whole
         mask = kwargs.pop("attention_mask")
         if kwargs.setdefault("temperature", 0.0) == 0.0:  # as HFLM: a temperature of 0 means greedy
             kwargs.pop("temperature")
             kwargs.setdefault("do_sample", False)
         with self._autocast():
             rows = decode(
-                self.anatomy, self.stopper, self.schedule, self.windows, context, mask, max_length,
-                self.tokenizer, stop, self._seeds, **kwargs,
+                self.anatomy, self.stopper, self.schedule, self._windows, context, mask, max_length,
+                self.tokenizer, stop, self._seeds, self.kv_policy, self.shortlist, **kwargs,
             )  # fmt: skip
         for row, prompt in zip(rows, mask.sum(-1).tolist(), strict=True):
             self._traces.append(decode_trace(row, int(prompt), self.engine.counter, self.fingerprint))
@@ -413,6 +443,12 @@ class AdaInferLM(HFLM):
         """JSON-serialisable: identity (stopper, L, checked blocks, device, versions) and totals (docs/numbers.md)."""
         import transformers
 
+        totals = self.run_totals or self.totals()
+        tokens, seconds = totals["generated_tokens_counted"], totals["seconds_generating_measured"]
+        how = {
+            "kv_policy": "propagate (approximate)" if self.kv_policy == "propagate" else self.kv_policy,
+            "head_check": f"shortlist:{self.shortlist}" if self.shortlist else "exact",
+        }
         return {
             "stopper": self.stopper.describe(),
             "fingerprint": self.fingerprint,
@@ -421,8 +457,10 @@ class AdaInferLM(HFLM):
             "device": str(self.device),
             "dtype": str(self._dtype()),
             "generation": self.generation,
+            **(how if self.generation == "early" else {}),
             "loglikelihood_rolling": "counted as if each token had been run to its exit block only",
-            **(self.run_totals or self.totals()),
+            **totals,
+            **({"generated_tokens_per_second_measured": tokens / seconds} if tokens and seconds else {}),
             "versions": {
                 "lm_eval_adainfer": __version__,
                 "lm_eval": version("lm_eval"),
@@ -440,6 +478,7 @@ class AdaInferLM(HFLM):
             "block_calls_counted": self.engine.block_calls,
             "head_rows_counted": self.engine.head_rows,
             "generated_tokens_counted": self.generated_tokens,
+            "seconds_generating_measured": self.generating_seconds,
         }
 
 
@@ -466,6 +505,18 @@ def _check_numbers(options: dict[str, Any]) -> None:
         value = options.get(name)
         if isinstance(value, str) and value != "auto" and not isinstance(getattr(torch, value, None), torch.dtype):
             raise AdaInferError(f"{name}: {value!r} is no dtype of torch; give float32, bfloat16 or float16, say")
+
+
+def _shortlist(head_check: Any) -> int:
+    """Candidates per token, 0 for ``exact``."""
+    name, colon, number = str(head_check).strip().partition(":")
+    if name == "exact" and not colon:
+        return 0
+    if name == "shortlist" and (not colon or (number.isdecimal() and int(number) >= 2)):
+        return int(number) if colon else SHORTLIST
+    raise AdaInferError(
+        f"head_check: {head_check!r} is neither exact nor shortlist nor shortlist:N with N candidates, 2 or more"
+    )
 
 
 def _flag(argument: str, value: Any) -> bool:

@@ -13,7 +13,7 @@ from test_model import Scripted
 
 from lm_eval_adainfer.anatomy import Anatomy
 from lm_eval_adainfer.errors import AdaInferError, UnsupportedModelError
-from lm_eval_adainfer.generation import Decoder, watch_windows
+from lm_eval_adainfer.generation import Decoder, prepare
 from lm_eval_adainfer.model import AdaInferLM
 from lm_eval_adainfer.strategies.artifact import parse
 from lm_eval_adainfer.strategies.base import Schedule
@@ -26,7 +26,7 @@ STEPS = 9
 def decoder_of(model, stopper, prompts, **schedule):
     anatomy = Anatomy(model)
     return Decoder(
-        anatomy, stopper, Schedule(anatomy.n_blocks, stopper, **schedule), watch_windows(anatomy), prompts, STEPS + 1
+        anatomy, stopper, Schedule(anatomy.n_blocks, stopper, **schedule), prepare(anatomy), prompts, STEPS + 1
     )
 
 
