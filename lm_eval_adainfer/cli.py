@@ -96,7 +96,41 @@ def _parser() -> argparse.ArgumentParser:
     svm.add_argument("--threshold", type=float, default=0.0, help="stop when the decision function exceeds it")
     svm.add_argument("--output", "-o", required=True, help="the stopper file (safetensors, whatever its extension)")
     svm.set_defaults(run=_fit_svm)
+
+    layers = commands.add_parser(
+        "layers",
+        formatter_class=how,
+        help="choose check_layers: after which blocks asking a stopper pays",
+        description="Show after which blocks a stopper's exits happen in traces, and choose the few blocks at which "
+        "asking it pays: a check reads the output head, which costs up to a block when decoding. All figures are "
+        "simulated from the traces.",
+        epilog="example: adainfer layers traces/ --stopper gap:0.8 --count 4",
+    )
+    layers.add_argument("traces", nargs="+", help=".trace files, or folders of them")
+    layers.add_argument("--stopper", "-s", required=True, help="as stopper= of lm_eval --model adainfer")
+    layers.add_argument("--count", "-n", type=int, help="at most so many blocks (default: as many as pay)")
+    layers.set_defaults(run=_layers)
     return parser
+
+
+def _layers(arguments: argparse.Namespace) -> None:
+    from lm_eval_adainfer import check_layers, fitting
+    from lm_eval_adainfer.strategies import artifact
+
+    stopper = artifact.parse(arguments.stopper)
+    shares, everywhere, chosen = check_layers.choose(fitting.find(arguments.traces), stopper, arguments.count)
+    print("block  leaves here (simulated, every block checked)")
+    for k, share in enumerate(shares, start=1):
+        print(f"{k:5d}  {share:6.1%} {'#' * round(60 * share)}{'  <- check' if k in chosen.blocks else ''}")
+    for name, choice in (("all", everywhere), ("chosen", chosen)):
+        print(
+            f"{name}: exit_layer {choice.exit_layer:.2f}, {choice.checks:.2f} checks a decision, cost {choice.cost:.3f} "
+            f"of the dense model, same token as the last block {choice.agreement:.1%} (simulated)"
+        )
+    if chosen.blocks:
+        print(f"check_layers={'+'.join(map(str, chosen.blocks))}")
+    else:
+        print("no check pays for itself with this stopper: run stopper=none, or move its threshold")
 
 
 def _trace(arguments: argparse.Namespace) -> None:

@@ -35,6 +35,10 @@ class Stop:
         tails = {n: self.tokenizer.decode(tokens[-n:]) for n in set(self.lookback.values())}
         return any(text in tails[n] for text, n in self.lookback.items())
 
+    def cut(self, tokens: Sequence[int]) -> list[int]:
+        """The tokens up to the one that finishes the row; stock generation runs on until all rows are finished."""
+        return list(tokens[: next((n for n in range(1, len(tokens)) if self(tokens[:n])), len(tokens))])
+
 
 class Seeds:
     """A generator per row, from torch's seed, the prompt and how often it has been sampled: not from the batch."""

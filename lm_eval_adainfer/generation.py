@@ -260,7 +260,7 @@ class Step:
         if anatomy.takes_position_ids:
             given["position_ids"] = (slot[None, base:] - pad[:, None]).clamp(min=0).to(decoder.device)
         # one query needs no causal mask, and neither do the queries of all keys; whatever lies between does
-        partial = 0 < length - 1 - base and length > decoder.prompt_end
+        partial = length - 1 - base > 0 and length > decoder.prompt_end
         with explicit_masks(partial), self.layout.active(), ExitStack() as skipped:
             for block in anatomy.blocks[: self.first - 1]:  # done by an earlier forward
                 skipped.enter_context(replaced_forward(block, _identity(anatomy)))

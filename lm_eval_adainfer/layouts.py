@@ -127,7 +127,8 @@ class _Layout:
             dims, factor = self.windows.queries.get((k, path), ()), self.windows.rows.factors.get((k, path), -1)
             key = (id(value), dims, factor)
             if key not in self._cuts:  # blocks share most arguments: cut each once, until the tokens change
-                self._cuts[key] = (value, self._cut(k, path, value, dims, factor, tokens))  # whole: its id stays its own
+                # the whole is kept too, so that its id stays its own
+                self._cuts[key] = (value, self._cut(k, path, value, dims, factor, tokens))
             return self._cuts[key][1]
 
         return cut
@@ -215,7 +216,7 @@ class Packed(_Layout):
             real = before(interface, implementation, default)
             return lambda module, q, k, v, mask, **kwargs: self._attend(real, module, q, k, v, mask, kwargs)
 
-        AttentionInterface.get_interface = get_interface  # type: ignore[method-assign]
+        AttentionInterface.get_interface = get_interface  # type: ignore
         try:
             yield
         finally:

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from lm_eval_adainfer import __version__, paths, reporting
 from lm_eval_adainfer.anatomy import Anatomy
 from lm_eval_adainfer.answers import ExitTrace, LogLikelihood, Rolling, Text
-from lm_eval_adainfer.decoding import Seeds, decode
+from lm_eval_adainfer.decoding import Seeds, Stop, decode
 from lm_eval_adainfer.decoding import trace as decode_trace
 from lm_eval_adainfer.errors import AdaInferError, UnsupportedModelError, report_errors_in_one_sentence
 from lm_eval_adainfer.forward import verify
@@ -61,7 +61,7 @@ class AdaInferLM(HFLM):
             states are projected into it (CALM's state copy; approximate, cheaper).
         head_check: How ``generate_until`` asks the stopper: ``exact`` (default): from the full vocabulary at every
             checked block; ``shortlist`` (or ``shortlist:64``, the number of candidates): from the top tokens of the
-            token's previous full check, confirmed by the full vocabulary before it leaves. Never earlier than ``exact``.
+            token's previous full check, confirmed by the full vocabulary before it leaves: never sooner than ``exact``.
         log_features: Put the features after every block up to the exit into the samples (``--log_samples``);
             default False.
 
@@ -123,6 +123,7 @@ class AdaInferLM(HFLM):
         self._generated: defaultdict[str, deque[Text]] = defaultdict(deque)
         self._traces: deque[ExitTrace] = deque()
         self._seeds = Seeds()
+        self.generated_rows: list[list[int]] = []  # of the last dense batch, new tokens up to each row's end
         self.set_cache_hook(CacheHook(None))
         self.run_totals: dict[str, Any] = {}
         self._document_keys: list[Any] = []
@@ -374,8 +375,10 @@ class AdaInferLM(HFLM):
         if self._windows is None:
             whole = super()._model_generate(context, max_length, stop, **kwargs)
             self._traces.extend(self._dense_trace() for _ in context)
-            new = whole[:, context.shape[1] :] != self.tokenizer.pad_token_id
-            self.generated_tokens += int(new.flip(-1).cummax(-1).values.sum())  # up to a row's last that is no padding
+            ends = self.model.generation_config.eos_token_id
+            finished = Stop(self.tokenizer, stop, ends if isinstance(ends, list) else [] if ends is None else [ends])
+            self.generated_rows = [finished.cut(row) for row in whole[:, context.shape[1] :].tolist()]
+            self.generated_tokens += sum(map(len, self.generated_rows))
             return whole
         mask = kwargs.pop("attention_mask")
         if kwargs.setdefault("temperature", 0.0) == 0.0:  # as HFLM: a temperature of 0 means greedy

@@ -23,7 +23,7 @@ from lm_eval_adainfer.features import Observation
 from lm_eval_adainfer.forward import BlockState, run_blocks
 from lm_eval_adainfer.strategies.base import Schedule, Stopper
 
-_CHUNK_ELEMENTS = 2**25  # logits held at once when scoring many positions (128 MiB in float32)
+CHUNK_ELEMENTS = 2**25  # logits held at once when scoring many positions (128 MiB in float32)
 
 
 @dataclass
@@ -251,7 +251,7 @@ class Engine:
 
     def score_fresh(self, state: BlockState, points: Sequence[tuple[int, int, Row, int]]) -> None:
         """Score positions at this block: the head's logits of all of them, so many at a time as memory allows."""
-        size = max(1, _CHUNK_ELEMENTS // self.anatomy.vocab_size)
+        size = max(1, CHUNK_ELEMENTS // self.anatomy.vocab_size)
         for start in range(0, len(points), size):
             chunk = points[start : start + size]
             hidden = state.hidden[[p[0] for p in chunk], [p[1] for p in chunk]]
@@ -346,7 +346,7 @@ class Engine:
         flow = list(range(len(rows)))
         points = [(r, row.decision + j, row, j) for r, row in enumerate(rows) for j in range(row.scored)]
         number = {id(row): r for r, row in enumerate(rows)}
-        size = max(1, _CHUNK_ELEMENTS // self.anatomy.vocab_size)
+        size = max(1, CHUNK_ELEMENTS // self.anatomy.vocab_size)
 
         def after_block(state: BlockState) -> Tensor | None:
             nonlocal points, flow

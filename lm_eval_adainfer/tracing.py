@@ -1,7 +1,8 @@
 """A dense pass over documents that records what every block would have said: the data that stoppers are fitted on.
 
 A *trace* is a file per task (``container`` format, so loading it runs no code). One instance is one decision: a
-document's distinct context. Arrays, for N instances, L blocks, F features and at most C requests per context:
+document's distinct context, or a token of a generated text. Arrays, for N instances, L blocks, F features and at most
+C requests per context (none in generated text):
 
 ===============  =================  =====================================================================
 features         [N, L, F] float32  the features after every block at the decision position
@@ -10,7 +11,8 @@ scores           [N, L, C] float32  log-probability of each request's continuati
 request          [N, C] int16       which request of the document that is, -1 beyond the last
 gold             [N] int16          the gold request, -1 where there is none
 gold_token       [N] int32          the first token of the gold answer, -1 where there is none
-prompt_tokens    [N] int32          context tokens, after truncation
+prompt_tokens    [N] int32          tokens up to the decision, after truncation
+position         [N] int32          index among the new tokens of a generated text, else 0
 doc_id           [N] int64          the document's index in its split
 ===============  =================  =====================================================================
 """
@@ -18,6 +20,7 @@ doc_id           [N] int64          the document's index in its split
 from __future__ import annotations
 
 import logging
+from collections import defaultdict, deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,22 +29,29 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from lm_eval.api.model import hash_args
 from torch import Tensor
+from tqdm import tqdm
 
 from lm_eval_adainfer import __version__, container, features
 from lm_eval_adainfer.errors import AdaInferError
 from lm_eval_adainfer.features import Observation
 from lm_eval_adainfer.forward import BlockState, run_blocks
 from lm_eval_adainfer.qa_task import canonical_json, stable_hash
-from lm_eval_adainfer.scoring import Answer, Document, Row, available_features
+from lm_eval_adainfer.scoring import CHUNK_ELEMENTS, Answer, Document, Row, available_features
 
 if TYPE_CHECKING:
     from lm_eval_adainfer.model import AdaInferLM
 
-VERSION = 1
-ARRAYS = ("features", "top_token", "gold_token")  # what every reader needs
-META = ("model", "n_blocks", "head_hash", "task", "num_fewshot", "split", "documents", "features")
+VERSION = 2
+# what every reader needs
+ARRAYS = ("features", "top_token", "gold_token", "prompt_tokens", "position")
+META = (
+    "model", "n_blocks", "head_hash", "task", "num_fewshot", "split", "documents", "features", "output_type",
+    "hidden_size", "vocab_size", "block_weights",
+)  # fmt: skip
 SPLITS = ("train", "test")
+OUTPUT_TYPES = ("loglikelihood", "multiple_choice", "generate_until")
 _FIT_PERCENT = 30
 _logger = logging.getLogger(__name__)
 
@@ -109,6 +119,75 @@ class Recorder:
         return self.records[key]
 
 
+class TextRecorder:
+    """Keeps what a model generated, dense, and then runs it once more to see every block at every new token."""
+
+    def __init__(self, lm: AdaInferLM):
+        self.lm, self.names = lm, available_features(lm.anatomy)
+        self._rows: deque[tuple[list[int], list[int]]] = deque()  # generated, but not yet named by a request
+        self.texts: defaultdict[str, deque[tuple[list[int], list[int]]]] = defaultdict(deque)
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Generate dense, and keep the token ids of prompts and texts."""
+        lm = self.lm
+        generation, generate, note = lm.generation, lm._model_generate, lm.note_text
+
+        def watched(context: Tensor, max_length: int, stop: list[str], **kwargs: Any) -> Tensor:
+            whole = generate(context, max_length, stop, **kwargs)
+            prompts = zip(context.tolist(), kwargs["attention_mask"].bool().tolist(), strict=True)
+            for (row, mask), new in zip(prompts, lm.generated_rows, strict=True):
+                self._rows.append(([t for t, m in zip(row, mask, strict=True) if m], new))
+            return whole
+
+        def noted(arguments: Any, text: str) -> Any:
+            self.texts[hash_args("generate_until", arguments)].append(self._rows.popleft())
+            return note(arguments, text)
+
+        lm.generation = "dense"
+        lm._model_generate, lm.note_text = watched, noted  # type: ignore[method-assign]
+        try:
+            yield
+        finally:
+            del lm.__dict__["_model_generate"], lm.__dict__["note_text"]
+            lm.generation = generation
+
+    @torch.no_grad()
+    def records(self, instances: Sequence[Any]) -> list[dict[str, Any]]:
+        """A record per new token of these instances' texts, in order."""
+        texts = [self.texts[hash_args("generate_until", i.args)].popleft() for i in instances]
+        records: list[dict[str, Any]] = [
+            {"instance": i, "position": j, "prompt_tokens": len(prompt) + j, "features": [], "top_token": []}
+            for i, (prompt, new) in zip(instances, texts, strict=True)
+            for j in range(len(new))
+        ]
+        starts = np.cumsum([0] + [len(new) for _, new in texts]).tolist()
+        order = sorted(range(len(texts)), key=lambda n: -len(texts[n][0]) - len(texts[n][1]))
+        size = int(self.lm.batch_size) if str(self.lm.batch_size).isdecimal() else 1
+        anatomy, parts = self.lm.anatomy, features.needed_parts(self.names)
+        chunk = max(1, CHUNK_ELEMENTS // anatomy.vocab_size)
+        for begin in tqdm(range(0, len(order), size), desc="Tracing generated texts", disable=self.lm.rank != 0):
+            batch = order[begin : begin + size]
+            points = [(r, len(texts[n][0]) - 1 + j, starts[n] + j) for r, n in enumerate(batch)
+                      for j in range(len(texts[n][1]))]  # fmt: skip
+
+            def after_block(state: BlockState, points: Any = points) -> Tensor | None:
+                device = state.hidden.device
+                for some in (points[i : i + chunk] for i in range(0, len(points), chunk)):
+                    at, positions = (torch.tensor([p[i] for p in some], device=device) for i in (0, 1))
+                    logits = anatomy.logits(state.hidden[at, positions])
+                    values = features.compute(self.names, Observation(state, at, positions, logits)).tolist()
+                    for (_, _, n), row, top in zip(some, values, logits.argmax(-1).tolist(), strict=True):
+                        records[n]["features"].append(row)
+                        records[n]["top_token"].append(top)
+                return torch.empty(0, dtype=torch.long) if state.block == anatomy.n_blocks else None
+
+            tokens = [[*texts[n][0], *texts[n][1][:-1]] for n in batch]
+            with self.lm._autocast():
+                run_blocks(anatomy, self.lm.engine.pad(tokens), after_block, parts)
+        return records
+
+
 def trace(
     lm: AdaInferLM,
     tasks: dict[str, Any],
@@ -140,10 +219,8 @@ def trace(
     """
     check_arguments(split, limit, num_fewshot)
     for name, task in tasks.items():
-        if task.OUTPUT_TYPE not in ("loglikelihood", "multiple_choice"):
-            raise AdaInferError(
-                f"tasks: {name} is a {task.OUTPUT_TYPE} task; only loglikelihood and multiple_choice tasks are traced"
-            )
+        if task.OUTPUT_TYPE not in OUTPUT_TYPES:
+            raise AdaInferError(f"tasks: {name} is a {task.OUTPUT_TYPE} task; traced are {', '.join(OUTPUT_TYPES)}")
     files, model = [], model_identity(lm)
     for name, task in tasks.items():
         shots = num_fewshot if num_fewshot is not None else task.get_config("num_fewshot") or 0
@@ -155,6 +232,7 @@ def trace(
             identity = {
                 **model,
                 "task": name,
+                "output_type": task.OUTPUT_TYPE,
                 "task_version": str(task.VERSION),
                 "num_fewshot": shots,
                 "split": split,
@@ -173,14 +251,20 @@ def trace(
                     )
                 _logger.info("%s is there already, made with the same settings", path)
                 continue
-            recorder = Recorder(lm)
-            before, lm.run_documents = lm.run_documents, recorder.run
-            try:
-                lm.loglikelihood(task.instances)
-            finally:
-                lm.run_documents = before
-            arrays = _arrays(task, recorder, doc_ids)
-        meta = {**identity, "features": list(recorder.names), "documents": len(doc_ids), "version": __version__}
+            if task.OUTPUT_TYPE == "generate_until":
+                texts = TextRecorder(lm)
+                with texts.listening():
+                    lm.generate_until(task.instances)
+                names, arrays = texts.names, _text_arrays(name, texts.records(task.instances), doc_ids)
+            else:
+                recorder = Recorder(lm)
+                before, lm.run_documents = lm.run_documents, recorder.run
+                try:
+                    lm.loglikelihood(task.instances)
+                finally:
+                    lm.run_documents = before
+                names, arrays = recorder.names, _arrays(task, recorder, doc_ids)
+        meta = {**identity, "features": list(names), "documents": len(doc_ids), "version": __version__}
         container.write(path, "trace", VERSION, meta, arrays)
     return files
 
@@ -206,6 +290,9 @@ def model_identity(lm: AdaInferLM) -> dict[str, Any]:
         "dtype": str(lm._dtype()),
         "autocast": str(lm.mixed_precision_dtype),
         "add_bos_token": str(lm.add_bos_token),
+        "hidden_size": lm.anatomy.hidden_size,
+        "vocab_size": lm.anatomy.vocab_size,
+        "block_weights": lm.anatomy.block_weights,
     }
 
 
@@ -294,7 +381,26 @@ def _arrays(task: Any, recorder: Recorder, doc_ids: Sequence[int]) -> dict[str, 
         "prompt_tokens": np.int32, "doc_id": np.int64,
     }  # fmt: skip
     plain = {name: np.array([row[name] for row in rows], dtype=kind) for name, kind in kinds.items()}
-    return {**plain, "scores": scores, "request": request}
+    position = np.zeros(len(rows), dtype=np.int32)
+    return {**plain, "scores": scores, "request": request, "position": position}
+
+
+def _text_arrays(name: str, records: Sequence[dict[str, Any]], doc_ids: Sequence[int]) -> dict[str, np.ndarray]:
+    if not records:
+        raise AdaInferError(f"tasks: {name} generated no token, so there is no decision to trace")
+    n, n_blocks = len(records), len(records[0]["top_token"])
+    nothing = np.full(n, -1)
+    return {
+        "features": np.array([r["features"] for r in records], dtype=np.float32),
+        "top_token": np.array([r["top_token"] for r in records], dtype=np.int32),
+        "scores": np.zeros((n, n_blocks, 0), dtype=np.float32),
+        "request": np.zeros((n, 0), dtype=np.int16),
+        "gold": nothing.astype(np.int16),
+        "gold_token": nothing.astype(np.int32),
+        "prompt_tokens": np.array([r["prompt_tokens"] for r in records], dtype=np.int32),
+        "doc_id": np.array([doc_ids[r["instance"].doc_id] for r in records], dtype=np.int64),
+        "position": np.array([r["position"] for r in records], dtype=np.int32),
+    }
 
 
 def _gold(task: Any, doc: Any) -> int:
