@@ -91,7 +91,7 @@ def _read(files: Sequence[Path], stopper: Stopper) -> _Instances:
         meta, arrays = tracing.read(file)
         first = first or meta
         if (meta["n_blocks"], meta["head_hash"]) != (first["n_blocks"], first["head_hash"]):
-            raise AdaInferError(f"traces: {file} is of {meta['model']}, the others of {first['model']}; give one model's")
+            raise AdaInferError(f"traces: {file} is of {meta['model']}, the others of {first['model']}; give one")
         stopper.bind(meta["n_blocks"])
         missing = [name for name in stopper.features if name not in meta["features"]]
         if missing:
