@@ -36,7 +36,7 @@ class RandomExits(Stopper):
         """Every fourth block, or so."""
         return block % self.every == 0
 
-    def margin(self, block: int, values: Tensor) -> Tensor:
+    def margin(self, block: int, values: Tensor, memory: Tensor | None = None) -> Tensor:
         """Positive with the probability."""
         return (self.probability - torch.rand(len(values), generator=self.generator)).to(values.device)
 

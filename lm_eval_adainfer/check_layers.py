@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from lm_eval_adainfer import features, tracing
 from lm_eval_adainfer.errors import AdaInferError
+from lm_eval_adainfer.simulation import margins
 from lm_eval_adainfer.strategies.base import Stopper
 
 
@@ -92,20 +92,14 @@ def _read(files: Sequence[Path], stopper: Stopper) -> _Instances:
         first = first or meta
         if (meta["n_blocks"], meta["head_hash"]) != (first["n_blocks"], first["head_hash"]):
             raise AdaInferError(f"traces: {file} is of {meta['model']}, the others of {first['model']}; give one")
-        stopper.bind(meta["n_blocks"])
-        missing = [name for name in stopper.features if name not in meta["features"]]
-        if missing:
-            raise AdaInferError(f"stopper: it reads {missing[0]}, which {file} does not have; trace again")
-        columns = [meta["features"].index(name) for name in stopper.features]
-        values = torch.from_numpy(arrays["features"][:, :, columns])
-        stops = [stopper.margin(k, values[:, k - 1]) > 0 for k in range(1, meta["n_blocks"] + 1)]
+        stops = margins(stopper, meta, arrays) > 0
         top = arrays["top_token"]
         tokens = np.where(arrays["position"] > 0, 1, arrays["prompt_tokens"]).astype(np.float64)
         weights = np.concatenate([[0.0], np.cumsum(meta["block_weights"], dtype=np.float64)])
         head = float(meta["hidden_size"] * meta["vocab_size"])
         check = head if features.needs_head(stopper.features) else 0.0
         parts.append(
-            _Instances(torch.stack(stops, 1).numpy(), top == top[:, -1:], tokens[:, None] * weights, check, head)
+            _Instances(stops, top == top[:, -1:], tokens[:, None] * weights, check, head)
         )
     return _Instances(
         np.concatenate([p.stops for p in parts]),

@@ -11,6 +11,7 @@ import numpy as np
 from lm_eval_adainfer import __version__, tracing
 from lm_eval_adainfer.errors import AdaInferError
 from lm_eval_adainfer.features import check_names
+from lm_eval_adainfer.simulation import columns
 from lm_eval_adainfer.strategies.svm import SVMStopper
 
 LABELS = ("final", "gold")
@@ -63,11 +64,7 @@ def examples(
             raise AdaInferError(
                 f"traces: {file} is of {meta['model']}, the others of {metas[0]['model']}; fit one model at a time"
             )
-        missing = [name for name in features if name not in meta["features"]]
-        if missing:
-            raise AdaInferError(f"features: {file} has no {missing[0]}; it has {', '.join(meta['features'])}")
-        columns = [meta["features"].index(name) for name in features]
-        x = arrays["features"][:, :, columns].astype(np.float64)
+        x = columns(features, meta, arrays)
         if not np.isfinite(x).all():
             raise AdaInferError(
                 f"traces: {file} holds NaN or infinite features; trace in a dtype that does not overflow"

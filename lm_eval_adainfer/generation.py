@@ -27,7 +27,6 @@ from torch import Tensor
 
 from lm_eval_adainfer import features
 from lm_eval_adainfer.anatomy import Anatomy, hidden_of, replaced_forward, tolerance, walk, with_hidden
-from lm_eval_adainfer.features import Observation
 from lm_eval_adainfer.forward import AllRowsLeft, BlockState, hooked, part_output
 from lm_eval_adainfer.layouts import LAYOUTS, Tokens
 from lm_eval_adainfer.slots import SlotCache, Stored, Windows, explicit_masks, no_cache, watch_windows
@@ -216,6 +215,7 @@ class Step:
         self.logits: list[Tensor | None] = [None] * self.n_rows
         self.left: dict[int, Tensor] = {}  # row -> [h] where it left, if no check has computed its logits
         self.candidates: Tensor | None = None  # [n_rows, C]
+        self.carried_over: Tensor | None = None  # [n_rows, carries], what the stopper keeps from block to block
 
     # ------------------------------------------------------------------ forwards
     def run(self) -> Tensor:
@@ -407,10 +407,20 @@ class Step:
         parts, parts_before = ({n: x[:, None] for n, x in p.items()} for p in (self.parts, self.parts_before))
         state = BlockState(k, newest[:, None], before[:, None], parts, parts_before)
         at, position = torch.tensor(rows, device=device), torch.zeros(len(rows), dtype=torch.long, device=device)
-        values = features.compute(stopper.features, Observation(state, at, position, logits))
-        for i in rows:
-            self.decoder.results[self.decoder.rows[self.flow[i]]].decisions += 1
-        return [n for n, stop in enumerate((stopper.margin(k, values) > 0).tolist()) if stop]
+        mine = [self.flow[i] for i in rows]
+        carried = None
+        if stopper.carries:
+            if self.carried_over is None:
+                self.carried_over = torch.zeros(self.n_rows, stopper.carries, device=device)
+            self.carried_over = self.carried_over.to(device)
+            carried = self.carried_over[mine]
+        seen = features.observe(stopper.features, state, at, position, logits, self.anatomy.n_blocks, carried)
+        stops = stopper.ask(seen, features.compute(stopper.features, seen), carried) > 0
+        if carried is not None and self.carried_over is not None:
+            self.carried_over[mine] = carried
+        for row in mine:
+            self.decoder.results[self.decoder.rows[row]].decisions += 1
+        return [n for n, stop in enumerate(stops.tolist()) if stop]
 
     def _screened(self, k: int, newest: Tensor, rows: list[int]) -> list[int]:
         """The rows that the full vocabulary has to decide: all, or those that the candidates speak for.
@@ -444,7 +454,7 @@ class _Script(Stopper):
         self.exits = [list(row) for row in exits]
         self.open: list[int] = []
 
-    def margin(self, block: int, values: Tensor) -> Tensor:
+    def margin(self, block: int, values: Tensor, memory: Tensor | None = None) -> Tensor:
         """Positive where the script says so; it is asked for all rows that have not left, in order."""
         if block == 1:
             self.now, self.open = self.exits.pop(0), list(range(len(values)))

@@ -114,6 +114,11 @@ class AdaInferLM(HFLM):
         self.engine = Engine(self.anatomy, strategy, self.schedule, self.softmax_dtype, self._log_features)
         self.generation = generation if self.schedule.blocks else "dense"
         self.kv_policy = kv_policy
+        if self.shortlist and strategy.carries:
+            raise AdaInferError(
+                f"head_check: shortlist needs a stopper that decides from one block alone, which {strategy.kind} with "
+                f"{', '.join(strategy.features)} does not; use head_check=exact"
+            )
         if self.shortlist:
             self.anatomy.require_candidates()
         self.fingerprint = self._fingerprint()

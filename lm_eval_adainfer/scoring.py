@@ -19,7 +19,6 @@ from lm_eval_adainfer.anatomy import Anatomy
 from lm_eval_adainfer.answers import ExitTrace
 from lm_eval_adainfer.counting import FlopCounter
 from lm_eval_adainfer.errors import UnsupportedModelError
-from lm_eval_adainfer.features import Observation
 from lm_eval_adainfer.forward import BlockState, run_blocks
 from lm_eval_adainfer.strategies.base import Schedule, Stopper
 
@@ -73,6 +72,7 @@ class Document:
         extra_flops: Operations of a deciding pass made before the scoring one.
         extra_block_tokens: Block executions x tokens of that pass.
         logged: With ``log_features``: per decider, ``layer`` and feature values.
+        carried: Per decider, what the stopper keeps from one asked block to the next.
     """
 
     rows: list[Row]
@@ -83,6 +83,7 @@ class Document:
     extra_flops: float = 0.0
     extra_block_tokens: int = 0
     logged: list[dict[str, list[float]]] = field(default_factory=list)
+    carried: dict[int, Tensor] = field(default_factory=dict)
 
     @property
     def longest(self) -> int:
@@ -205,11 +206,16 @@ class Engine:
             positions = torch.tensor([p[3] for p in points], device=state.hidden.device)
             if needs_head or self.logged_features:
                 logits = self.anatomy.logits(state.hidden[rows, positions])
-            seen = Observation(state, rows, positions, logits)
+            carried = self._carried(points, state.hidden.device) if asked else None
+            n_blocks = self.anatomy.n_blocks
+            seen = features.observe(self.stopper.features, state, rows, positions, logits, n_blocks, carried)
             if self.logged_features:
                 self._log(k, points, features.compute(self.logged_features, seen).tolist())
             if asked:
-                stops = (self.stopper.margin(k, features.compute(self.stopper.features, seen)) > 0).tolist()
+                stops = (self.stopper.ask(seen, features.compute(self.stopper.features, seen), carried) > 0).tolist()
+                if carried is not None:
+                    for (document, j, *_), kept in zip(points, carried, strict=True):
+                        document.carried[j] = kept
         if not asked:
             return {}
         if not self.stopper.features:  # fixed:N asks nothing, so documents without a decision follow it too
@@ -228,6 +234,13 @@ class Engine:
         if not needs_head or logits is None:
             return {}
         return {p[2]: logits[n] for n, p in enumerate(points)}
+
+    def _carried(self, points: Sequence[Any], device: torch.device) -> Tensor | None:
+        """[points, carries] of what the stopper keeps from block to block; None where it keeps nothing."""
+        if not self.stopper.carries:
+            return None
+        fresh = torch.zeros(self.stopper.carries)
+        return torch.stack([document.carried.get(j, fresh).to(device) for document, j, *_ in points])
 
     def _log(self, k: int, points: Sequence[Any], values: list[list[float]]) -> None:
         for (document, j, *_), row in zip(points, values, strict=True):
@@ -294,9 +307,10 @@ class Engine:
         def after_block(state: BlockState) -> Tensor | None:
             self.block_calls += 1
             self.block_tokens += sum(len(row.tokens) for row in document.rows)
-            if state.block in candidates or self.logged_features:
-                self._check(state, [document], at, ask=state.block in candidates)
-                if document.exit_layer == state.block:
+            asks = state.block in candidates or bool(self.stopper.carries and state.block in self.checked)
+            if asks or self.logged_features:
+                self._check(state, [document], at, ask=asks)
+                if document.exit_layer == state.block and state.block in candidates:
                     found.append(state.block)
                 document.exit_layer = None
             if state.block < end:
@@ -347,6 +361,7 @@ class Engine:
         points = [(r, row.decision + j, row, j) for r, row in enumerate(rows) for j in range(row.scored)]
         number = {id(row): r for r, row in enumerate(rows)}
         size = max(1, CHUNK_ELEMENTS // self.anatomy.vocab_size)
+        carried: dict[tuple[int, int], Tensor] = {}  # (row, scored position) -> what the stopper keeps
 
         def after_block(state: BlockState) -> Tensor | None:
             nonlocal points, flow
@@ -365,9 +380,15 @@ class Engine:
                 logits = self.anatomy.logits(state.hidden[at, positions]) if needs_head else None
                 stops = [True] * len(chunk)
                 if asks:
-                    seen = Observation(state, at, positions, logits)
+                    keys, kept = [(p[0], p[3]) for p in chunk], None
+                    if self.stopper.carries:
+                        fresh = torch.zeros(self.stopper.carries, device=state.hidden.device)
+                        kept = torch.stack([carried.get(key, fresh).to(fresh.device) for key in keys])
+                    seen = features.observe(self.stopper.features, state, at, positions, logits, n_blocks, kept)
                     values = features.compute(self.stopper.features, seen)
-                    stops = (self.stopper.margin(state.block, values) > 0).tolist()
+                    stops = (self.stopper.ask(seen, values, kept) > 0).tolist()
+                    if kept is not None:
+                        carried.update(zip(keys, kept, strict=True))
                 done = [n for n, stop in enumerate(stops) if stop]
                 self.head_rows += len(chunk) if needs_head else len(done)
                 if done and logits is None:
@@ -417,9 +438,9 @@ class Engine:
 
 
 def available_features(anatomy: Anatomy) -> tuple[str, ...]:
-    """Every feature that this model's blocks allow (a block without an attention part has no ``cos_attn``)."""
+    """Every recorded feature that this model's blocks allow (a block without an attention part has no ``cos_attn``)."""
     names = []
-    for name in features.FEATURES:
+    for name in features.RECORDED:
         try:
             for part in features.needed_parts([name]):
                 for block in anatomy.blocks:

@@ -93,7 +93,7 @@ class Watching(Stopper):
     def __init__(self):
         self.shown = []
 
-    def margin(self, block, values):
+    def margin(self, block, values, memory=None):
         self.shown += [(block, row) for row in values.tolist()]
         return torch.frac(values.sum(-1).abs() * 9973 + block * 0.37) - 0.6
 

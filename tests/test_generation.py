@@ -164,7 +164,7 @@ class Cosine(Scripted):
     kind = "cosine"
     features = ("cos_mlp", "cos_attn", "cos_hidden")
 
-    def margin(self, block, values):
+    def margin(self, block, values, memory=None):
         return torch.frac(values.sum(-1) * 97) - 0.5
 
 

@@ -40,7 +40,7 @@ class Scripted(Stopper):
     kind = "scripted"
     features = ("gap",)
 
-    def margin(self, block, values):
+    def margin(self, block, values, memory=None):
         return torch.frac(values[:, 0] * 9973 + block * 0.37) - 0.6
 
 

@@ -10,29 +10,53 @@ from typing import Any
 from torch import Tensor
 
 from lm_eval_adainfer.errors import AdaInferError
+from lm_eval_adainfer.features import PAST, Observation, Recorded, needs_past, remember
 
 
 class Stopper(ABC):
     """Says after a block which decisions stop.
 
-    Subclasses set ``kind`` (what ``stopper=`` calls it) and ``features`` (names from ``features.FEATURES``, in the
-    order of the columns that :meth:`margin` gets).
+    Subclasses set ``kind`` (what ``stopper=`` calls it), ``features`` (names from ``features.FEATURES``, in the
+    order of the columns that :meth:`margin` gets) and, where they decide from more than one block, ``memory`` (how many
+    numbers they keep per decision).
     """
 
     kind: str
     features: tuple[str, ...] = ()
+    memory: int = 0
 
     @abstractmethod
-    def margin(self, block: int, values: Tensor) -> Tensor:
+    def margin(self, block: int, values: Tensor, memory: Tensor | None = None) -> Tensor:
         """How clearly to stop: positive means stop.
 
         Args:
             block: k, from 1 to L.
             values: [n, len(features)], float32 features at n decision positions.
+            memory: [n, self.memory] float32, what this strategy noted at the block asked before (zeros at the first);
+                to be changed in place. None where it keeps nothing.
 
         Returns:
             [n] margins, on the device of ``values``.
         """
+
+    @property
+    def carries(self) -> int:
+        """Numbers kept per decision from one asked block to the next: the features' and the strategy's own."""
+        return (PAST if needs_past(self.features) else 0) + self.memory
+
+    def ask(self, seen: Observation | Recorded, values: Tensor, carried: Tensor | None) -> Tensor:
+        """:meth:`margin`, with what is carried from block to block.
+
+        Args:
+            seen: What is seen after the block; its ``past`` is a view of ``carried``.
+            values: The features there.
+            carried: [n, self.carries] float32, changed in place; None where nothing is.
+        """
+        memory = None if carried is None or not self.memory else carried[:, carried.shape[1] - self.memory :]
+        margins = self.margin(seen.block, values, memory)
+        if seen.past is not None:
+            remember(seen)
+        return margins
 
     def wants(self, block: int) -> bool:
         """Whether this strategy can stop after ``block`` at all; blocks it never stops at are not checked."""

@@ -20,7 +20,7 @@ class NoStopper(Stopper):
         """Never."""
         return False
 
-    def margin(self, block: int, values: Tensor) -> Tensor:
+    def margin(self, block: int, values: Tensor, memory: Tensor | None = None) -> Tensor:
         """Never positive."""
         return torch.full((values.shape[0],), -1.0, device=values.device)
 
@@ -40,7 +40,7 @@ class GapStopper(Stopper):
             raise AdaInferError(f"stopper: gap:{threshold:g} has no threshold between 0 and 1; the paper's is gap:0.8")
         self.threshold = threshold
 
-    def margin(self, block: int, values: Tensor) -> Tensor:
+    def margin(self, block: int, values: Tensor, memory: Tensor | None = None) -> Tensor:
         """Gap minus threshold."""
         return values[:, 0] - self.threshold
 
@@ -68,7 +68,7 @@ class FixedStopper(Stopper):
         """Only block N."""
         return block == self.layer
 
-    def margin(self, block: int, values: Tensor) -> Tensor:
+    def margin(self, block: int, values: Tensor, memory: Tensor | None = None) -> Tensor:
         """Positive at block N."""
         return torch.full((values.shape[0],), 1.0 if block == self.layer else -1.0, device=values.device)
 

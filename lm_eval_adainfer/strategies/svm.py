@@ -101,7 +101,7 @@ class SVMStopper(Stopper):
         arrays = {"support_vectors": vectors, "dual_coef": dual[0], "intercept": svc.intercept_}
         return cls(arrays, features, svc.kernel, svc._gamma, svc.coef0, svc.degree, threshold, info)
 
-    def margin(self, block: int, values: Tensor) -> Tensor:
+    def margin(self, block: int, values: Tensor, memory: Tensor | None = None) -> Tensor:
         """Decision function minus threshold, in float64, on the device of ``values``."""
         return self.decision_function(values) - self.threshold
 
