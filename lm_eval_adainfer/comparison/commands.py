@@ -55,7 +55,7 @@ def _add_check(commands: Any) -> None:
         help="a regression gate for CI: pass, fail or inconclusive",
         description="Exit status 0: the drop is established to be at most --max-drop (one-sided 95%). 1: it is established"
         "\nto be larger, or some task's is, or less than --min-pruning was pruned. 3: these documents can't tell, and\n"
-        "how many could is printed. 2: usage error.".replace("%", "%%"),
+        "how many could is printed. 2: usage error.",
         epilog="examples:\n"
         "  adainfer check --baseline runs/dense --candidate runs/early --max-drop 0.01 --min-pruning 0.15\n"
         "  adainfer check --run --model_args pretrained=adainfer-demo,stopper=svm --tasks adainfer_demo --max-drop 0.01\n"

@@ -178,6 +178,15 @@ def _adjusted(differences: np.ndarray, reach: float) -> tuple[float, float, int]
     return float(np.mean(x)), float(np.std(x, ddof=1)) / sqrt(len(x)), len(x) - 1
 
 
+def wilson(hits: np.ndarray, level: float = 0.95) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Share of hits per column of ``[documents, columns]``, and Wilson's interval, which has a width at 0% and 100%."""
+    n, share = len(hits), hits.mean(axis=0)
+    z = float(stats.norm.ppf((1 + level) / 2))
+    centre = (share + z**2 / (2 * n)) / (1 + z**2 / n)
+    half = z / (1 + z**2 / n) * np.sqrt(share * (1 - share) / n + z**2 / (4 * n**2))
+    return share, np.minimum(share, centre - half), np.maximum(share, centre + half)
+
+
 def sign_flip_p(differences: np.ndarray, seed: int = 0) -> float:
     """Two-sided permutation p: where nothing changed, each document's difference is as likely to have either sign.
 
