@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -43,7 +43,11 @@ def load(folder: str) -> list[Trace]:
     found = [_read(file) for file in files]
     if len({t.n_blocks for t in found}) > 1:
         raise AdaInferError(f"traces: {folder} holds traces of models of different depth; keep one model per folder")
-    return found
+    names = [t.task for t in found]
+    first, last = min(names), max(names)
+    alike = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), 0)
+    prefix = first[: first.rfind("_", 0, alike) + 1]  # adainfer_demo_fact, adainfer_demo_topic: fact, topic
+    return [replace(t, task=t.task[len(prefix) :]) for t in found]
 
 
 def _read(file: Path) -> Trace:
@@ -56,7 +60,8 @@ def _read(file: Path) -> Trace:
     right = None
     scores, gold = arrays.get("scores"), arrays.get("gold")
     # columns are choices only where all choices share the context
-    if scores is not None and gold is not None and scores.ndim == 3 and scores.shape[2] > 1 and gold.max() < scores.shape[2]:
+    choices = scores.shape[2] if scores is not None and scores.ndim == 3 else 0
+    if scores is not None and gold is not None and choices > 1 and gold.max() < choices:
         chosen = np.where(np.isnan(scores), -np.inf, scores).argmax(axis=2)
         right = (chosen == gold[:, None])[gold >= 0]
     return Trace(
@@ -75,8 +80,9 @@ def accuracy_lines(traces: list[Trace]) -> list[Line]:
     for i, trace in enumerate(traces):
         hits = trace.right if trace.right is not None else trace.top1
         if len(hits):
-            kind = "" if trace.right is not None else " (first token)"
-            found.append(Line(trace.label + kind, *(100 * x for x in wilson(hits)), trace.right is None, i))
+            kind = "" if trace.right is not None else ", first token"
+            share, lower, upper = wilson(hits)
+            found.append(Line(trace.label + kind, 100 * share, 100 * lower, 100 * upper, trace.right is None, i))
     return found
 
 
@@ -102,7 +108,7 @@ def oracle(traces: list[Trace]) -> tuple[float, float, float, float] | None:
     if not hits:
         return None
     joined = np.concatenate(hits)
-    ever = joined.any(axis=1)
+    ever = np.asarray(joined.any(axis=1))
     exit_block = np.where(ever, joined.argmax(axis=1) + 1, joined.shape[1])
     mean, lower, upper = wilson(ever[:, None])
     return float(exit_block.mean() / joined.shape[1]), float(mean[0]), float(lower[0]), float(upper[0])

@@ -53,9 +53,8 @@ def cases(verdict: Verdict) -> list[Case]:
     ]
     if verdict.min_pruning is not None and verdict.pruning_ratio is not None:
         status = FAIL if verdict.pruning_ratio < verdict.min_pruning - 1e-12 else PASS
-        found.append(
-            Case("pruning", status, f"pruning_ratio {verdict.pruning_ratio:.4f}, at least {verdict.min_pruning:g} wanted")
-        )
+        message = f"pruning_ratio {verdict.pruning_ratio:.4f}, at least {verdict.min_pruning:g} wanted"
+        found.append(Case("pruning", status, message))
     return found
 
 
@@ -119,7 +118,12 @@ def _xml(text: str) -> str:
 
 
 def write_reports(
-    title: str, found: list[Case], notes: list[str], inconclusive_is: str, junit_file: str | None, summary_file: str | None
+    title: str,
+    found: list[Case],
+    notes: list[str],
+    inconclusive_is: str,
+    junit_file: str | None,
+    summary_file: str | None,
 ) -> None:
     """Write the JUnit file, and append to the summary file (by default GitHub's, where the job has one)."""
     if junit_file:

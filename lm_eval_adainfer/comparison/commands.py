@@ -22,7 +22,7 @@ def add_parsers(commands: Any) -> None:
 
 
 def _matching(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--metric", help="of the samples, for all tasks (default: acc, exact_match or the task's first)")
+    parser.add_argument("--metric", help="of the samples (default, per task: acc, exact_match or its first)")
     parser.add_argument("--filter", help="of lm-eval, where a task has several (default: the first)")
     parser.add_argument(
         "--other-prompts", action="store_true", default=None, help="accept that the same documents had other prompts"
@@ -34,8 +34,9 @@ def _add_compare(commands: Any) -> None:
         "compare",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         help="two or more runs, document by document",
-        description="Compare runs of lm_eval with the first of them: accuracy, difference with a paired interval, exact "
-        "p,\nagreement of answers, exit layers, cost. Runs that did not do the same thing are refused, with the reason.",
+        description="Compare runs of lm_eval with the first of them: accuracy, difference with a paired interval,\n"
+        "exact p, agreement of answers, exit layers, cost. Runs that did not do the same thing are refused, with\n"
+        "the reason.",
         epilog="example:\n  lm_eval --model hf ... --tasks sst2 --log_samples --output_path runs/dense\n"
         "  lm_eval --model adainfer ... --tasks sst2 --log_samples --output_path runs/early\n"
         "  adainfer compare dense=runs/dense early=runs/early --format markdown",
@@ -53,12 +54,13 @@ def _add_check(commands: Any) -> None:
         "check",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         help="a regression gate for CI: pass, fail or inconclusive",
-        description="Exit status 0: the drop is established to be at most --max-drop (one-sided 95%). 1: it is established"
-        "\nto be larger, or some task's is, or less than --min-pruning was pruned. 3: these documents can't tell, and\n"
+        description="Exit status 0: the drop is established to be at most --max-drop (one-sided 95%). 1: it is\n"
+        "established to be larger, or some task's is, or less than --min-pruning was pruned. 3: these documents can't tell, and\n"
         "how many could is printed. 2: usage error.",
         epilog="examples:\n"
         "  adainfer check --baseline runs/dense --candidate runs/early --max-drop 0.01 --min-pruning 0.15\n"
-        "  adainfer check --run --model_args pretrained=adainfer-demo,stopper=svm --tasks adainfer_demo --max-drop 0.01\n"
+        "  adainfer check --run --model_args pretrained=adainfer-demo,stopper=svm --tasks adainfer_demo \\\n"
+        "    --max-drop 0.01\n"
         "  adainfer check --baseline runs/hf --candidate runs/none --reproduces\n"
         "  adainfer check --config gate.yaml        (keys: these options; the command line goes before the file)",
     )
@@ -110,8 +112,8 @@ def _add_report(commands: Any) -> None:
         "report",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         help="an HTML page with tables and pictures",
-        description="One self-contained page and its pictures as PNG and SVG: leaderboard, accuracy against compute, exit\n"
-        "layers, and from traces accuracy and features per block. Needs: pip install 'lm-eval-adainfer[report]'",
+        description="One self-contained page and its pictures as PNG and SVG: leaderboard, accuracy against compute,\n"
+        "exit layers, and from traces accuracy and features per block. Needs: pip install 'lm-eval-adainfer[report]'",
         epilog="example:\n  adainfer report dense=runs/dense svm=runs/svm --traces traces/ -o report/",
     )
     parser.add_argument("runs", nargs="+", metavar="RUN", help=_RUN + "; the first is the baseline")

@@ -118,10 +118,11 @@ def row(name: str, kind: str, pairs: Sequence[Pairs], seed: int = 0) -> Row:
     differences, n = candidate - baseline, len(baseline)
     if all(p.binary for p in pairs):
         lost, won = int((differences < 0).sum()), int((differences > 0).sum())
+        flips: tuple[int, int] | None = (lost, won)
         found = statistics.tango_interval(won, lost, n)
         p_value, test = statistics.mcnemar_p(lost, won), "exact McNemar"
     else:
-        lost = won = None
+        flips = None
         found = statistics.t_interval(differences, reach=reach(baseline, candidate))
         p_value, test = statistics.sign_flip_p(differences, seed), "sign-flip permutation"
     documents = [pair for p in pairs for pair in p.documents]
@@ -137,8 +138,8 @@ def row(name: str, kind: str, pairs: Sequence[Pairs], seed: int = 0) -> Row:
         upper=found.upper,
         p=p_value,
         test=test,
-        only_baseline_right=lost,
-        only_candidate_right=won,
+        only_baseline_right=flips[0] if flips else None,
+        only_candidate_right=flips[1] if flips else None,
         agreement=_agreement(documents),
         **{key: _mean([b for _, b in documents], key) for key in EXIT},
     )

@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 _MARKERS, _DASHES = "osD^vP", ("-", "--", "-.", ":")
 _INK = "#1b1f24"
-_STYLE = {
+_STYLE: Any = {
     "svg.fonttype": "none",  # text stays text: small, searchable, in the page's font
     "text.parse_math": False,  # names come from files
     "font.family": ["DejaVu Sans"],
@@ -83,7 +83,7 @@ def short(text: str, length: int = 26) -> str:
 
 def frontier(points: Sequence[Point], metric: str) -> Figure:
     """Accuracy against counted compute; a dashed line joins the runs that no other beats in both."""
-    figure = Figure(figsize=(7, 4.4), layout="constrained")
+    figure = Figure(figsize=(5.8, 4.2), layout="constrained")
     axes = figure.subplots()
     measured = sorted((p for p in points if not p.simulated), key=lambda p: (p.compute, -p.accuracy))
     best: list[Point] = []
@@ -114,7 +114,7 @@ def histograms(title_of: dict[str, dict[str, np.ndarray]], n_blocks: int) -> Fig
         return _heat_map(title_of, n_blocks)
     columns = min(3, len(title_of))
     rows = math.ceil(len(title_of) / columns)
-    figure = Figure(figsize=(2.6 + 2.3 * columns, 0.9 + 1.9 * rows), layout="constrained")
+    figure = Figure(figsize=(1.6 + 1.55 * columns, 0.9 + 1.5 * rows), layout="constrained")
     grid = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
     edges = np.arange(0.5, n_blocks + 1.5)
     labels = list(dict.fromkeys(run for runs in title_of.values() for run in runs))
@@ -165,11 +165,11 @@ def _heat_map(title_of: dict[str, dict[str, np.ndarray]], n_blocks: int) -> Figu
     return figure
 
 
-def per_block(panels: dict[str, Sequence[Line]], unit: str) -> Figure:
+def per_block(panels: Mapping[str, Sequence[Line]], unit: str) -> Figure:
     """One panel per quantity, one line per task, over the blocks; the bands are 95% intervals."""
     columns = min(2, len(panels))
     rows = math.ceil(len(panels) / columns)
-    figure = Figure(figsize=(7, 3.9) if len(panels) == 1 else (7.4, 0.8 + 2.4 * rows), layout="constrained")
+    figure = Figure(figsize=(5.8, 3.9) if len(panels) == 1 else (6.2, 1.0 + 1.9 * rows), layout="constrained")
     grid = figure.subplots(rows, columns, squeeze=False, sharex=True)
     handles: dict[str, Any] = {}
     for axes, (name, lines) in zip(grid.flat, panels.items(), strict=False):
@@ -181,25 +181,28 @@ def per_block(panels: dict[str, Sequence[Line]], unit: str) -> Figure:
                 marker=_MARKERS[(line.colour + line.colour // 6) % 6], ms=3.5,
             )  # fmt: skip
             axes.fill_between(blocks, line.lower, line.upper, color=colour, alpha=0.18, lw=0)
-            handles.setdefault(short(line.label, 40), handle)
+            handles.setdefault(short(line.label, 36), handle)
         if len(panels) > 1:
             axes.set_title(name, fontsize=10)
         axes.locator_params(axis="x", integer=True)
     for axes in list(grid.flat)[len(panels) :]:
         axes.set_axis_off()
-    figure.supxlabel("block", fontsize=10)
-    figure.supylabel(unit, fontsize=10)
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=2, fontsize=8.5)
+    for axes in list(grid.flat)[max(0, len(panels) - columns) : len(panels)]:
+        axes.set_xlabel("block")
+        axes.tick_params(labelbottom=True)
+    for axes in grid[:, 0]:
+        axes.set_ylabel(unit)
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=2, fontsize=8)
     return figure
 
 
 def speed(rows: Sequence[tuple[str, float, float]]) -> Figure:
     """Speed-ups (run, predicted, measured): what the counted FLOPs would give beside what the clock gave."""
-    figure = Figure(figsize=(7, 1.6 + 0.5 * len(rows)), layout="constrained")
+    figure = Figure(figsize=(5.8, 1.4 + 0.4 * len(rows)), layout="constrained")
     axes = figure.subplots()
     for y, (_, predicted, measured) in enumerate(rows):
         axes.plot([predicted, measured], [y, y], color="#8a8f96", lw=1.5, zorder=1)
-        axes.plot(predicted, y, "o", ms=9, mfc="none", mew=2, color=COLOURS[0], label="predicted: 1 / counted FLOPs share")
+        axes.plot(predicted, y, "o", ms=9, mfc="none", mew=2, color=COLOURS[0], label="predicted: 1 / FLOPs, counted")
         axes.plot(measured, y, "D", ms=7, color=COLOURS[1], label="measured, once")
     axes.axvline(1, color=_INK, lw=1, ls=":")
     axes.set_yticks(range(len(rows)), [short(r[0], 32) for r in rows])
@@ -232,5 +235,6 @@ def inline(figure: Figure, name: str) -> str:
     text = out.getvalue()
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
-    text = re.sub(r'<svg ([^>]*?)width="[^"]*"', r"<svg \1", re.sub(r'(<svg [^>]*?)height="[^"]*"', r"\1", text, count=1), count=1)
-    return text.replace(_INK, "currentColor")
+    start, end = text.split(">", 1)
+    start = re.sub(r' (width|height)="[^"]*"', "", start)  # the page sets the size
+    return f"{start}>{end}".replace(_INK, "currentColor")

@@ -109,10 +109,12 @@ def judge(
 
     reasons = []
     if lower > max_drop:
-        reasons.append(f"{name} dropped by more than {max_drop:g}: by at least {lower:.4f} ({lower_level:.0%} one-sided)")
+        sure = f"by at least {lower:.4f} ({lower_level:.0%} one-sided)"
+        reasons.append(f"{name} dropped by more than {max_drop:g}: {sure}")
     for guard in guards:
         if guard.failed:
-            reasons.append(f"task {guard.task} dropped by more than {max_drop:g}: by {guard.drop:.4f}, p {guard.p_holm:.2g}")
+            seen_there = f"seen are {guard.drop:.4f} (Holm's p {guard.p_holm:.2g})"
+            reasons.append(f"task {guard.task} dropped by more than {max_drop:g}: {seen_there}")
     if min_pruning is not None and seen.pruning_ratio is not None and seen.pruning_ratio < min_pruning - 1e-12:
         reasons.append(f"pruning_ratio is {seen.pruning_ratio:.4f}, under {min_pruning:g}")
     status = FAIL if reasons else PASS if within else INCONCLUSIVE

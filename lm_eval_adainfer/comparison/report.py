@@ -116,7 +116,7 @@ def _columns(run: Run) -> dict[str, list[str]]:
     if len(tasks) > _WIDE:
         names = sorted(run.groups, key=lambda g: -len(run.groups[g]))[:_WIDE]
         tasks = {run.aliases.get(g, g): run.groups[g] for g in names}
-    return {**tasks, POOLED: list(run.tasks)} if list(run.tasks) not in tasks.values() else tasks
+    return {POOLED: list(run.tasks), **{n: t for n, t in tasks.items() if t != list(run.tasks) or len(tasks) == 1}}
 
 
 def _leaderboard(runs: list[Run], pairs: dict[str, list[Pairs]]) -> list[tuple[str, list[Cell]]]:
@@ -147,7 +147,7 @@ def _cell(pairs: list[Pairs], tasks: list[str]) -> Cell:
 
 def _early(run: Run, pairs: dict[str, list[Pairs]]) -> bool:
     layers = {b.metrics.get("exit_layer") for p in pairs[run.label] for _, b in p.documents}
-    return None not in layers and len(layers) > 1
+    return None not in layers and layers != {run.n_blocks}
 
 
 def _extremes(run: Run, pairs: list[Pairs]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
@@ -183,7 +183,7 @@ def _figures(runs: list[Run], pairs: dict[str, list[Pairs]], traces: list[Trace]
         points, metric = _points(runs, pairs, traces)
         caption = (
             "FLOPs are counted, checks of the head included (flops_ratio_total); runs that don't log them ran dense. "
-            "Bars: 95% interval over documents (each run by itself; differences between runs are paired, see the tables)."
+            "Bars: 95% interval over documents (each run by itself; the differences in the tables are paired)."
         )
         if traces:
             caption += (
@@ -195,14 +195,15 @@ def _figures(runs: list[Run], pairs: dict[str, list[Pairs]], traces: list[Trace]
         n_blocks = max((run.n_blocks or 0 for run in runs), default=0)
         if layers and n_blocks:
             found.append(
-                ("exit_layers", "Exit blocks per task", f"Counted; {n_blocks} blocks in all. One exit per document.",
+                ("exit_layers", "Exit blocks per task", f"Counted; {n_blocks} blocks in all. One exit per document. "
+                 "Runs that always leave at the same block are left out.",
                  figures.histograms(layers, n_blocks))
             )  # fmt: skip
         if rows := _speeds(runs, pairs):
             found.append(
                 ("speed", "Speed-up, measured and predicted",
                  "Predicted from counted FLOPs; measured is one run's wall-clock against the baseline's, so without an "
-                 "interval: seconds in the model where both runs have them, else of the whole evaluation, loading included.",
+                 "interval: seconds in the model where both have them, else of the whole evaluation, loading included.",
                  figures.speed(rows))
             )  # fmt: skip
         few = traces[:_LINES]
@@ -217,9 +218,9 @@ def _figures(runs: list[Run], pairs: dict[str, list[Pairs]], traces: list[Trace]
         if few:
             found.append(
                 ("features_per_block", "Features per block",
-                 f"From traces: mean over documents at the decision position (the paper's Figures 3 and 4). Bands: 95% "
-                 f"intervals of the mean.{rest}",
-                 figures.per_block(blocks.feature_lines(few), "mean (probabilities and cosines: no unit)"))
+                 "From traces: probabilities and cosines at the decision position, mean over documents (the paper's Figures "
+                 f"3 and 4). Bands: 95% intervals of the mean.{rest}",
+                 figures.per_block(blocks.feature_lines(few), "mean (no unit)"))
             )  # fmt: skip
     return found
 
@@ -255,8 +256,11 @@ def _exit_layers(runs: list[Run], pairs: dict[str, list[Pairs]]) -> dict[str, di
     for run in runs:
         if not _early(run, pairs):
             continue
+        by_task = {p.task: np.array([b.metrics["exit_layer"] for _, b in p.documents]) for p in pairs[run.label]}
+        if all(len(set(layers)) == 1 for layers in by_task.values()):
+            continue  # always the same block: nothing to see
         for pair in pairs[run.label]:
-            layers = np.array([b.metrics["exit_layer"] for _, b in pair.documents])
+            layers = by_task[pair.task]
             found.setdefault(run.aliases.get(pair.task, pair.task), {})[run.label] = layers
     return found
 

@@ -176,7 +176,8 @@ def read_json(file: Path, argument: str) -> Any:
     except UnicodeDecodeError:
         raise AdaInferError(f"{argument}: {file} is no text; give a results file of lm-eval") from None
     except (ValueError, RecursionError) as error:
-        raise AdaInferError(f"{argument}: {file} is damaged, it is no JSON ({_first_line(error)}); run it again") from None
+        reason = _first_line(error)
+        raise AdaInferError(f"{argument}: {file} is damaged, it is no JSON ({reason}); run it again") from None
 
 
 def _split_name(text: str) -> tuple[str | None, str]:
@@ -252,7 +253,7 @@ def _read_task(
         documents = kept.setdefault(name, {})
         document = _document(sample, where, prompts)
         if document.doc_id in documents:
-            raise AdaInferError(f"{where} repeats document {document.doc_id}; two runs may have been written into one file")
+            raise AdaInferError(f"{where} repeats document {document.doc_id}; two runs may be in one file, so run it again")
         documents[document.doc_id] = document
     if not kept:
         raise AdaInferError(f"{argument}: {file} is empty; run lm_eval again with --log_samples")
@@ -296,7 +297,7 @@ def _samples(file: Path, argument: str) -> Iterator[tuple[int, Any]]:
             if start == "[":  # lm-eval before 0.4.3 wrote one indented array
                 yield from enumerate(json.loads(lines.read()), 1)
                 return
-            for number, line in enumerate(lines, 1):  # noqa: B007
+            for number, line in enumerate(lines, 1):
                 if line.strip():
                     yield number, json.loads(line)
     except OSError as error:

@@ -44,7 +44,7 @@ def _cells(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
         "diff": lambda r: number(r.difference, "+.4f"),
         "95% interval": lambda r: f"[{r.lower:+.4f}, {r.upper:+.4f}]",
         "p": lambda r: f"{r.p:.2g}",
-        "lost/won": lambda r: "" if r.only_baseline_right is None else f"{r.only_baseline_right}/{r.only_candidate_right}",
+        "lost/won": _flips,
         "agree": lambda r: number(r.agreement, ".1%"),
         "exit layer": lambda r: number(r.exit_layer, ".2f"),
         "pruned": lambda r: number(r.pruning_ratio, ".1%"),
@@ -53,6 +53,10 @@ def _cells(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
     cells = [[show(r) for show in columns.values()] for r in rows]
     used = [i for i in range(len(columns)) if any(line[i] for line in cells)]
     return [list(columns)[i] for i in used], [[line[i] for i in used] for line in cells]
+
+
+def _flips(row: Row) -> str:
+    return "" if row.only_baseline_right is None else f"{row.only_baseline_right}/{row.only_candidate_right}"
 
 
 def _tail(comparison: Comparison) -> list[str]:
@@ -68,7 +72,8 @@ def _terminal(comparison: Comparison) -> str:
     width = [max(len(line[i]) for line in [header, *cells]) for i in range(len(header))]
 
     def line(values: list[str]) -> str:
-        return "  ".join(v.ljust(w) if i < 2 else v.rjust(w) for i, (v, w) in enumerate(zip(values, width, strict=True)))
+        padded = (v.ljust(w) if i < 2 else v.rjust(w) for i, (v, w) in enumerate(zip(values, width, strict=True)))
+        return "  ".join(padded)
 
     lines = [line(header), "  ".join("-" * w for w in width)]
     last = "task"
@@ -84,26 +89,23 @@ def _terminal(comparison: Comparison) -> str:
 def _markdown(comparison: Comparison) -> str:
     header, cells = _cells(comparison)
     lines = [
-        f"**{_escape(comparison.candidate)}** against **{_escape(comparison.baseline)}**",
+        f"**{escape_markdown(comparison.candidate)}** against **{escape_markdown(comparison.baseline)}**",
         "",
         "| " + " | ".join(header) + " |",
         "|" + "|".join("---" if i < 2 else "---:" for i in range(len(header))) + "|",
-        *("| " + " | ".join(_escape(v) for v in values) + " |" for values in cells),
+        *("| " + " | ".join(escape_markdown(v) for v in values) + " |" for values in cells),
         "",
-        *(f"{_escape(line)}\n" for line in [*_tail(comparison), _LEGEND]),
+        *(f"{escape_markdown(line)}\n" for line in [*_tail(comparison), _LEGEND]),
     ]
     return "\n".join(lines).rstrip()
 
 
-def _escape(text: str) -> str:
+def escape_markdown(text: str) -> str:
     """Names come from files: nothing in them may end a table cell or start HTML."""
     text = " ".join(text.split())
     for character, safe in (("&", "&amp;"), ("<", "&lt;"), (">", "&gt;"), ("|", "\\|"), ("`", "\\`"), ("*", "\\*")):
         text = text.replace(character, safe)
     return text
-
-
-escape_markdown = _escape
 
 
 def _latex(comparison: Comparison) -> str:
@@ -135,8 +137,8 @@ def _tex(text: str) -> str:
 def _csv(comparisons: Sequence[Comparison]) -> str:
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(["baseline_run", "candidate_run", *Row.__dataclass_fields__, "seconds_kind", "baseline_seconds_measured",
-                     "candidate_seconds_measured", "speed_up_measured"])  # fmt: skip
+    timed = ["seconds_kind", "baseline_seconds_measured", "candidate_seconds_measured", "speed_up_measured"]
+    writer.writerow(["baseline_run", "candidate_run", *Row.__dataclass_fields__, *timed])
     for c in comparisons:
         kind, seconds = next(iter(c.seconds.items()), ("", None))
         timing = [kind, *seconds, seconds[0] / seconds[1]] if seconds else ["", "", "", ""]
