@@ -55,8 +55,8 @@ def _add_check(commands: Any) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         help="a regression gate for CI: pass, fail or inconclusive",
         description="Exit status 0: the drop is established to be at most --max-drop (one-sided 95%). 1: it is\n"
-        "established to be larger, or some task's is, or less than --min-pruning was pruned. 3: these documents can't tell, and\n"
-        "how many could is printed. 2: usage error.",
+        "established to be larger, or some task's is, or less than --min-pruning was pruned. 3: these documents\n"
+        "can't tell, and how many could is printed. 2: usage error.",
         epilog="examples:\n"
         "  adainfer check --baseline runs/dense --candidate runs/early --max-drop 0.01 --min-pruning 0.15\n"
         "  adainfer check --run --model_args pretrained=adainfer-demo,stopper=svm --tasks adainfer_demo \\\n"

@@ -218,8 +218,8 @@ def _figures(runs: list[Run], pairs: dict[str, list[Pairs]], traces: list[Trace]
         if few:
             found.append(
                 ("features_per_block", "Features per block",
-                 "From traces: probabilities and cosines at the decision position, mean over documents (the paper's Figures "
-                 f"3 and 4). Bands: 95% intervals of the mean.{rest}",
+                 "From traces: probabilities and cosines at the decision position, mean over documents (the paper's "
+                 f"Figures 3 and 4). Bands: 95% intervals of the mean.{rest}",
                  figures.per_block(blocks.feature_lines(few), "mean (no unit)"))
             )  # fmt: skip
     return found

@@ -253,7 +253,7 @@ def _read_task(
         documents = kept.setdefault(name, {})
         document = _document(sample, where, prompts)
         if document.doc_id in documents:
-            raise AdaInferError(f"{where} repeats document {document.doc_id}; two runs may be in one file, so run it again")
+            raise AdaInferError(f"{where} repeats document {document.doc_id}; two runs may be in one file")
         documents[document.doc_id] = document
     if not kept:
         raise AdaInferError(f"{argument}: {file} is empty; run lm_eval again with --log_samples")
