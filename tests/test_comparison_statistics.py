@@ -107,8 +107,9 @@ def brute_force_p(b, c, n, drop, grid=400):
     counts = np.array([[i, j, n - i - j] for i, j in outcomes])
     low, high = S._clopper_pearson(b + c, n, S.GAMMA)
     worst = 0.0
-    for share in np.linspace(max(low, abs(drop)), high, grid):
-        p, q = (share + drop) / 2, (share - drop) / 2
+    for share in np.linspace(max(low, drop), high, grid):
+        least = max(drop, -share)  # the drop of the hypothesis nearest to the limit that this discordance allows
+        p, q = (share + least) / 2, (share - least) / 2
         worst = max(worst, float(stats.multinomial.pmf(counts, n, [p, q, max(0.0, 1 - p - q)]).sum()))
     return worst + S.GAMMA
 
@@ -117,6 +118,22 @@ def brute_force_p(b, c, n, drop, grid=400):
 @pytest.mark.parametrize(("b", "c"), [(0, 0), (0, 3), (2, 1), (9, 2), (1, 14)])
 def test_the_exact_p_is_the_worst_probability_over_discordances(b, c, drop):
     assert S.exact_p(b, c, 25, drop) == pytest.approx(brute_force_p(b, c, 25, drop), rel=0.01, abs=1e-4)
+
+
+@given(st.integers(1, 20000), st.data(), st.floats(-0.2, 0.2))
+@settings(max_examples=100, deadline=None)
+def test_the_two_sides_of_a_limit_are_never_both_rejected(n, data, limit):
+    b = data.draw(st.integers(0, n // 4))
+    c = data.draw(st.integers(0, n // 4))
+    above, below = S.exact_p(b, c, n, limit), S.exact_p(c, b, n, -limit)
+    assert max(above, below) > 0.3
+    assert (above if b - c <= n * limit else below) == min(above, below) or min(above, below) > 0.3
+
+
+def test_fewer_flips_than_the_limit_are_no_evidence_of_a_drop():
+    """18 of 9,000 flipped, to the better: a drop of a point is out of the question, so "at most a point" stands."""
+    assert S.exact_p(18, 0, 9000, -0.01) > 0.9
+    assert S.exact_p(0, 18, 9000, 0.01) < 1e-5
 
 
 def test_at_no_discordance_the_exact_bound_is_clopper_and_pearsons():

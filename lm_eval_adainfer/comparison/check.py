@@ -166,7 +166,7 @@ def reproduces(baseline: Run, candidate: Run, tolerance: float, metric: str | No
         for (a, b), x, y in zip(pair.documents, pair.baseline, pair.candidate, strict=True):
             gaps = [abs(s - t) / max(1.0, abs(s)) for s, t in zip(a.scores, b.scores, strict=False)]
             largest = max([largest, *gaps])
-            tie = len(a.scores) > 1 and _tie(a.scores, a.answer, b.answer, tolerance)
+            tie = a.answer != b.answer and len(a.scores) > 1 and _tie(a.scores, a.answer, b.answer, tolerance)
             same = (a.answer == b.answer and x == y) or tie
             if len(a.scores) != len(b.scores) or not same or any(g > tolerance for g in gaps):
                 differing.append(a.doc_id)

@@ -153,9 +153,9 @@ def reach(baseline: np.ndarray, candidate: np.ndarray) -> float:
 
 def _agreement(documents: list[tuple[Document, Document]]) -> float | None:
     known = [(a.answer, b.answer) for a, b in documents if a.answer is not None and b.answer is not None]
-    return sum(a == b for a, b in known) / len(known) if len(known) == len(documents) else None
+    return sum(a == b for a, b in known) / len(known) if known and len(known) == len(documents) else None
 
 
 def _mean(documents: list[Document], key: str) -> float | None:
     values = [d.metrics[key] for d in documents if key in d.metrics]
-    return sum(values) / len(values) if len(values) == len(documents) else None
+    return sum(values) / len(values) if values and len(values) == len(documents) else None

@@ -83,7 +83,7 @@ def exact_p(b: int, c: int, n: int, drop: float) -> float:
     if abs(drop) >= 1:
         return 1.0 if drop <= -1 else GAMMA if b - c < n else 1.0
     lowest, highest = _clopper_pearson(b + c, n, GAMMA)
-    lowest = max(lowest, abs(drop))
+    lowest = max(lowest, drop)
     if lowest >= highest:  # so large a drop needs more discordant documents than could go with those seen
         return 2 * GAMMA
     z = float(tango_z(b, c, n, drop)) + 1e-9
@@ -98,7 +98,9 @@ def exact_p(b: int, c: int, n: int, drop: float) -> float:
         part = slice(max(0, int(n * share - reach) - first), max(0, int(n * share + reach) + 1 - first))
         m, k = discordant[part], least[part]
         weight = np.exp(choose[part] + special.xlogy(m, share) + special.xlog1py(n - m, -share))
-        win = min(max((share - drop) / (2 * share), 0.0), 1.0) if share > 0 else 0.5
+        # P(only the candidate is right), given that one is; where all documents that flip can't make up a drop as
+        # low as a negative ``drop``, the least favourable is that all of them flip that way
+        win = min((share - drop) / (2 * share), 1.0) if share > 0 else 0.5
         inside = (k >= 1) & (k <= m)
         tail = np.where(k < 1, 1.0, 0.0)
         tail[inside] = special.betainc(k[inside], m[inside] - k[inside] + 1, win)
