@@ -70,7 +70,7 @@ def test_tangos_interval_covers_95_percent_also_where_few_documents_flip():
             if chance > 1e-7:
                 covered += chance * (abs(float(S.tango_z(b, c, n, drop))) <= 1.959964)
         keeps[share, drop] = covered
-    assert all(0.93 < covered for covered in keeps.values()), keeps
+    assert all(covered > 0.93 for covered in keeps.values()), keeps
 
 
 @given(st.integers(0, 60), st.integers(0, 60))

@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 
 # Okabe & Ito (2008), without black and yellow, which vanish on a dark and a light ground
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-_MARKERS, _DASHES = "osD^vP", ("-", "--", "-.", ":")
+_MARKERS, _DASHES = "oD^vPX", ("-", "--", "-.", ":")
 _INK = "#1b1f24"
 _STYLE: Any = {
     "svg.fonttype": "none",  # text stays text: small, searchable, in the page's font

@@ -113,10 +113,12 @@ def _columns(run: Run) -> dict[str, list[str]]:
     tasks = {run.aliases.get(t, t): [t] for t in run.tasks}
     if len(tasks) < len(run.tasks):  # two tasks go by one alias
         tasks = {t: [t] for t in run.tasks}
+    if len(tasks) == 1:
+        return tasks
     if len(tasks) > _WIDE:
         names = sorted(run.groups, key=lambda g: -len(run.groups[g]))[:_WIDE]
         tasks = {run.aliases.get(g, g): run.groups[g] for g in names}
-    return {POOLED: list(run.tasks), **{n: t for n, t in tasks.items() if t != list(run.tasks) or len(tasks) == 1}}
+    return {POOLED: list(run.tasks), **{name: t for name, t in tasks.items() if len(t) < len(run.tasks)}}
 
 
 def _leaderboard(runs: list[Run], pairs: dict[str, list[Pairs]]) -> list[tuple[str, list[Cell]]]:
