@@ -130,6 +130,13 @@ def test_a_metric_between_right_and_wrong_is_judged_by_its_differences():
     assert gate.judge([mirrored], ["t"], LIMIT).status == "fail"  # more of what should be less
 
 
+@pytest.mark.parametrize(("n", "limit"), [(29, 0.1), (59, 0.05), (149, 0.02), (299, 0.01), (598, 0.005)])
+def test_as_many_equal_answers_as_the_rule_of_three_wants_pass(n, limit):
+    """(1 - limit)^n is just under 5%: fewer can't pass, and nothing else may be asked of these."""
+    equal = [pairs("t", *flips(k, 0, 0)) for k in (n, n - 10)]
+    assert [gate.judge([p], ["t"], limit).status for p in equal] == ["pass", "inconclusive"]
+
+
 @pytest.fixture
 def runs(tmp_path):
     def make(lost, won, n=1000, exit_layer=6, **options):

@@ -1,8 +1,8 @@
 """The verdict of a regression gate: pass, fail or inconclusive, with error rates that hold.
 
-- *pass*: the exact test rejects "the pool dropped by ``max_drop`` or more" at 5%, and "by two points more than that" at
-  0.25%. The second part matters only where answers flip so often that the first alone would let one in a hundred
-  drops of that size through.
+- *pass*: the exact test rejects "the pool dropped by ``max_drop`` or more" at 5%, and "by far more than that" at 0.25%:
+  by two points more, or three times ``max_drop`` where that is larger. The second part matters only where answers flip
+  so often that the first alone would let one in a hundred drops of that size through.
 - *fail*: a drop of more than ``max_drop`` is established, with at most 5% error over everything that can fail: 4% for
   the pool and 1% for the tasks, shared by Holm's method; all 5% for the pool of a run of one task.
 - *inconclusive*: neither.
@@ -25,7 +25,7 @@ from lm_eval_adainfer.errors import AdaInferError
 PASS, FAIL, INCONCLUSIVE = "pass", "fail", "inconclusive"
 ERROR = 0.05  # of passing, and of failing, wrongly
 POOL_SHARE = 0.8  # of the error of failing; the rest is the guards'
-FAR, FAR_ERROR = 0.02, 0.0025  # a drop by two points too many must practically never pass
+FAR, FAR_TIMES, FAR_ERROR = 0.02, 3, 0.0025  # a drop far above the limit must practically never pass
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ def judge(
     binary = all(p.binary for p in pooled)
     lower, upper = _bounds(drops, binary, unit, lower_level, max_drop)
     guards = _guards(pairs, max_drop) if len(pairs) > 1 else []
-    far = max_drop + FAR * unit
+    far = max(max_drop + FAR * unit, FAR_TIMES * max_drop)
     within = _p_above(drops, binary, unit, max_drop) <= ERROR and _p_above(drops, binary, unit, far) <= FAR_ERROR
 
     reasons = []
@@ -122,8 +122,8 @@ def judge(
     if status == PASS:
         reasons.append(f"{name} dropped by at most {upper:.4f} (95% one-sided), allowed are {max_drop:g}")
     elif status == INCONCLUSIVE:
-        needed = statistics.documents_needed(len(drops), float(drops.mean()), float(drops.var()), max_drop)
-        reasons.append(_advice(name, lower, upper, max_drop, needed))
+        needed = _needed(drops, max_drop, far)
+        reasons.append(_advice(name, lower, upper, max_drop, far, needed))
     return Verdict(
         status=status,
         reasons=reasons,
@@ -190,10 +190,19 @@ def _bounds(drops: np.ndarray, binary: bool, unit: float, lower_level: float, at
     )
 
 
-def _advice(name: str, lower: float, upper: float, max_drop: float, needed: int | None) -> str:
+def _needed(drops: np.ndarray, max_drop: float, far: float) -> int | None:
+    seen = len(drops), float(drops.mean()), float(drops.var())
+    needed = statistics.documents_needed(*seen, max_drop, ERROR)
+    if seen[1] >= max_drop or needed is None:
+        return needed
+    also = statistics.documents_needed(*seen, far, FAR_ERROR)
+    return None if also is None else max(needed, also)
+
+
+def _advice(name: str, lower: float, upper: float, max_drop: float, far: float, needed: int | None) -> str:
     text = f"{name} dropped by {lower:.4f} to {upper:.4f}, and {max_drop:g} lies in between"
     if upper <= max_drop:
-        text = f"answers of {name} flip so often that a drop {FAR:g} above {max_drop:g} can't be ruled out"
+        text = f"answers of {name} flip so often that a drop of {far:g} can't be ruled out well enough"
     if needed is None:
         return f"{text}; the drop seen is so near the limit that no number of documents would settle it"
     return f"{text}; at the discordance seen, about {needed:,} documents would settle it (with 80% probability)"

@@ -220,21 +220,24 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return adjusted
 
 
-def documents_needed(n: int, drop: float, variance: float, limit: float, power: float = 0.8) -> int | None:
-    """Documents at which a drop as seen would be told from ``limit`` (one-sided 5%) with this probability.
+def documents_needed(
+    n: int, drop: float, variance: float, limit: float, error: float = 0.05, power: float = 0.8
+) -> int | None:
+    """Documents at which a drop as seen would be told from ``limit`` with this probability.
 
     Args:
         n: Documents seen.
         drop: Seen.
         variance: Of a document's difference; for right-or-wrong metrics discordant share minus drop squared.
         limit: The largest drop that is allowed.
+        error: Of the one-sided test.
         power: The probability.
 
     Returns:
         The number, above ``n``; None where the seen drop is so near the limit that more than a hundred million
         documents would be needed.
     """
-    z = float(stats.norm.ppf(0.95) + stats.norm.ppf(power))
+    z = float(stats.norm.ppf(1 - error) + stats.norm.ppf(power))
     variance = max(variance, 1 / (n + 2))  # about what one discordant document would give
     distance = abs(drop - limit)
     if variance * z**2 > 1e8 * distance**2:
