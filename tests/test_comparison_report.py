@@ -135,6 +135,7 @@ def test_pages_of_one_run_and_of_57_subjects(tmp_path, many):
     [
         (["--traces", "nowhere"], "holds no .trace files"),
         (["--traces", "BAD"], "traces: "),
+        (["--traces", "ODD"], "is no trace that adainfer wrote"),
         (["--metric", "f1"], "have no number 'f1'"),
         (["-o", "FILE/x"], "can't be written"),
     ],
@@ -143,7 +144,11 @@ def test_report_errors_are_one_sentence(tmp_path, capsys, extra, words):
     run = write(tmp_path / "a", {"t": [1, 0]})
     (tmp_path / "bad.trace").write_bytes(b"no trace at all")
     (tmp_path / "file").write_text("")
-    extra = [e.replace("BAD", str(tmp_path / "bad.trace")).replace("FILE", str(tmp_path / "file")) for e in extra]
+    make_trace(tmp_path, "odd")
+    meta, arrays = container.read(tmp_path / "odd.trace", "trace", 1, "traces")
+    odd = {**arrays, "gold_token": arrays["gold_token"][:7]}
+    container.write(tmp_path / "odd.trace", "trace", 1, meta, odd)
+    extra = [e.replace("BAD", str(tmp_path / "bad.trace")).replace("ODD", str(tmp_path / "odd.trace")).replace("FILE", str(tmp_path / "file")) for e in extra]
     assert main(["report", str(run), "-o", str(tmp_path / "out"), *extra]) == 2
     assert words in capsys.readouterr().err
     assert not (tmp_path / "out" / "index.html").exists()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -52,6 +53,15 @@ def load(folder: str) -> list[Trace]:
 
 def _read(file: Path) -> Trace:
     meta, arrays = tracing.read(file)
+    try:
+        return _trace(file, meta, arrays)
+    except (TypeError, ValueError, IndexError, KeyError, AttributeError) as error:  # arrays of other shapes or kinds
+        if isinstance(error, AdaInferError):
+            raise
+        raise AdaInferError(f"traces: {file} is no trace that adainfer wrote ({error}); make it again") from None
+
+
+def _trace(file: Path, meta: dict[str, Any], arrays: dict[str, np.ndarray]) -> Trace:
     features, top, gold_token = (arrays[name] for name in ("features", "top_token", "gold_token"))
     names = meta["features"]
     if features.ndim != 3 or top.shape != features.shape[:2] or len(names) != features.shape[2] or not len(top):

@@ -23,6 +23,7 @@ _DATE = r"\d{4}-\d\d-\d\dT\d\d-\d\d-\d\d(?:\.\d+)?"
 _EXIT = ("exit_layer", "pruning_ratio", "flops_ratio", "flops_ratio_total", "layers_run")
 _OURS = frozenset((*_EXIT, "exit_layer_var", "top1_acc"))
 _PREFERRED = ("acc", "exact_match")
+_MOST_BLOCKS = 10_000
 _PROMPT, _TARGET = 1500, 300  # characters kept; of a prompt the last, since the question is there
 _logger = logging.getLogger(__name__)
 
@@ -105,7 +106,7 @@ class Run:
     def n_blocks(self) -> int | None:
         """L, where the run says so."""
         found = self.adainfer.get("n_blocks")
-        return found if isinstance(found, int) and found > 0 else None
+        return found if isinstance(found, int) and 0 < found <= _MOST_BLOCKS else None
 
 
 def load(path: str | Path, argument: str = "run", filter: str | None = None, prompts: bool = False) -> Run:
