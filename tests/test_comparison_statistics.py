@@ -107,7 +107,7 @@ def brute_force_p(b, c, n, drop, grid=400):
     counts = np.array([[i, j, n - i - j] for i, j in outcomes])
     low, high = S._clopper_pearson(b + c, n, S.GAMMA)
     worst = 0.0
-    for share in np.linspace(max(low, drop), high, grid):
+    for share in np.append(np.linspace(max(low, drop), high, grid), np.clip(-drop, max(low, drop), high)):
         least = max(drop, -share)  # the drop of the hypothesis nearest to the limit that this discordance allows
         p, q = (share + least) / 2, (share - least) / 2
         worst = max(worst, float(stats.multinomial.pmf(counts, n, [p, q, max(0.0, 1 - p - q)]).sum()))
@@ -134,6 +134,13 @@ def test_fewer_flips_than_the_limit_are_no_evidence_of_a_drop():
     """18 of 9,000 flipped, to the better: a drop of a point is out of the question, so "at most a point" stands."""
     assert S.exact_p(18, 0, 9000, -0.01) > 0.9
     assert S.exact_p(0, 18, 9000, 0.01) < 1e-5
+
+
+@pytest.mark.parametrize("lost", [14, 15, 16, 17])
+def test_where_only_losses_can_explain_the_limit_the_p_is_the_binomial_tail(lost):
+    """A drop of exactly a point at a discordance of exactly a point: all that flips is lost."""
+    assert S.exact_p(0, lost, 1000, -0.01) >= stats.binom.sf(lost - 1, 1000, 0.01)
+    assert S.exact_p(0, lost, 1000, -0.01) == pytest.approx(stats.binom.sf(lost - 1, 1000, 0.01), rel=0.01)
 
 
 def test_at_no_discordance_the_exact_bound_is_clopper_and_pearsons():

@@ -30,10 +30,7 @@ class Case:
 
 def cases(verdict: Verdict) -> list[Case]:
     """The pool, every guard, and pruning."""
-    accuracy_failed = verdict.lower > verdict.max_drop
-    alone = FAIL if accuracy_failed else PASS if verdict.status == PASS else verdict.status
-    if verdict.status == FAIL and not accuracy_failed:  # something else failed; what the pool alone would say
-        alone = PASS if verdict.upper <= verdict.max_drop else INCONCLUSIVE
+    alone = FAIL if verdict.dropped else PASS if verdict.within else INCONCLUSIVE
     found = [
         Case(
             f"drop of {verdict.pool}",

@@ -48,6 +48,8 @@ class Verdict:
 
     status: str
     reasons: list[str]
+    dropped: bool  # the pool's drop is established to be above max_drop
+    within: bool  # it is established to be at most max_drop
     pool: str
     metric: str
     max_drop: float
@@ -107,8 +109,10 @@ def judge(
     far = max(max_drop + FAR * unit, FAR_TIMES * max_drop)
     within = _p_above(drops, binary, unit, max_drop) <= ERROR and _p_above(drops, binary, unit, far) <= FAR_ERROR
 
+    dropped = _p_below(drops, binary, unit, max_drop) <= 1 - lower_level + 1e-12
+
     reasons = []
-    if lower > max_drop:
+    if dropped:
         sure = f"by at least {lower:.4f} ({lower_level:.0%} one-sided)"
         reasons.append(f"{name} dropped by more than {max_drop:g}: {sure}")
     for guard in guards:
@@ -127,6 +131,8 @@ def judge(
     return Verdict(
         status=status,
         reasons=reasons,
+        dropped=dropped,
+        within=within,
         pool=name,
         metric=seen.metric,
         max_drop=max_drop,

@@ -93,7 +93,10 @@ def exact_p(b: int, c: int, n: int, drop: float) -> float:
     least = _fewest_wins(discordant, n, drop, z)
     choose = special.gammaln(n + 1) - special.gammaln(discordant + 1) - special.gammaln(n - discordant + 1)
     worst = 0.0
-    for share in np.linspace(lowest, highest, _GRID):
+    shares = np.linspace(lowest, highest, _GRID)
+    if lowest < -drop < highest:  # the worst may be the corner where the least favourable drop changes
+        shares = np.append(shares, -drop)
+    for share in shares:
         reach = 7 * sqrt(n * share * (1 - share)) + 10
         part = slice(max(0, int(n * share - reach) - first), max(0, int(n * share + reach) + 1 - first))
         m, k = discordant[part], least[part]
