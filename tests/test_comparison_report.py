@@ -53,7 +53,7 @@ def page(tmp_path_factory):
     names = []
     for name, stopper, first in (("dense", "none", 12), ("svm", "svm", 1), ("gap", "gap:0.8", 4)):
         tasks = {}
-        for t in ("easy", "hard", "x<b>y"):
+        for t in ("demo_easy", "demo_hard", "x<b>y"):
             scores = flips(60, 3, 1)[name != "dense"]
             tasks[t] = [
                 sample(t, i, x, exit_layer=min(12, first + (i % 9 if first < 12 else 0)), prompt=f"{EVIL} {t} {i}")
@@ -109,6 +109,15 @@ def test_accuracy_per_block_and_oracle_are_those_of_the_trace(tmp_path):
     assert depth == pytest.approx(np.mean(first) / 12) and accuracy == pytest.approx(right.any(axis=1).mean())
 
 
+def test_no_oracle_is_marked_for_traces_of_other_tasks(tmp_path):
+    run = write(tmp_path / "a", {"t": [1, 0]})
+    for task, marked in (("other", False), ("t", True)):
+        make_trace(tmp_path / task, task)
+        assert main(["report", str(run), "--traces", str(tmp_path / task), "-o", str(tmp_path / "out")]) == 0
+        text = (tmp_path / "out" / "index.html").read_text()
+        assert ("oracle, simulated" in text) == marked and "Accuracy per block" in text
+
+
 def test_real_traces_are_read(tmp_path, capsys):
     arguments = ["--model_args", "pretrained=adainfer-demo,dtype=float32", "--tasks", "adainfer_demo_topic,adainfer_demo_fact"]
     assert main(["trace", *arguments, "--limit", "6", "--device", "cpu", "-o", str(tmp_path / "t")]) == 0
@@ -136,19 +145,21 @@ def test_pages_of_one_run_and_of_57_subjects(tmp_path, many):
         (["--traces", "nowhere"], "holds no .trace files"),
         (["--traces", "BAD"], "traces: "),
         (["--traces", "ODD"], "is no trace that adainfer wrote"),
+        (["--traces", "DEEP"], "is of a model of 7 blocks, but adainfer svm has 12"),
         (["--metric", "f1"], "have no number 'f1'"),
         (["-o", "FILE/x"], "can't be written"),
     ],
 )
 def test_report_errors_are_one_sentence(tmp_path, capsys, extra, words):
-    run = write(tmp_path / "a", {"t": [1, 0]})
+    run = write(tmp_path / "a", {"t": [1, 0]}, kind="adainfer", stopper="svm")
+    make_trace(tmp_path / "deep", "t", n_blocks=7)
     (tmp_path / "bad.trace").write_bytes(b"no trace at all")
     (tmp_path / "file").write_text("")
     make_trace(tmp_path, "odd")
     meta, arrays = container.read(tmp_path / "odd.trace", "trace", 1, "traces")
     odd = {**arrays, "gold_token": arrays["gold_token"][:7]}
     container.write(tmp_path / "odd.trace", "trace", 1, meta, odd)
-    extra = [e.replace("BAD", str(tmp_path / "bad.trace")).replace("ODD", str(tmp_path / "odd.trace")).replace("FILE", str(tmp_path / "file")) for e in extra]
+    extra = [e.replace("BAD", str(tmp_path / "bad.trace")).replace("DEEP", str(tmp_path / "deep")).replace("ODD", str(tmp_path / "odd.trace")).replace("FILE", str(tmp_path / "file")) for e in extra]
     assert main(["report", str(run), "-o", str(tmp_path / "out"), *extra]) == 2
     assert words in capsys.readouterr().err
     assert not (tmp_path / "out" / "index.html").exists()

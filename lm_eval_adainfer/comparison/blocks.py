@@ -18,7 +18,8 @@ from lm_eval_adainfer.errors import AdaInferError
 class Trace:
     """One trace file."""
 
-    task: str
+    name: str  # the task's
+    task: str  # that, without what all of them begin with
     shots: int
     n_blocks: int
     features: dict[str, np.ndarray]  # name -> [decisions, blocks]
@@ -75,6 +76,7 @@ def _trace(file: Path, meta: dict[str, Any], arrays: dict[str, np.ndarray]) -> T
         chosen = np.where(np.isnan(scores), -np.inf, scores).argmax(axis=2)
         right = (chosen == gold[:, None])[gold >= 0]
     return Trace(
+        name=str(meta["task"]),
         task=str(meta["task"]),
         shots=int(meta["num_fewshot"]),
         n_blocks=top.shape[1],

@@ -1,6 +1,6 @@
 """The verdict of a regression gate: pass, fail or inconclusive, with error rates that hold.
 
-- *pass*: the exact test rejects "the pool dropped by ``max_drop`` or more" at 5%, and "by far more than that" at 0.25%:
+- *pass*: the exact test rejects "the pool dropped by ``max_drop`` or more" at 5%, and "by far more than that" at 0.1%:
   by two points more, or three times ``max_drop`` where that is larger. The second part matters only where answers flip
   so often that the first alone would let one in a hundred drops of that size through.
 - *fail*: a drop of more than ``max_drop`` is established, with at most 5% error over everything that can fail: 4% for
@@ -25,7 +25,7 @@ from lm_eval_adainfer.errors import AdaInferError
 PASS, FAIL, INCONCLUSIVE = "pass", "fail", "inconclusive"
 ERROR = 0.05  # of passing, and of failing, wrongly
 POOL_SHARE = 0.8  # of the error of failing; the rest is the guards'
-FAR, FAR_TIMES, FAR_ERROR = 0.02, 3, 0.0025  # a drop far above the limit must practically never pass
+FAR, FAR_TIMES, FAR_ERROR = 0.02, 3, 0.001  # a drop far above the limit must practically never pass
 
 
 @dataclass(frozen=True)

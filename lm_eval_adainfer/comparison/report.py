@@ -83,6 +83,12 @@ def write(
     from lm_eval_adainfer.comparison import blocks
 
     found = blocks.load(traces) if traces else []
+    for run in runs:
+        if found and run.n_blocks not in (None, found[0].n_blocks):
+            raise AdaInferError(
+                f"traces: {traces} is of a model of {found[0].n_blocks} blocks, but {run.label} has {run.n_blocks}; "
+                "give traces of the same model"
+            )
     baseline, others = runs[0], runs[1:]
     pairs = {run.label: match(baseline, run, metric, other_prompts) for run in runs}
     comparisons = [compare(baseline, run, metric, other_prompts) for run in others]
@@ -187,7 +193,7 @@ def _figures(runs: list[Run], pairs: dict[str, list[Pairs]], traces: list[Trace]
             "FLOPs are counted, checks of the head included (flops_ratio_total); runs that don't log them ran dense. "
             "Bars: 95% interval over documents (each run by itself; the differences in the tables are paired)."
         )
-        if traces:
+        if any(p.simulated for p in points):
             caption += (
                 " The oracle is simulated on the traced documents: exit after the first block that answers right, "
                 "without the cost of checking."
@@ -241,7 +247,7 @@ def _points(runs: list[Run], pairs: dict[str, list[Pairs]], traces: list[Trace])
             mean, lower, upper = interval.drop, interval.lower, interval.upper
         name = f"{run.label} (baseline)" if i == 0 else run.label
         points.append(Point(name, _compute(pairs[run.label]), mean, lower, upper, dense=i == 0))
-    simulated = blocks.oracle(traces) if traces else None
+    simulated = blocks.oracle([t for t in traces if t.name in runs[0].tasks])
     if simulated:
         points.append(Point("oracle, simulated", *simulated, simulated=True))
     return points, "/".join(dict.fromkeys(p.metric for p in pairs[runs[0].label]))
