@@ -295,6 +295,22 @@ def test_doc_hash_is_recomputed_as_lm_eval_makes_it(real, tmp_path):
             assert row["doc_hash"] == sha(json.dumps(row["doc"], indent=2, ensure_ascii=False))
 
 
+@pytest.mark.parametrize("name", ["../../etc/passwd", "a/b", "x" * 5000, "nul\0"])
+def test_tasks_with_names_that_no_file_has(tmp_path, capsys, name):
+    good, bad = write(tmp_path / "good", {"t": [1]}), write(tmp_path / "bad", {"t": [1]})
+    results = bad / "m" / f"results_{DATE}.json"
+    content = json.loads(results.read_text())
+    content["configs"][name] = {}
+    results.write_text(json.dumps(content))
+    assert "has no samples beside it for task" in refused(tmp_path, capsys, good, bad)
+
+
+def test_the_terminal_is_not_given_orders_by_names(tmp_path, capsys):
+    run = write(tmp_path / "a", {"t": [1]}, kind="adainfer", stopper="\x1b[2Jgap")
+    assert main(["compare", str(run), str(run)]) == 0
+    assert "\x1b" not in capsys.readouterr().out
+
+
 def test_names_of_runs(tmp_path):
     a = write(tmp_path / "a", {"t": [1]}, kind="adainfer", stopper="gap:0.8")
     assert [r.label for r in runs.load_all([str(a), str(a), f"mine={a}"])] == [

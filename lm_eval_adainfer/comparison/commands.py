@@ -281,7 +281,8 @@ def _report(arguments: argparse.Namespace) -> int:
 
 
 def _show(text: str) -> None:
-    """Print, also where the terminal can't show every character."""
+    """Print, also where the terminal can't show every character, or would obey it (names come from files)."""
+    text = "".join(c if c.isprintable() or c == "\n" else " " for c in text)
     encoding = sys.stdout.encoding or "utf-8"
     try:
         print(text.encode(encoding, "replace").decode(encoding), flush=True)

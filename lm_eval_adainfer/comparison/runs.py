@@ -215,11 +215,9 @@ def _date_of(file: Path) -> str | None:
 
 def _sample_files(results: Path, tasks: list[str]) -> dict[str, Path]:
     """Task -> samples; ``samples_TASK_DATE.jsonl``, or ``..._TASK.jsonl`` as before lm-eval 0.4.3."""
-    date, found = _date_of(results), {}
-    for task in tasks:
-        exact = results.with_name(f"samples_{task}_{date}.jsonl")
-        if exact.is_file():
-            found[task] = exact
+    date, known = _date_of(results), set(tasks)
+    names = {f.name.removesuffix(f"_{date}.jsonl"): f for f in results.parent.glob("samples_*.jsonl")}
+    found = {name.removeprefix("samples_"): f for name, f in names.items() if name.removeprefix("samples_") in known}
     if not found and date is None:
         for file in sorted(results.parent.glob("*.jsonl")):
             matches = [t for t in tasks if file.stem == t or file.stem.endswith(f"_{t}")]
