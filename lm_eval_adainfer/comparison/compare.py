@@ -10,7 +10,8 @@ import numpy as np
 
 from lm_eval_adainfer.comparison import statistics
 from lm_eval_adainfer.comparison.matching import Pairs, match
-from lm_eval_adainfer.comparison.runs import Document, Run
+from lm_eval_adainfer.comparison.runs import Run
+from lm_eval_adainfer.comparison.samples import Document
 from lm_eval_adainfer.errors import AdaInferError
 
 POOLED = "all documents"

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lm_eval_adainfer.comparison.runs import Document, Run, Task
+from lm_eval_adainfer.comparison.runs import Run, Task
+from lm_eval_adainfer.comparison.samples import Document
 from lm_eval_adainfer.errors import AdaInferError
 
 
