@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lm_eval_adainfer import __version__
+from lm_eval_adainfer.comparison.commands import add_parsers as add_comparison_parsers
 from lm_eval_adainfer.errors import AdaInferError
 
 
@@ -18,14 +19,13 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     try:
-        arguments.run(arguments)
+        return arguments.run(arguments) or 0
     except AdaInferError as error:
         print(f"adainfer: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("adainfer: interrupted; finished files are kept, and the same command goes on", file=sys.stderr)
         return 130
-    return 0
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter):
@@ -110,6 +110,7 @@ def _parser() -> argparse.ArgumentParser:
     layers.add_argument("--stopper", "-s", required=True, help="as stopper= of lm_eval --model adainfer")
     layers.add_argument("--count", "-n", type=int, help="at most so many blocks (default: as many as pay)")
     layers.set_defaults(run=_layers)
+    add_comparison_parsers(commands)
     return parser
 
 

@@ -1,0 +1,1 @@
+"""Comparing runs of lm-eval: ``adainfer compare``, ``adainfer check`` and ``adainfer report``."""

@@ -1,0 +1,240 @@
+"""The report's pictures: matplotlib, Okabe and Ito's colours, with intervals wherever a number is an estimate.
+
+Every picture is drawn once. Files get a white ground; inside the page the ink takes the page's text colour, so that
+the same picture is right in light and dark.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.figure import Figure
+
+# Okabe & Ito (2008), without black and yellow, which vanish on a dark and a light ground
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+_MARKERS, _DASHES = "oD^vPX", ("-", "--", "-.", ":")
+_INK = "#1b1f24"
+_STYLE: Any = {
+    "svg.fonttype": "none",  # text stays text: small, searchable, in the page's font
+    "text.parse_math": False,  # names come from files
+    "font.family": ["DejaVu Sans"],
+    "font.size": 10,
+    "text.color": _INK,
+    "axes.edgecolor": _INK,
+    "axes.labelcolor": _INK,
+    "xtick.color": _INK,
+    "ytick.color": _INK,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": "#8a8f96",
+    "grid.alpha": 0.35,
+    "grid.linewidth": 0.6,
+    "legend.frameon": False,
+    "figure.facecolor": "none",
+    "axes.facecolor": "none",
+    "savefig.facecolor": "none",
+}
+PANELS = 12  # beyond so many tasks a panel each is too small to read
+
+
+@dataclass(frozen=True)
+class Point:
+    """A run in the frontier: shares of the dense run's compute, and accuracy with its interval."""
+
+    label: str
+    compute: float
+    accuracy: float
+    lower: float
+    upper: float
+    dense: bool = False
+    simulated: bool = False
+
+
+@dataclass(frozen=True)
+class Line:
+    """A quantity after every block, with a 95% interval."""
+
+    label: str
+    values: np.ndarray  # [blocks]
+    lower: np.ndarray
+    upper: np.ndarray
+    dashed: bool = False
+    colour: int = 0
+
+
+def style() -> Any:
+    """The style, as a context."""
+    return matplotlib.rc_context(_STYLE)
+
+
+def short(text: str, length: int = 26) -> str:
+    """A name that fits beside an axis, without characters that can't be drawn."""
+    text = "".join(c if c.isprintable() else "?" for c in text)
+    return text if len(text) <= length else f"{text[: length - 1]}…"
+
+
+def frontier(points: Sequence[Point], metric: str) -> Figure:
+    """Accuracy against counted compute; a dashed line joins the runs that no other beats in both."""
+    figure = Figure(figsize=(5.8, 4.2), layout="constrained")
+    axes = figure.subplots()
+    measured = sorted((p for p in points if not p.simulated), key=lambda p: (p.compute, -p.accuracy))
+    best: list[Point] = []
+    for point in measured:
+        if not best or point.accuracy > best[-1].accuracy:
+            best.append(point)
+    if len(best) > 1:
+        axes.plot([100 * p.compute for p in best], [100 * p.accuracy for p in best], "--", color="#8a8f96", lw=1.2,
+                  label="frontier", zorder=1)  # fmt: skip
+    for i, p in enumerate(points):
+        x, y = 100 * p.compute, 100 * p.accuracy
+        marker = "*" if p.simulated else "s" if p.dense else _MARKERS[i % 6]
+        axes.errorbar(
+            x, y, yerr=[[100 * max(0.0, p.accuracy - p.lower)], [100 * max(0.0, p.upper - p.accuracy)]],
+            fmt=marker, ms=12 if p.simulated else 7, capsize=3, color=COLOURS[i % 6], label=short(p.label, 44),
+            mfc="none" if p.simulated else COLOURS[i % 6],
+        )  # fmt: skip
+    axes.set_xlim(0, max(105.0, 105 * max(p.compute for p in points)))
+    axes.set_xlabel("compute, counted FLOPs (% of the dense run)")
+    axes.set_ylabel(f"{short(metric)} (%), with 95% interval")
+    figure.legend(loc="outside lower center", ncols=2 if len(points) < 9 else 3, fontsize=9)
+    return figure
+
+
+def histograms(title_of: dict[str, dict[str, np.ndarray]], n_blocks: int) -> Figure:
+    """Exit blocks per task (task -> run -> exit block per document); a heat map where there are many tasks."""
+    if len(title_of) > PANELS:
+        return _heat_map(title_of, n_blocks)
+    columns = min(3, len(title_of))
+    rows = math.ceil(len(title_of) / columns)
+    figure = Figure(figsize=(1.6 + 1.55 * columns, 0.9 + 1.5 * rows), layout="constrained")
+    grid = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
+    edges = np.arange(0.5, n_blocks + 1.5)
+    labels = list(dict.fromkeys(run for runs in title_of.values() for run in runs))
+    for axes, (task, runs) in zip(grid.flat, title_of.items(), strict=False):
+        for run, layers in runs.items():
+            i = labels.index(run)
+            share = 100 * np.histogram(layers, edges)[0] / len(layers)
+            if len(labels) == 1:
+                axes.bar(np.arange(1, n_blocks + 1), share, width=0.85, color=COLOURS[0])
+            else:
+                axes.stairs(share, edges, color=COLOURS[i % 6], lw=1.8, ls=_DASHES[i % 4], label=short(run))
+            axes.axvline(layers.mean(), color=COLOURS[i % 6], lw=1, ls=":")
+        axes.set_title(short(task), fontsize=9)
+        axes.set_xlim(0.4, n_blocks + 0.6)
+        axes.locator_params(axis="x", integer=True)
+    for axes in list(grid.flat)[len(title_of) :]:
+        axes.set_axis_off()
+    figure.supxlabel("exit block (dotted: mean)", fontsize=10)
+    figure.supylabel("documents (%)", fontsize=10)
+    if len(labels) > 1:
+        handles, names = grid.flat[0].get_legend_handles_labels()
+        figure.legend(handles, names, loc="outside upper center", ncols=min(3, len(labels)), fontsize=9)
+    return figure
+
+
+def _heat_map(title_of: dict[str, dict[str, np.ndarray]], n_blocks: int) -> Figure:
+    labels = list(dict.fromkeys(run for runs in title_of.values() for run in runs))
+    height = 1.6 + 0.19 * len(title_of)
+    figure = Figure(figsize=(3.6 + 3.2 * len(labels), height), layout="constrained")
+    grid = figure.subplots(1, len(labels), squeeze=False, sharey=True)[0]
+    edges = np.arange(0.5, n_blocks + 1.5)
+    tasks = sorted(title_of, key=lambda t: np.mean([x.mean() for x in title_of[t].values()]))
+    for axes, run in zip(grid, labels, strict=True):
+        shares = [
+            100 * np.histogram(title_of[t][run], edges)[0] / len(title_of[t][run])
+            if run in title_of[t]
+            else np.full(n_blocks, np.nan)
+            for t in tasks
+        ]
+        drawn = axes.imshow(shares, aspect="auto", cmap="viridis", extent=(0.5, n_blocks + 0.5, len(tasks) - 0.5, -0.5),
+                            vmin=0, interpolation="nearest")  # fmt: skip
+        axes.set_title(short(run), fontsize=9)
+        axes.set_yticks(range(len(tasks)), [short(t, 30) for t in tasks], fontsize=7)
+        axes.set_xlabel("exit block")
+        axes.grid(False)
+        axes.locator_params(axis="x", integer=True)
+        figure.colorbar(drawn, ax=axes, label="documents (%)", shrink=min(1.0, 3 / height))
+    return figure
+
+
+def per_block(panels: Mapping[str, Sequence[Line]], unit: str) -> Figure:
+    """One panel per quantity, one line per task, over the blocks; the bands are 95% intervals."""
+    columns = min(2, len(panels))
+    rows = math.ceil(len(panels) / columns)
+    figure = Figure(figsize=(5.8, 3.9) if len(panels) == 1 else (6.2, 1.0 + 1.9 * rows), layout="constrained")
+    grid = figure.subplots(rows, columns, squeeze=False, sharex=True)
+    handles: dict[str, Any] = {}
+    for axes, (name, lines) in zip(grid.flat, panels.items(), strict=False):
+        for line in lines:
+            blocks = np.arange(1, len(line.values) + 1)
+            colour = COLOURS[line.colour % 6]
+            (handle,) = axes.plot(
+                blocks, line.values, color=colour, ls="--" if line.dashed else "-", lw=1.6,
+                marker=_MARKERS[(line.colour + line.colour // 6) % 6], ms=3.5,
+            )  # fmt: skip
+            axes.fill_between(blocks, line.lower, line.upper, color=colour, alpha=0.18, lw=0)
+            handles.setdefault(short(line.label, 36), handle)
+        if len(panels) > 1:
+            axes.set_title(name, fontsize=10)
+        axes.locator_params(axis="x", integer=True)
+    for axes in list(grid.flat)[len(panels) :]:
+        axes.set_axis_off()
+    for axes in list(grid.flat)[max(0, len(panels) - columns) : len(panels)]:
+        axes.set_xlabel("block")
+        axes.tick_params(labelbottom=True)
+    for axes in grid[:, 0]:
+        axes.set_ylabel(unit)
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=2, fontsize=8)
+    return figure
+
+
+def speed(rows: Sequence[tuple[str, float, float]]) -> Figure:
+    """Speed-ups (run, predicted, measured): what the counted FLOPs would give beside what the clock gave."""
+    figure = Figure(figsize=(5.8, 1.4 + 0.4 * len(rows)), layout="constrained")
+    axes = figure.subplots()
+    for y, (_, predicted, measured) in enumerate(rows):
+        axes.plot([predicted, measured], [y, y], color="#8a8f96", lw=1.5, zorder=1)
+        axes.plot(predicted, y, "o", ms=9, mfc="none", mew=2, color=COLOURS[0], label="predicted: 1 / FLOPs, counted")
+        axes.plot(measured, y, "D", ms=7, color=COLOURS[1], label="measured, once")
+    axes.axvline(1, color=_INK, lw=1, ls=":")
+    axes.set_yticks(range(len(rows)), [short(r[0], 32) for r in rows])
+    axes.set_ylim(len(rows) - 0.5, -0.5)
+    axes.set_xlim(0, max(1.2, 1.1 * max(max(r[1:]) for r in rows)))
+    axes.set_xlabel("speed-up over the baseline (times; dotted: as fast)")
+    axes.grid(axis="y", visible=False)
+    handles, labels = axes.get_legend_handles_labels()
+    figure.legend(handles[:2], labels[:2], loc="outside upper center", ncols=2, fontsize=9)
+    return figure
+
+
+def files(figure: Figure, name: str) -> dict[str, bytes]:
+    """The picture as ``name.png`` and ``name.svg``, on white."""
+    found = {}
+    for form in ("png", "svg"):
+        out = io.BytesIO()
+        options: dict[str, Any] = {"metadata": {"Date": None}} if form == "svg" else {"dpi": 160}
+        with matplotlib.rc_context({"svg.hashsalt": name}):
+            figure.savefig(out, format=form, facecolor="white", **options)
+        found[f"{name}.{form}"] = out.getvalue()
+    return found
+
+
+def inline(figure: Figure, name: str) -> str:
+    """The picture as SVG for the page: no ground, ink in the text's colour, nothing that names an address."""
+    out = io.StringIO()
+    with matplotlib.rc_context({"svg.hashsalt": name}):  # so that ids of two pictures never meet
+        figure.savefig(out, format="svg", metadata={"Date": None})
+    text = out.getvalue()
+    text = text[text.index("<svg") :]
+    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+    start, end = text.split(">", 1)
+    start = re.sub(r' (width|height)="[^"]*"', "", start)  # the page sets the size
+    return f"{start}>{end}".replace(_INK, "currentColor")

@@ -1,0 +1,91 @@
+"""Running both sides of a check in one job, through lm-eval's own ``simple_evaluate``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from lm_eval_adainfer import paths
+from lm_eval_adainfer.errors import AdaInferError
+
+_OURS = ("stopper", "min_layer", "check_layers", "generation", "log_features")
+
+
+def run_both(
+    model_args: str,
+    tasks: str,
+    output: Path,
+    stock_baseline: bool = False,
+    include_path: str | None = None,
+    baseline: str | None = None,
+    **options: Any,
+) -> tuple[str, str]:
+    """Evaluate the baseline and the candidate.
+
+    Args:
+        model_args: Of the candidate.
+        tasks: Names, separated by commas.
+        output: The folder; the runs go into ``baseline`` and ``candidate``.
+        stock_baseline: Whether the baseline is ``--model hf`` instead of ``stopper=none``.
+        include_path: A folder of further task YAMLs.
+        baseline: A run that is there already, to use instead.
+        **options: Of ``simple_evaluate``: num_fewshot, limit, batch_size, device.
+
+    Returns:
+        Where the two runs lie.
+
+    Raises:
+        AdaInferError: On unknown tasks, and on arguments with which no model can be made.
+    """
+    from lm_eval.tasks import TaskManager
+    from lm_eval.utils import simple_parse_args_string
+
+    from lm_eval_adainfer.cli import load_tasks
+    from lm_eval_adainfer.model import DEMO
+    from lm_eval_adainfer.registration import install
+
+    install()
+    names = [name for name in tasks.split(",") if name]
+    if include_path and not Path(include_path).is_dir():
+        raise AdaInferError(f"include_path: {include_path} is no folder; give one that holds task YAMLs")
+    manager = TaskManager(include_path=include_path)
+    load_tasks(manager, names)  # names what is unknown before a model is loaded
+    candidate_args = simple_parse_args_string(model_args)
+    dense = {key: value for key, value in candidate_args.items() if key not in _OURS}
+    if stock_baseline and dense.get("pretrained") == DEMO:
+        dense["pretrained"] = str(paths.demo_model())
+    if baseline is None:
+        baseline = str(output / "baseline")
+        _evaluate("hf" if stock_baseline else "adainfer", dense, names, baseline, manager, options)
+    _evaluate("adainfer", candidate_args, names, str(output / "candidate"), manager, options)
+    return baseline, str(output / "candidate")
+
+
+def _evaluate(
+    model: str, model_args: dict[str, Any], tasks: list[str], output: str, manager: Any, options: dict[str, Any]
+) -> None:
+    from lm_eval import simple_evaluate
+    from lm_eval.loggers import EvaluationTracker
+
+    tracker = EvaluationTracker(output_path=output)
+    try:
+        results = simple_evaluate(
+            model=model,
+            model_args=model_args,
+            tasks=tasks,
+            task_manager=manager,
+            log_samples=True,
+            evaluation_tracker=tracker,
+            bootstrap_iters=0,
+            **options,
+        )
+    except (AttributeError, OSError, TypeError, ValueError) as error:  # transformers' and lm-eval's words
+        if isinstance(error, AdaInferError):
+            raise
+        raise AdaInferError(f"run: {str(error).splitlines()[0] if str(error) else repr(error)}") from error
+    if results is None:
+        raise AdaInferError("run: this process is not the main one; run adainfer check --run in a single process")
+    samples = results.pop("samples")
+    tracker.save_results_aggregated(results=results, samples=samples)
+    for task, found in samples.items():
+        tracker.save_results_samples(task_name=task, samples=found)
