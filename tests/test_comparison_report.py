@@ -15,6 +15,7 @@ from synthetic_runs import flips, sample, write
 from lm_eval_adainfer import container
 from lm_eval_adainfer.cli import main
 from lm_eval_adainfer.comparison import blocks
+from lm_eval_adainfer.tracing import VERSION
 
 pytest.importorskip("matplotlib")
 pytest.importorskip("jinja2")
@@ -33,7 +34,8 @@ def make_trace(folder: Path, task: str, n=40, n_blocks=12, n_choices=4, seed=0):
     np.put_along_axis(scores, chosen[:, :, None], -1.0, axis=2)
     meta = {
         "model": "m", "n_blocks": n_blocks, "head_hash": "0", "task": task, "num_fewshot": 0, "split": "test",
-        "documents": n, "features": ["gap", "top_prob"],
+        "documents": n, "features": ["gap", "top_prob"], "output_type": "multiple_choice", "hidden_size": 8,
+        "vocab_size": 16, "block_weights": [9] * n_blocks,
     }  # fmt: skip
     arrays = {
         "features": generator.random((n, n_blocks, 2)).astype(np.float32),
@@ -41,8 +43,10 @@ def make_trace(folder: Path, task: str, n=40, n_blocks=12, n_choices=4, seed=0):
         "gold_token": gold.astype(np.int32),
         "scores": scores,
         "gold": gold.astype(np.int16),
+        "prompt_tokens": np.full(n, 9, dtype=np.int32),
+        "position": np.zeros(n, dtype=np.int32),
     }
-    container.write(folder / f"{task}.trace", "trace", 1, meta, arrays)
+    container.write(folder / f"{task}.trace", "trace", VERSION, meta, arrays)
     return right
 
 
@@ -156,9 +160,9 @@ def test_report_errors_are_one_sentence(tmp_path, capsys, extra, words):
     (tmp_path / "bad.trace").write_bytes(b"no trace at all")
     (tmp_path / "file").write_text("")
     make_trace(tmp_path, "odd")
-    meta, arrays = container.read(tmp_path / "odd.trace", "trace", 1, "traces")
+    meta, arrays = container.read(tmp_path / "odd.trace", "trace", VERSION, "traces")
     odd = {**arrays, "gold_token": arrays["gold_token"][:7]}
-    container.write(tmp_path / "odd.trace", "trace", 1, meta, odd)
+    container.write(tmp_path / "odd.trace", "trace", VERSION, meta, odd)
     extra = [e.replace("BAD", str(tmp_path / "bad.trace")).replace("DEEP", str(tmp_path / "deep")).replace("ODD", str(tmp_path / "odd.trace")).replace("FILE", str(tmp_path / "file")) for e in extra]
     assert main(["report", str(run), "-o", str(tmp_path / "out"), *extra]) == 2
     assert words in capsys.readouterr().err
