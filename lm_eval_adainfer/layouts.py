@@ -81,9 +81,9 @@ class Tokens:
         rows, starts, ends = ([x[i] for i in pick] for x in (self.rows, self.starts, self.ends))
         return Tokens(rows, starts, ends, self.newest_slot, self.with_newest)
 
-    def mask(self, chosen: Sequence[bool]) -> Tensor:
-        """[n], which tokens are of the chosen rows."""
-        return torch.repeat_interleave(torch.tensor(list(chosen)), torch.tensor(self.counts))
+    def places(self, chosen: Sequence[bool]) -> Tensor:
+        """Where the tokens of the chosen rows are among them (an index, so that no device has to be waited for)."""
+        return torch.repeat_interleave(torch.tensor(list(chosen)), torch.tensor(self.counts)).nonzero()[:, 0]
 
 
 Kept = Callable[[Tokens, torch.device], Tensor]
@@ -195,11 +195,11 @@ class Packed(_Layout):
     def states(self, hidden: Tensor, tokens: Tokens, some: Tokens) -> Tensor:
         """[n, h] of some of the rows' tokens."""
         rows = set(some.rows)
-        return hidden[0, tokens.mask([r in rows for r in tokens.rows]).to(hidden.device)]
+        return hidden[0, tokens.places([r in rows for r in tokens.rows]).to(hidden.device)]
 
     def select(self, hidden: Tensor, tokens: Tokens, stay: Sequence[bool]) -> Tensor:
         """The hidden states of the rows that stay."""
-        return self._shaped(hidden[0, tokens.mask(stay).to(hidden.device)])
+        return self._shaped(hidden[0, tokens.places(stay).to(hidden.device)])
 
     def _cut(self, k: int, path: str, value: Tensor, dims: tuple[int, ...], factor: int, tokens: Tokens) -> Tensor:
         if dims == (1,):  # [rows or 1, window, ...]: one entry a token
