@@ -9,15 +9,19 @@ leaves the model's forward. The weights and the code of the model stay as they a
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
+from transformers import masking_utils
 
-from lm_eval_adainfer.anatomy import Anatomy, hidden_of, tolerance, walk, with_hidden
+from lm_eval_adainfer.anatomy import Anatomy, hidden_of, replaced_forward, tolerance, walk, with_hidden
 from lm_eval_adainfer.errors import UnsupportedModelError
+
+if TYPE_CHECKING:
+    from lm_eval_adainfer.prefixes import Prefix
 
 
 @dataclass
@@ -50,6 +54,36 @@ def part_output(output: Any, block_input: Tensor) -> Tensor:
     """[n, S, h] output of a block's attention or feed-forward part, kept apart from what the block does with it."""
     hidden = hidden_of(output).reshape(*block_input.shape[:2], -1)  # some families flatten here
     return hidden.clone()  # and some add the other part in place afterwards
+
+
+@contextmanager
+def explicit_masks(active: bool = True) -> Iterator[None]:
+    """Let transformers build every causal mask.
+
+    It leaves masks out ("is causal") where a plain forward allows that, but a block that runs some tokens against
+    more keys needs one.
+    """
+    before = masking_utils._ignore_causal_mask_sdpa
+    if active:
+        masking_utils._ignore_causal_mask_sdpa = lambda *args, **kwargs: False
+    try:
+        yield
+    finally:
+        masking_utils._ignore_causal_mask_sdpa = before
+
+
+@contextmanager
+def identity(anatomy: Anatomy, n: int) -> Iterator[None]:
+    """Let the first n blocks hand their hidden states on, in the form in which the family's blocks do."""
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        hidden = args[0] if args else kwargs["hidden_states"]
+        return (hidden, None) if anatomy.blocks_return_tuples else hidden
+
+    with ExitStack() as stack:
+        for block in anatomy.blocks[:n]:
+            stack.enter_context(replaced_forward(block, forward))
+        yield
 
 
 class BlockHooks(Protocol):
@@ -92,16 +126,26 @@ def hooked(anatomy: Anatomy, hooks: BlockHooks, capture: Sequence[str]) -> Itera
 class _Run:
     """One forward's hooks and their bookkeeping."""
 
-    def __init__(self, anatomy: Anatomy, batch: int, after_block: AfterBlock):
-        self.anatomy, self.batch, self.after_block = anatomy, batch, after_block
+    def __init__(self, anatomy: Anatomy, batch: int, after_block: AfterBlock, prefix: Prefix | None):
+        self.anatomy, self.batch, self.after_block, self.prefix = anatomy, batch, after_block, prefix
+        self.rule = anatomy.batch_rule if prefix is None else prefix.rule
+        self.paused = False  # while the prefix runs the same blocks
         self.rows: Tensor | None = None  # indices into the batch of the rows in flow; None while that is all of them
         self.before: Tensor | None = None
         self.parts: dict[str, Tensor] = {}
         self.parts_before: dict[str, Tensor] = {}
         self._cut: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}  # (id, factor) -> (whole, cut); whole kept alive
 
-    def pre_hook(self, k: int, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    def pre_hook(self, k: int, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         """Before block k: remember its input, cut its other arguments to the rows in flow."""
+        if self.paused:
+            return None
+        if self.prefix is not None and self.prefix.depth < k:
+            self.paused = True
+            try:
+                self.prefix.require(k)
+            finally:
+                self.paused = False
         self.before = args[0] if args else kwargs["hidden_states"]
         if self.rows is None:
             return args, kwargs
@@ -111,19 +155,23 @@ class _Run:
     def _select(self, k: int, path: str, value: Tensor) -> Tensor:
         if value is self.before:  # already compact: it came out of the previous block's post-hook
             return value
-        key = (id(value), self.anatomy.batch_rule.factors.get((k, path), -1))
+        key = (id(value), self.rule.factors.get((k, path), -1))
         if key not in self._cut:  # blocks share most arguments: cut each once, until rows leave again
             assert self.rows is not None
-            self._cut[key] = (value, self.anatomy.batch_rule.cut(k, path, value, self.rows, self.batch))
+            self._cut[key] = (value, self.rule.cut(k, path, value, self.rows, self.batch))
         return self._cut[key][1]
 
     def part_hook(self, which: str, output: Any) -> None:
         """After the attention or feed-forward part of a block."""
+        if self.paused:
+            return
         assert self.before is not None
         self.parts[which] = part_output(output, self.before)
 
     def post_hook(self, k: int, output: Any) -> Any:
         """After block k: ask which rows go on, and let only those."""
+        if self.paused:
+            return None
         assert self.before is not None
         hidden = hidden_of(output)
         keep = self.after_block(BlockState(k, hidden, self.before, self.parts, self.parts_before))
@@ -140,7 +188,13 @@ class _Run:
 
 
 @torch.no_grad()
-def run_blocks(anatomy: Anatomy, input_ids: Tensor, after_block: AfterBlock, capture: Sequence[str] = ()) -> None:
+def run_blocks(
+    anatomy: Anatomy,
+    input_ids: Tensor,
+    after_block: AfterBlock,
+    capture: Sequence[str] = (),
+    prefix: Prefix | None = None,
+) -> None:
     """Run the model's own forward over ``input_ids`` until the callback lets no row go on.
 
     Args:
@@ -149,11 +203,18 @@ def run_blocks(anatomy: Anatomy, input_ids: Tensor, after_block: AfterBlock, cap
         after_block: Called after each block with its :class:`BlockState`; returns the indices (into the rows of
             ``state.hidden``) that go on, empty to stop, or None for all. After block L it must return an empty one.
         capture: Which parts' outputs to keep for ``state.parts``: of ``"attn"``, ``"mlp"``.
+        prefix: Tokens that all rows continue; ``input_ids`` are what follows them.
     """
-    run = _Run(anatomy, input_ids.shape[0], after_block)
+    run = _Run(anatomy, input_ids.shape[0], after_block, prefix)
+    given: dict[str, Any] = {"use_cache": False}
+    if prefix is not None:
+        given = {"use_cache": True, "past_key_values": prefix.cache}
+        if anatomy.takes_position_ids:
+            positions = torch.arange(input_ids.shape[1], device=input_ids.device) + len(prefix.tokens)
+            given["position_ids"] = positions.expand(input_ids.shape[0], -1)
     try:
-        with hooked(anatomy, run, capture):
-            anatomy.model(input_ids=input_ids, use_cache=False)
+        with hooked(anatomy, run, capture), explicit_masks(prefix is not None):
+            anatomy.model(input_ids=input_ids, **given)
     except AllRowsLeft:
         return
     raise RuntimeError("after_block let rows go on after the last block")

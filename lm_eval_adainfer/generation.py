@@ -18,7 +18,7 @@ How the tokens that a block has to run are laid out is up to ``layouts``.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -26,10 +26,10 @@ import torch
 from torch import Tensor
 
 from lm_eval_adainfer import features
-from lm_eval_adainfer.anatomy import Anatomy, hidden_of, replaced_forward, tolerance, walk, with_hidden
-from lm_eval_adainfer.forward import AllRowsLeft, BlockState, hooked, part_output
+from lm_eval_adainfer.anatomy import Anatomy, hidden_of, tolerance, walk, with_hidden
+from lm_eval_adainfer.forward import AllRowsLeft, BlockState, explicit_masks, hooked, identity, part_output
 from lm_eval_adainfer.layouts import LAYOUTS, Tokens
-from lm_eval_adainfer.slots import SlotCache, Stored, Windows, explicit_masks, no_cache, watch_windows
+from lm_eval_adainfer.slots import SlotCache, Stored, Windows, no_cache, watch_windows
 from lm_eval_adainfer.strategies.base import Schedule, Stopper
 
 KV_POLICIES = ("recompute", "propagate")
@@ -261,9 +261,7 @@ class Step:
             given["position_ids"] = (slot[None, base:] - pad[:, None]).clamp(min=0).to(decoder.device)
         # one query needs no causal mask, and neither do the queries of all keys; whatever lies between does
         partial = length - 1 - base > 0 and length > decoder.prompt_end
-        with explicit_masks(partial), self.layout.active(), ExitStack() as skipped:
-            for block in anatomy.blocks[: self.first - 1]:  # done by an earlier forward
-                skipped.enter_context(replaced_forward(block, _identity(anatomy)))
+        with explicit_masks(partial), self.layout.active(), identity(anatomy, self.first - 1):
             anatomy.model(
                 input_ids=decoder.slots[:, base:length].to(decoder.device),
                 past_key_values=decoder.cache,
@@ -503,13 +501,3 @@ def prepare(anatomy: Anatomy) -> Windows:
             return replace(windows, layout=layout)
         failure = f"logits off by {worst:.2g}"
     raise no_cache(anatomy, failure)
-
-
-def _identity(anatomy: Anatomy) -> Any:
-    """A forward that hands its hidden states on, in the form in which the family's blocks do."""
-
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        hidden = args[0] if args else kwargs["hidden_states"]
-        return (hidden, None) if anatomy.blocks_return_tuples else hidden
-
-    return forward

@@ -9,7 +9,7 @@ import time
 from collections import defaultdict, deque
 from collections.abc import Iterator, Sequence
 from importlib.metadata import version
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from lm_eval import utils
@@ -17,16 +17,17 @@ from lm_eval.api.model import CacheHook, hash_args
 from lm_eval.models.huggingface import HFLM
 from tqdm import tqdm
 
-from lm_eval_adainfer import __version__, paths, reporting
-from lm_eval_adainfer.anatomy import Anatomy
+from lm_eval_adainfer import __version__, paths, prefixes, reporting
+from lm_eval_adainfer.anatomy import Anatomy, BatchRule
 from lm_eval_adainfer.answers import ExitTrace, LogLikelihood, Rolling, Text
 from lm_eval_adainfer.decoding import Seeds, Stop, decode
 from lm_eval_adainfer.decoding import trace as decode_trace
 from lm_eval_adainfer.errors import AdaInferError, UnsupportedModelError, report_errors_in_one_sentence
 from lm_eval_adainfer.forward import verify
 from lm_eval_adainfer.generation import KV_POLICIES, prepare
+from lm_eval_adainfer.prefixes import Prefix
 from lm_eval_adainfer.scoring import Answer, Document, Engine, Row
-from lm_eval_adainfer.slots import Windows
+from lm_eval_adainfer.slots import Windows, watch_windows
 from lm_eval_adainfer.strategies import artifact
 from lm_eval_adainfer.strategies.base import Schedule
 
@@ -62,6 +63,8 @@ class AdaInferLM(HFLM):
         head_check: How ``generate_until`` asks the stopper: ``exact`` (default): from the full vocabulary at every
             checked block; ``shortlist`` (or ``shortlist:64``, the number of candidates): from the top tokens of the
             token's previous full check, confirmed by the full vocabulary before it leaves: never sooner than ``exact``.
+        prefix_cache: Tokens of a prefix shared by documents (few-shot examples, a system prompt) that are run once and
+            whose keys and values are kept while these documents are scored; 0 runs every prompt whole. Default 4096.
         log_features: Put the features after every block up to the exit into the samples (``--log_samples``);
             default False.
 
@@ -79,6 +82,7 @@ class AdaInferLM(HFLM):
         generation: str = "early",
         kv_policy: str = "recompute",
         head_check: str = "exact",
+        prefix_cache: int | str = 4096,
         **kwargs: Any,
     ) -> None:
         report_errors_in_one_sentence()
@@ -89,6 +93,9 @@ class AdaInferLM(HFLM):
         if kv_policy not in KV_POLICIES:
             raise AdaInferError(f"kv_policy: {kv_policy!r} is neither {' nor '.join(KV_POLICIES)}")
         self.shortlist = _shortlist(head_check)
+        if not str(prefix_cache).isdecimal():
+            raise AdaInferError(f"prefix_cache: {prefix_cache!r} is no number of tokens; give 0 or more")
+        self.prefix_cache = int(prefix_cache)
         _check_numbers(kwargs)
         if kwargs.get("backend") == "seq2seq":
             raise AdaInferError("backend: seq2seq is not supported; adainfer needs a decoder-only model")
@@ -132,6 +139,7 @@ class AdaInferLM(HFLM):
         self.set_cache_hook(CacheHook(None))
         self.run_totals: dict[str, Any] = {}
         self._document_keys: list[Any] = []
+        self._prefix_rule: BatchRule | Literal[False] | None = None  # watched when something is first shared
         self._windows: Windows | None = None  # watched when generation first exits early
         self.run_documents = self.engine.run  # tracing puts a dense pass that records every block here
         reporting.install()
@@ -228,8 +236,9 @@ class AdaInferLM(HFLM):
             disable=disable_tqdm or self.rank != 0,
             desc="Running loglikelihood requests",
         )
-        for batch, size in self._batches(documents, override_bs):
+        for batch, size, prefix in self._batches(documents, override_bs):
             started = time.perf_counter()
+            self.engine.prefix = prefix
             with self._autocast():
                 self.run_documents(batch, size)
             self.seconds += time.perf_counter() - started
@@ -292,25 +301,56 @@ class AdaInferLM(HFLM):
             )
         return (context + continuation)[-(self.max_length + 1) :][:-1]
 
-    def _batches(self, documents: Sequence[Document], fixed: int | None) -> Iterator[tuple[list[Document], int]]:
-        """Whole documents, longest first, as many as have at most ``batch_size`` rows together."""
-        ordered = sorted(documents, key=lambda d: (-d.longest, max(row.tokens for row in d.rows)))
-        shapes = [(None, row.tokens[: row.decision + 1], [0] * row.scored) for d in ordered for row in d.rows]
+    def _batches(
+        self, documents: Sequence[Document], fixed: int | None
+    ) -> Iterator[tuple[list[Document], int, Prefix | None]]:
+        """Whole documents, longest first, as many as have at most ``batch_size`` rows together; and their prefix."""
+        together = self._sharing(documents, fixed)
+        parts = [sorted(p, key=lambda d: (-d.longest, max(row.tokens for row in d.rows))) for p, _ in together]
+        shapes = [(None, row.tokens[: row.decision + 1], [0] * row.scored) for p in parts for d in p for row in d.rows]
         self.batch_sizes: dict[int, int] = {}
-        position, start = 0, 0
-        while start < len(ordered):
-            if fixed is not None:
-                size = fixed
-            elif self.batch_size == "auto":
-                size = self._batch_scheduler(position, shapes)
-            else:
-                size = int(self.batch_size)
-            end, rows = start, 0
-            while end < len(ordered) and (end == start or rows + len(ordered[end].rows) <= size):
-                rows += len(ordered[end].rows)
-                end += 1
-            yield ordered[start:end], size
-            start, position = end, position + rows
+        position = 0
+        for ordered, (_, tokens) in zip(parts, together, strict=True):
+            prefix, start = self._prefix(tokens), 0
+            while start < len(ordered):
+                if fixed is not None:
+                    size = fixed
+                elif self.batch_size == "auto":
+                    size = self._batch_scheduler(position, shapes)
+                else:
+                    size = int(self.batch_size)
+                end, rows = start, 0
+                while end < len(ordered) and (end == start or rows + len(ordered[end].rows) <= size):
+                    rows += len(ordered[end].rows)
+                    end += 1
+                yield ordered[start:end], size, prefix
+                start, position = end, position + rows
+
+    def _sharing(self, documents: Sequence[Document], fixed: int | None) -> list[tuple[list[Document], list[int]]]:
+        """Documents by the prefix that they share, where that pays and the model allows it."""
+        alone: list[tuple[list[Document], list[int]]] = [(list(documents), [])]
+        if not self.prefix_cache or len(documents) < 2 or self.run_documents != self.engine.run:
+            return alone
+        size = fixed or (int(self.batch_size) if str(self.batch_size).isdecimal() else 1)
+        found = prefixes.groups(documents, size, self.prefix_cache)
+        if not any(prefix for _, prefix in found):
+            return alone
+        if self._prefix_rule is None:
+            try:
+                with self._autocast():
+                    rule = watch_windows(self.anatomy).rows
+                    self._prefix_rule = rule if prefixes.works(self.anatomy, rule) else False
+            except UnsupportedModelError:
+                self._prefix_rule = False
+            if not self._prefix_rule:
+                eval_logger.info("prefix_cache: this model's cache can't be shared, so every prompt is run whole")
+        return found if self._prefix_rule else alone
+
+    def _prefix(self, tokens: list[int]) -> Prefix | None:
+        if not tokens or not self._prefix_rule:
+            return None
+        n_blocks = self.anatomy.n_blocks
+        return Prefix(self.anatomy, tokens, self._prefix_rule, [*self.schedule.blocks, n_blocks])
 
     # ------------------------------------------------------------------ rolling and generation
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[Any]:

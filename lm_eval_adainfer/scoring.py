@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +21,9 @@ from lm_eval_adainfer.counting import FlopCounter
 from lm_eval_adainfer.errors import UnsupportedModelError
 from lm_eval_adainfer.forward import BlockState, run_blocks
 from lm_eval_adainfer.strategies.base import Schedule, Stopper
+
+if TYPE_CHECKING:
+    from lm_eval_adainfer.prefixes import Prefix
 
 CHUNK_ELEMENTS = 2**25  # logits held at once when scoring many positions (128 MiB in float32)
 
@@ -117,6 +120,7 @@ class Engine:
         self.logged_features = available_features(anatomy) if log_features else ()
         self._parts = features.needed_parts(stopper.features) if self.checked else []
         self._parts += [p for p in features.needed_parts(self.logged_features) if p not in self._parts]
+        self.prefix: Prefix | None = None  # of the documents that are run next
         self.head_rows = 0
         self.tokens = 0
         self.block_tokens = 0
@@ -134,6 +138,7 @@ class Engine:
             self._forward(documents)
             return
         (document,) = documents
+        self.prefix = None
         order = [*document.deciders, *(i for i in range(len(document.rows)) if i not in document.deciders)]
         if len(document.deciders) > batch_size:
             self._decide_in_parts(document, batch_size)
@@ -151,7 +156,8 @@ class Engine:
     def _forward(self, documents: Sequence[Document]) -> None:
         """One forward over the rows of these documents; each leaves at its own block."""
         flow = [(d, i) for d in documents for i in range(len(d.rows))]
-        n_blocks = self.anatomy.n_blocks
+        n_blocks, prefix, shared = self.anatomy.n_blocks, self.prefix, self._shared
+        ran = 0 if prefix is None else prefix.depth
         for document in documents:
             document.logged = [{"layer": []} for _ in document.deciders] if self.logged_features else []
 
@@ -159,7 +165,7 @@ class Engine:
             nonlocal flow
             k = state.block
             self.block_calls += 1
-            self.block_tokens += sum(len(d.rows[i].tokens) for d, i in flow)
+            self.block_tokens += sum(len(d.rows[i].tokens) - shared for d, i in flow)
             at = {(id(d), i): r for r, (d, i) in enumerate(flow)}
             open_documents = list({id(d): d for d, _ in flow}.values())
             ready: dict[int, Tensor] = {}  # row in flow -> logits at its decision position
@@ -178,7 +184,15 @@ class Engine:
             return torch.tensor(keep, dtype=torch.long)
 
         self.tokens += sum(len(d.rows[i].tokens) for d, i in flow)
-        run_blocks(self.anatomy, self.pad([d.rows[i].tokens for d, i in flow]), after_block, self._parts)
+        rows = self.pad([d.rows[i].tokens[shared:] for d, i in flow])
+        run_blocks(self.anatomy, rows, after_block, self._parts, prefix)
+        if prefix is not None:
+            self.block_tokens += (prefix.depth - ran) * shared
+
+    @property
+    def _shared(self) -> int:
+        """Tokens of the prefix, which the rows' forward does not run again."""
+        return 0 if self.prefix is None else len(self.prefix.tokens)
 
     def pad(self, rows: Sequence[Sequence[int]]) -> Tensor:
         """[B, S] token ids, right-padded with 0 (causal attention never looks there)."""
@@ -197,7 +211,9 @@ class Engine:
         """
         k = state.block
         asked = ask and k in self.checked and k < self.anatomy.n_blocks
-        points = [(d, j, at[id(d), i], d.rows[i].decision) for d in documents for j, i in enumerate(d.deciders)]
+        points = [
+            (d, j, at[id(d), i], d.rows[i].decision - self._shared) for d in documents for j, i in enumerate(d.deciders)
+        ]
         needs_head = asked and features.needs_head(self.stopper.features)
         logits = None
         stops: list[bool] = []
@@ -250,7 +266,7 @@ class Engine:
 
     def _score(self, state: BlockState, rows: Sequence[tuple[int, Document, Row]], ready: dict[int, Tensor]) -> None:
         """Score these rows at this block; a decision's logits are not computed twice."""
-        points = [(r, row.decision + j, row, j) for r, _, row in rows for j in range(row.scored)]
+        points = [(r, row.decision - self._shared + j, row, j) for r, _, row in rows for j in range(row.scored)]
         known = [p for p in points if p[3] == 0 and p[0] in ready]
         fresh = [p for p in points if not (p[3] == 0 and p[0] in ready)]
         for _, document, row in rows:

@@ -6,33 +6,16 @@ it has run for a row and no others; what it may read is up to the model's own ma
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, masking_utils
+from transformers import DynamicCache
 
 from lm_eval_adainfer.anatomy import Anatomy, BatchRule, batch_factors, is_linear, linear_size, walk
 from lm_eval_adainfer.errors import UnsupportedModelError
-
-
-@contextmanager
-def explicit_masks(active: bool = True) -> Iterator[None]:
-    """Let transformers build every causal mask.
-
-    It leaves masks out ("is causal") where a plain forward allows that, but a block that runs some tokens against
-    more keys needs one.
-    """
-    before = masking_utils._ignore_causal_mask_sdpa
-    if active:
-        masking_utils._ignore_causal_mask_sdpa = lambda *args, **kwargs: False
-    try:
-        yield
-    finally:
-        masking_utils._ignore_causal_mask_sdpa = before
+from lm_eval_adainfer.forward import explicit_masks
 
 
 class Stored(Exception):  # noqa: N818 - control flow, never seen by users

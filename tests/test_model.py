@@ -243,7 +243,7 @@ def test_generation_can_be_dense_and_says_so(tokenizer, caplog):
 def test_exit_layers_agree_with_a_count_of_block_calls(tokenizer):
     """Block calls are counted by independent hooks; batch size 1, so a document's depth is its calls."""
     model = make_model("llama", vocab_size=257)
-    lm = lm_of(model, tokenizer, stopper="gap:0.3", batch_size=1)
+    lm = lm_of(model, tokenizer, stopper="gap:0.3", batch_size=1, prefix_cache=0)
     calls = 0
 
     def count(*_):

@@ -1,0 +1,143 @@
+"""Prefixes that documents share are run once: same answers, same exits, fewer tokens run."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+from conftest import FAMILIES, make_model
+from reference import instance, score
+from test_model import Scripted
+
+from lm_eval_adainfer import prefixes
+from lm_eval_adainfer.anatomy import Anatomy
+from lm_eval_adainfer.errors import AdaInferError, UnsupportedModelError
+from lm_eval_adainfer.model import AdaInferLM
+from lm_eval_adainfer.scoring import Document, Row
+from lm_eval_adainfer.slots import watch_windows
+from lm_eval_adainfer.strategies.artifact import parse
+
+SHARED = "a few shots that all documents of a task begin with. "
+
+
+def lm_of(model, tokenizer, **kwargs):
+    return AdaInferLM(pretrained=model, tokenizer=tokenizer, **{"batch_size": 4, "max_length": 128, **kwargs})
+
+
+def asked(documents=9, shared=SHARED, seed=0):
+    rng = random.Random(seed)
+    found = []
+    for doc in range(documents):
+        text = shared + "".join(rng.choice("abcdef ") for _ in range(rng.randint(3, 20)))
+        found += [instance(text, choice, doc, idx=i) for i, choice in enumerate([" x", " yz", " abc"])]
+    return found
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("stopper", ["none", "scripted"])
+def test_answers_and_exits_are_those_of_whole_prompts(family, stopper, tokenizer):
+    model = make_model(family, vocab_size=257)
+    spec = Scripted() if stopper == "scripted" else "none"
+    whole = lm_of(model, tokenizer, stopper=spec, prefix_cache=0)
+    once = lm_of(model, tokenizer, stopper=spec)
+    requests = asked()
+    expected, found = whole.loglikelihood(requests, True), once.loglikelihood(requests, True)
+    for a, b in zip(expected, found, strict=True):
+        assert b[0] == pytest.approx(a[0], abs=2e-4) and b[1] == a[1]
+        assert b.trace.exit_layer == a.trace.exit_layer and b.trace.flops_ratio_total == a.trace.flops_ratio_total
+    for request, answer in list(zip(requests, found, strict=True))[:4]:
+        context, continuation = once._encode_pair(*request.args)
+        slow = score(model, once.anatomy.blocks, context, continuation, int(answer.trace.exit_layer), 128)
+        assert answer[0] == pytest.approx(slow[0], abs=2e-4)
+    if once._prefix_rule:
+        assert once.engine.block_tokens < 0.6 * whole.engine.block_tokens
+        assert once.engine.tokens == whole.engine.tokens
+    else:
+        assert family == "mamba"
+    if stopper == "scripted":
+        assert len({a.trace.exit_layer for a in found}) > 1
+
+
+def test_a_prefix_is_run_no_deeper_than_needed(tokenizer):
+    model = make_model("llama", vocab_size=257)
+    lm, requests = lm_of(model, tokenizer, stopper="fixed:2", batch_size=64), asked()
+    calls = []
+    handles = [
+        block.register_forward_hook(lambda m, a, out, k=k: calls.append((k, (out if torch.is_tensor(out) else out[0]).shape[1])))
+        for k, block in enumerate(lm.anatomy.blocks, 1)
+    ]
+    lm.loglikelihood(asked(seed=9), True)  # what can be shared is found out here
+    calls.clear()
+    lm.loglikelihood(requests, True)
+    for handle in handles:
+        handle.remove()
+    # a block is called with the shared tokens once, and with what follows them once a batch
+    assert [k for k, width in calls if width >= len(SHARED)] == [1, 2]
+    assert {k for k, _ in calls} == {1, 2}
+
+
+def test_shots_that_differ_are_not_shared(tokenizer):
+    model = make_model("llama", vocab_size=257)
+    requests = []
+    for doc in range(6):
+        requests += asked(1, shared=f"{doc} shots of its own, no two alike. ", seed=doc)
+    for n, request in enumerate(requests):
+        request.doc_id = n // 3
+    whole, once = lm_of(model, tokenizer, prefix_cache=0), lm_of(model, tokenizer)
+    assert whole.loglikelihood(requests, True) == once.loglikelihood(requests, True)
+    assert whole.engine.block_tokens == once.engine.block_tokens
+
+
+def test_two_tasks_each_share_their_own(tokenizer):
+    model = make_model("llama", vocab_size=257)
+    a, b = asked(5), asked(5, shared="quite another beginning, of another task, that goes on and on. ", seed=3)
+    for request in b:
+        request.task_name = "u"
+    mixed = [x for pair in zip(a, b, strict=True) for x in pair]
+    whole, once = lm_of(model, tokenizer, prefix_cache=0), lm_of(model, tokenizer)
+    for x, y in zip(whole.loglikelihood(mixed, True), once.loglikelihood(mixed, True), strict=True):
+        assert x[0] == pytest.approx(y[0], abs=2e-4)
+    assert once.engine.block_tokens < 0.6 * whole.engine.block_tokens
+
+
+def test_truncated_prompts_and_short_limits_stay_right(tokenizer):
+    """Prefixes longer than the window are cut with their prompts; a small prefix_cache shares only so much."""
+    model = make_model("llama", vocab_size=257)
+    for options in ({"max_length": 40}, {"prefix_cache": 20}):
+        whole = lm_of(model, tokenizer, **{**options, "prefix_cache": 0}).loglikelihood(asked(), True)
+        found = lm_of(model, tokenizer, **options).loglikelihood(asked(), True)
+        for x, y in zip(whole, found, strict=True):
+            assert x[0] == pytest.approx(y[0], abs=2e-4)
+
+
+def documents(*prompts):
+    return [Document([Row(list(prompt), 1)], [0]) for prompt in prompts]
+
+
+def test_groups_by_hand():
+    head = list(range(100, 140))
+    same = documents(*([*head, n, n, n] for n in range(5)))
+    other = documents(*([*range(50), 7, n] for n in range(4)))
+    lonely = documents([1, 2, 3, 4])
+    found = prefixes.groups([*same, *other, *lonely], rows=4, most=1000)
+    assert [(len(members), prefix) for members, prefix in found] == [(4, [*range(50), 7]), (5, head), (1, [])]
+    assert prefixes.groups(same, rows=4, most=30)[0][1] == head[:30]
+    assert prefixes.groups(lonely, rows=4, most=30) == [(lonely, [])]
+    few = documents([*head, *range(500)], [*head, *range(700, 1200)])
+    assert prefixes.groups(few, rows=8, most=1000) == [(sorted(few, key=lambda d: d.rows[0].tokens), [])]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_works_is_known_by_family(family):
+    anatomy = Anatomy(make_model(family))
+    if family == "mamba":
+        with pytest.raises(UnsupportedModelError):
+            watch_windows(anatomy)
+    else:
+        assert prefixes.works(anatomy, watch_windows(anatomy).rows)
+
+
+def test_a_wrong_number_is_one_sentence(tokenizer):
+    with pytest.raises(AdaInferError, match=r"^prefix_cache: 'many' is no number of tokens; give 0 or more$"):
+        lm_of(make_model("llama", vocab_size=257), tokenizer, stopper=parse("none"), prefix_cache="many")
