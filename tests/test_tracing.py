@@ -129,7 +129,9 @@ def test_a_trace_is_the_slow_recomputation_of_every_block(kind, lm, model, tmp_p
         "gold_token": ((n,), "int32"),
         "prompt_tokens": ((n,), "int32"),
         "doc_id": ((n,), "int64"),
+        "position": ((n,), "int32"),
     }
+    assert not arrays["position"].any()
     assert arrays["doc_id"].tolist() == [doc_id for doc_id, _ in expected]
     for row, (doc_id, text) in enumerate(expected):
         doc = docs[doc_id]
@@ -393,10 +395,10 @@ def test_a_trace_does_not_depend_on_the_models_stopper_or_batch_size(lm, model, 
         np.testing.assert_allclose(arrays[name], again[name], rtol=1e-5, atol=1e-4)
 
 
-def test_generation_tasks_are_refused_before_any_other_is_traced(lm, tmp_path):
+def test_rolling_tasks_are_refused_before_any_other_is_traced(lm, tmp_path):
     good = make_task(name="good")
-    bad = make_task(name="bad", output_type="generate_until", doc_to_choice=None, doc_to_target="{{question}}")
-    refused(lambda: tracing.trace(lm, {"good": good, "bad": bad}, tmp_path), "tasks", "bad", "generate_until")
+    bad = make_task(name="bad", output_type="loglikelihood_rolling", doc_to_choice=None, doc_to_target="{{question}}")
+    refused(lambda: tracing.trace(lm, {"good": good, "bad": bad}, tmp_path), "tasks", "bad", "loglikelihood_rolling")
     assert not list(tmp_path.iterdir())
 
 
@@ -416,13 +418,23 @@ def write_trace(path, top, gold_token, features=None, names=("gap", "top_prob"),
     top = np.array(top, dtype=np.int32)
     if features is None:
         features = np.random.default_rng(0).uniform(size=(*top.shape, len(names))).astype(np.float32)
-    base = {"model": "m", "n_blocks": top.shape[1], "head_hash": "h", "task": "t", "num_fewshot": 0, "split": "train"}
+    base = {
+        "model": "m", "n_blocks": top.shape[1], "head_hash": "h", "task": "t", "num_fewshot": 0, "split": "train",
+        "output_type": "multiple_choice", "hidden_size": 4, "vocab_size": 10, "block_weights": [100] * top.shape[1],
+    }  # fmt: skip
+    ones = np.ones(len(top), dtype=np.int32)
     container.write(
         path,
         "trace",
         tracing.VERSION,
         {**base, "documents": len(top), "features": list(names), **meta},
-        {"features": features, "top_token": top, "gold_token": np.array(gold_token, dtype=np.int32)},
+        {
+            "features": features,
+            "top_token": top,
+            "gold_token": np.array(gold_token, dtype=np.int32),
+            "prompt_tokens": ones,
+            "position": 0 * ones,
+        },
     )
     return path
 
@@ -505,11 +517,11 @@ def test_no_features_are_refused(tmp_path):
     refused(lambda: fitting.fit_svm([path], features=[]), "features")
 
 
-@pytest.mark.parametrize("missing", ["features", "gold_token", "head_hash"])
+@pytest.mark.parametrize("missing", ["features", "gold_token", "position", "head_hash", "block_weights"])
 def test_a_trace_without_its_parts_is_refused(missing, tmp_path):
     path = write_trace(tmp_path / "a.trace", [[1, 2, 1], [2, 2, 2]], [1, 2])
     meta, arrays = tracing.read(path)
-    meta.pop(missing, None) if missing == "head_hash" else arrays.pop(missing)
+    del (meta if missing in meta else arrays)[missing]
     container.write(path, "trace", tracing.VERSION, meta, arrays)
     refused(lambda: fitting.fit_svm([path], label="gold"), "a.trace")
 
