@@ -22,6 +22,7 @@ from reference import instance
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lm_eval_adainfer import paths
+from lm_eval_adainfer.errors import AdaInferError
 from lm_eval_adainfer.model import AdaInferLM
 
 FACTS = [
@@ -134,9 +135,9 @@ def test_stop_strings_of_several_tokens_end_a_text_where_stock_ends_it_alone(dem
     """In a batch, stock runs on until *one* string is in all rows, and what a row adds can cut it at another string."""
     options = {"pretrained": demo[0], "tokenizer": demo[1], "max_length": 250}
     stock = HFLM(**options)
-    stops = pieces(stock.generate_until(asked(PROMPTS, until=[], max_gen_toks=20), True), 3)
+    stops = pieces(stock.generate_until(asked(PROMPTS[::2], until=[], max_gen_toks=20), True), 3)
     assert len(stops) == 3
-    requests = asked(PROMPTS, until=stops, max_gen_toks=20)
+    requests = asked(PROMPTS[::2], until=stops, max_gen_toks=20)
     expected = stock.generate_until(requests, True)
     for size in (1, 5):
         ours = AdaInferLM(stopper="gap:1", batch_size=size, **options).generate_until(requests, True)
@@ -165,14 +166,25 @@ def test_every_end_token_of_a_list_ends_a_text(tokenizer):
         assert min(len(a.trace.layers) for a in ours) <= 4
 
 
+@pytest.mark.xfail(strict=True, reason="decode() takes any generation setting and drops what it does not know")
+@pytest.mark.parametrize("setting", [{"temprature": 0.7}, {"num_return_sequences": 2, "do_sample": True, "temperature": 1.0},
+                                     {"stop_strings": ["x"]}], ids=str)  # fmt: skip
+def test_settings_that_stock_refuses_are_not_dropped_silently(setting, model, tokenizer):
+    options = {"pretrained": model, "tokenizer": tokenizer, "max_length": 700}
+    with pytest.raises(ValueError):
+        HFLM(**options).generate_until(asked(PROMPTS[:2], **setting), True)
+    with pytest.raises(AdaInferError):
+        AdaInferLM(stopper="gap:1", **options).generate_until(asked(PROMPTS[:2], **setting), True)
+
+
 def test_thoughts_are_cut_off_as_stock_cuts_them(demo):
     """By a string or by a token; stock's rows go on until all are finished, so it is asked one at a time."""
     model, tokenizer = demo
     options = {"pretrained": model, "tokenizer": tokenizer, "max_length": 250}
-    free = HFLM(**options).generate_until(asked(PROMPTS, until=[], max_gen_toks=16), True)
+    free = HFLM(**options).generate_until(asked(PROMPTS[::2], until=[], max_gen_toks=16), True)
     text = next(t for t in free if t.isascii() and len(t) > 12)
     for end in (text[4:6], tokenizer.encode(text, add_special_tokens=False)[3]):
-        requests = asked(PROMPTS, until=["zz", pieces(free, 9)[-1]], max_gen_toks=16)
+        requests = asked(PROMPTS[::2], until=["zz", pieces(free, 5)[-1]], max_gen_toks=16)
         expected = HFLM(think_end_token=end, **options).generate_until(requests, True)
         assert sum(a != b for a, b in zip(expected, free, strict=True)) > 1
         for size in (1, 5):
@@ -208,7 +220,7 @@ def test_chat_templates_are_applied_as_by_stock(model, tokenizer, monkeypatch):
     assert all("<assistant>" in prompt and "be brief" in prompt for prompt, _ in ours)
 
 
-@pytest.mark.parametrize("which", ["adainfer-demo", "llama-16x128"])
+@pytest.mark.parametrize("which", ["adainfer-demo", pytest.param("llama-16x128", marks=pytest.mark.slow)])
 def test_trained_models_generate_what_stock_does(which):
     """Where answers end by themselves, at every batch size and under every option."""
     folder = paths.demo_model() if which == "adainfer-demo" else SHARED / "models" / which
