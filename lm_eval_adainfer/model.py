@@ -417,7 +417,7 @@ class AdaInferLM(HFLM):
 
     def _model_generate(self, context: torch.Tensor, max_length: int, stop: list[str], **kwargs: Any) -> torch.Tensor:
         """HFLM's call for one batch: [B, S] left-padded ids to [B, S + new]; notes every row's trace."""
-        if self._windows is None:
+        if self._windows is None or self.generation == "dense":  # dense while tracing, whatever came before
             whole = super()._model_generate(context, max_length, stop, **kwargs)
             self._traces.extend(self._dense_trace() for _ in context)
             ends = self.model.generation_config.eos_token_id

@@ -153,11 +153,17 @@ def test_beams_and_wrong_values_are_refused_in_one_sentence(tokenizer):
         lm_of(model, tokenizer, stopper="gap", generation="early").generate_until(questions(1, num_beams=2), True)
 
 
-def test_a_model_without_a_plain_cache_is_refused_unless_the_user_asks_for_dense(tokenizer):
+def test_a_model_without_a_plain_cache_is_refused_when_it_generates_unless_the_user_asks_for_dense(tokenizer):
+    """Loglikelihood needs no cache, so it works all the same."""
     model = make_model("mamba", vocab_size=257)
-    with pytest.raises(UnsupportedModelError, match=r"generation=dense"):
-        lm_of(model, tokenizer, stopper="gap", generation="early")
-    assert lm_of(model, tokenizer, stopper="gap").generation == "dense"
+    lm = lm_of(model, tokenizer, stopper="gap")
+    assert len(lm.loglikelihood([instance("ab", " x", 0)], True)) == 1
+    for _ in range(2):
+        with pytest.raises(UnsupportedModelError, match=r"^generation: Mamba.*; pass generation=dense to generate.*$"):
+            lm.generate_until(questions(2), True)
+    stock = HFLM(pretrained=model, tokenizer=tokenizer, max_length=64, batch_size=3).generate_until(questions(), True)
+    for options in ({"stopper": "gap", "generation": "dense"}, {"stopper": "none"}):
+        assert lm_of(model, tokenizer, **options).generate_until(questions(), True) == stock
 
 
 class Cosine(Scripted):

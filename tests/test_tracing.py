@@ -131,6 +131,7 @@ def test_a_trace_is_the_slow_recomputation_of_every_block(kind, lm, model, tmp_p
         "doc_id": ((n,), "int64"),
         "position": ((n,), "int32"),
     }
+    assert not arrays["position"].any()
     assert arrays["doc_id"].tolist() == [doc_id for doc_id, _ in expected]
     for row, (doc_id, text) in enumerate(expected):
         doc = docs[doc_id]
@@ -417,10 +418,11 @@ def write_trace(path, top, gold_token, features=None, names=("gap", "top_prob"),
     top = np.array(top, dtype=np.int32)
     if features is None:
         features = np.random.default_rng(0).uniform(size=(*top.shape, len(names))).astype(np.float32)
-    base = {"model": "m", "n_blocks": top.shape[1], "head_hash": "h", "task": "t", "num_fewshot": 0, "split": "train",
-            "output_type": "multiple_choice", "hidden_size": 8, "vocab_size": 16,
-            "block_weights": [100] * top.shape[1]}  # fmt: skip
-    zeros = np.zeros(len(top), dtype=np.int32)
+    base = {
+        "model": "m", "n_blocks": top.shape[1], "head_hash": "h", "task": "t", "num_fewshot": 0, "split": "train",
+        "output_type": "multiple_choice", "hidden_size": 4, "vocab_size": 10, "block_weights": [100] * top.shape[1],
+    }  # fmt: skip
+    ones = np.ones(len(top), dtype=np.int32)
     container.write(
         path,
         "trace",
@@ -430,8 +432,8 @@ def write_trace(path, top, gold_token, features=None, names=("gap", "top_prob"),
             "features": features,
             "top_token": top,
             "gold_token": np.array(gold_token, dtype=np.int32),
-            "prompt_tokens": zeros + 5,
-            "position": zeros,
+            "prompt_tokens": ones,
+            "position": 0 * ones,
         },
     )
     return path
@@ -515,11 +517,11 @@ def test_no_features_are_refused(tmp_path):
     refused(lambda: fitting.fit_svm([path], features=[]), "features")
 
 
-@pytest.mark.parametrize("missing", ["features", "gold_token", "head_hash"])
+@pytest.mark.parametrize("missing", ["features", "gold_token", "position", "head_hash", "block_weights"])
 def test_a_trace_without_its_parts_is_refused(missing, tmp_path):
     path = write_trace(tmp_path / "a.trace", [[1, 2, 1], [2, 2, 2]], [1, 2])
     meta, arrays = tracing.read(path)
-    meta.pop(missing, None) if missing == "head_hash" else arrays.pop(missing)
+    del (meta if missing in meta else arrays)[missing]
     container.write(path, "trace", tracing.VERSION, meta, arrays)
     refused(lambda: fitting.fit_svm([path], label="gold"), "a.trace")
 

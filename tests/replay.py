@@ -1,0 +1,131 @@
+"""Greedy decoding with exits drawn at random or by a list, and slow references that replay the exits it recorded."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+from functools import cache
+
+import torch
+from conftest import make_model
+from reference import logits_after_block
+
+from lm_eval_adainfer.anatomy import Anatomy
+from lm_eval_adainfer.generation import Decoder, prepare
+from lm_eval_adainfer.strategies.base import Schedule, Stopper
+
+
+class Dice(Stopper):
+    """Leaves at random; what it did is read from the decoder's record."""
+
+    kind = "dice"
+    features = ("gap",)
+
+    def __init__(self, probability=0.35, seed=0):
+        self.probability, self.generator = probability, torch.Generator().manual_seed(seed)
+
+    def margin(self, block, values):
+        return self.probability - torch.rand(len(values), generator=self.generator)
+
+
+class Listed(Stopper):
+    """Rows leave after the blocks of a list, step by step: ``exits[step][row]``. No row finishes."""
+
+    kind = "listed"
+    features = ("cos_hidden",)
+
+    def __init__(self, exits):
+        self.steps = [list(step) for step in exits]
+
+    def margin(self, block, values):
+        if block == 1:
+            self.flow = self.steps.pop(0)
+        stops = [exit_block == block for exit_block in self.flow]
+        self.flow = [e for e, stop in zip(self.flow, stops, strict=True) if not stop]
+        return torch.tensor([1.0 if stop else -1.0 for stop in stops])
+
+
+@cache
+def prepared(family, **overrides):
+    """(model, its anatomy, how it is decoded), made once a family."""
+    model = make_model(family, **overrides)
+    if (bias := getattr(model.get_output_embeddings(), "bias", None)) is not None:  # zeros say nothing
+        torch.nn.init.normal_(bias)
+    anatomy = Anatomy(model)
+    return model, anatomy, prepare(anatomy)
+
+
+def prompts_of(rows, seed=0, shortest=3, longest=9):
+    rng = random.Random(seed)
+    return [[rng.randrange(1, 101) for _ in range(rng.randint(shortest, longest))] for _ in range(rows)]
+
+
+def finishes_in_turn(step, row):
+    return row > 0 and step == 3 + row % 4
+
+
+def never(step, row):
+    return False
+
+
+def decode_greedily(anatomy, windows, stopper, prompts, steps, finishes=never, layout=None, **options):
+    """Decode; returns (the decoder, per row and new token its float32 logits)."""
+    windows = dataclasses.replace(windows, layout=layout or windows.layout)
+    schedule = Schedule(anatomy.n_blocks, stopper, check_layers=options.pop("check_layers", "all"))
+    decoder = Decoder(anatomy, stopper, schedule, windows, prompts, steps + 1, **options)
+    logits = [[] for _ in prompts]
+    with decoder.attached():
+        for step in range(steps):
+            found, active = decoder.step(), list(decoder.rows)
+            for row, x in zip(active, found, strict=True):
+                logits[row].append(x)
+            decoder.append(found.argmax(-1).tolist(), [finishes(step, row) for row in active])
+    return decoder, logits
+
+
+def assert_exact(model, decoder, prompts, logits):
+    """Every token is the argmax, and its logits are those, of its whole prefix after its block, without a cache."""
+    for prompt, result, row in zip(prompts, decoder.results, logits, strict=True):
+        for n, (layer, found) in enumerate(zip(result.layers, row, strict=True)):
+            expected = logits_after_block(model, decoder.anatomy.blocks, [*prompt, *result.tokens[:n]], layer)[-1]
+            torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
+            assert result.tokens[n] == expected.argmax().item()
+
+
+def logits_with_states_copied(model, blocks, ids, copied, k):
+    """[V] logits after block k at the last position, where positions that left early keep their state.
+
+    One dense forward without a cache: in front of block j, the hidden state of every position p with
+    ``copied[p] < j`` is put back to what block ``copied[p]`` made of it.
+    """
+    outputs, handles = {}, []
+
+    def before(j):
+        def hook(module, args, kwargs):
+            hidden = (args[0] if args else kwargs["hidden_states"]).clone()
+            for position, left in copied.items():
+                if left < j <= k:
+                    hidden[:, position] = outputs[left][:, position]
+            return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
+
+        return hook
+
+    def after(j):
+        def hook(module, args, kwargs, out):
+            if j > k:  # the head reads block k's output
+                hidden = args[0] if args else kwargs["hidden_states"]
+                return hidden if isinstance(out, torch.Tensor) else (hidden, *out[1:])
+            outputs[j] = (out if isinstance(out, torch.Tensor) else out[0]).clone()
+            return None
+
+        return hook
+
+    for j, block in enumerate(blocks, start=1):
+        handles.append(block.register_forward_pre_hook(before(j), with_kwargs=True))
+        handles.append(block.register_forward_hook(after(j), with_kwargs=True))
+    try:
+        with torch.no_grad():
+            return model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1]
+    finally:
+        for handle in handles:
+            handle.remove()
