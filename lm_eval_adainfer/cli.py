@@ -96,6 +96,7 @@ def _parser() -> argparse.ArgumentParser:
     svm.add_argument("--threshold", type=float, default=0.0, help="stop when the decision function exceeds it")
     svm.add_argument("--output", "-o", required=True, help="the stopper file (safetensors, whatever its extension)")
     svm.set_defaults(run=_fit_svm)
+    _crf_parser(kinds)
 
     layers = commands.add_parser(
         "layers",
@@ -111,6 +112,25 @@ def _parser() -> argparse.ArgumentParser:
     layers.add_argument("--count", "-n", type=int, help="at most so many blocks (default: as many as pay)")
     layers.set_defaults(run=_layers)
     return parser
+
+
+def _crf_parser(kinds: Any) -> None:
+    crf = kinds.add_parser(
+        "crf",
+        formatter_class=_Help,
+        help="a conditional random field along the blocks (needs the extra [crf])",
+        description="Fit a linear-chain CRF along the blocks with CRFsuite (default settings), a sequence per instance. "
+        "It stops by filtering: when the probability of stopping, given the blocks seen so far, exceeds the threshold.",
+        epilog="example: adainfer fit crf traces/ -o crf.pkl",
+    )
+    crf.add_argument("traces", nargs="+", help=".trace files, or folders of them")
+    crf.add_argument("--label", default="final", choices=["final", "gold"], help="as adainfer fit svm's")
+    crf.add_argument("--features", default="gap,top_prob", help="feature names, separated by commas")
+    crf.add_argument("--max_instances", type=int, default=5000, help="use at most so many sequences")
+    crf.add_argument("--seed", type=int, default=0, help="of the sequences that are used")
+    crf.add_argument("--threshold", type=float, default=0.5, help="stop when the filtered probability exceeds it")
+    crf.add_argument("--output", "-o", required=True, help="the stopper file (safetensors, whatever its extension)")
+    crf.set_defaults(run=_fit_crf)
 
 
 def _layers(arguments: argparse.Namespace) -> None:
@@ -206,6 +226,26 @@ def _fit_svm(arguments: argparse.Namespace) -> None:
         f"{arguments.output}: {stopper.arrays['support_vectors'].shape[0]} support vectors, fitted on "
         f"{info['examples']} of {info['examples_available']} examples ({info['positive_share']:.0%} stop) from "
         f"{info['documents']} documents"
+    )
+
+
+def _fit_crf(arguments: argparse.Namespace) -> None:
+    from lm_eval_adainfer import fitting
+    from lm_eval_adainfer.strategies import artifact
+
+    stopper = fitting.fit_crf(
+        arguments.traces,
+        label=arguments.label,
+        features=[name for name in arguments.features.split(",") if name],
+        max_instances=arguments.max_instances,
+        seed=arguments.seed,
+        threshold=arguments.threshold,
+    )
+    artifact.save(stopper, arguments.output)
+    info = stopper.info
+    print(
+        f"{arguments.output}: a crf on {', '.join(stopper.features)}, fitted on {info['examples']} of "
+        f"{info['examples_available']} examples ({info['positive_share']:.0%} stop) from {info['documents']} documents"
     )
 
 

@@ -9,14 +9,25 @@ from typing import Any
 from lm_eval_adainfer import container, paths
 from lm_eval_adainfer.errors import AdaInferError
 from lm_eval_adainfer.strategies.base import Stopper
-from lm_eval_adainfer.strategies.rules import FixedStopper, GapStopper, NoStopper
+from lm_eval_adainfer.strategies.crf import CRFStopper
+from lm_eval_adainfer.strategies.fitted import FittedStopper
+from lm_eval_adainfer.strategies.rules import (
+    FixedStopper,
+    GapStopper,
+    NoStopper,
+    PatienceStopper,
+    SaturationStopper,
+    SoftmaxStopper,
+)
 from lm_eval_adainfer.strategies.svm import SVMStopper
 
 VERSION = 1
+KINDS: dict[str, type[FittedStopper]] = {cls.kind: cls for cls in (SVMStopper, CRFStopper)}  # what a file may hold
+SPECS = ("none", "gap:0.8", "softmax:0.9", "saturation:0.98", "patience:3", "fixed:24")
 _logger = logging.getLogger(__name__)
 
 
-def save(stopper: SVMStopper, path: str | Path) -> None:
+def save(stopper: FittedStopper, path: str | Path) -> None:
     """Write a fitted stopper; the file is safetensors plus JSON whatever its extension.
 
     Raises:
@@ -26,7 +37,7 @@ def save(stopper: SVMStopper, path: str | Path) -> None:
     container.write(path, "stopper", VERSION, meta, stopper.arrays)
 
 
-def load(path: str | Path) -> SVMStopper:
+def load(path: str | Path) -> FittedStopper:
     """Read a stopper file; never executes code.
 
     Raises:
@@ -34,12 +45,12 @@ def load(path: str | Path) -> SVMStopper:
     """
     meta, arrays = container.read(path, "stopper", VERSION, "stopper")
     kind, parameters, info = meta.get("kind"), meta.get("parameters"), meta.get("info")
-    if kind != SVMStopper.kind:
-        raise AdaInferError(f"stopper: {path} holds a stopper of kind {kind!r}; this release knows svm")
+    if not isinstance(kind, str) or kind not in KINDS:
+        raise AdaInferError(f"stopper: {path} holds a stopper of kind {kind!r}; this release knows {', '.join(KINDS)}")
     if not isinstance(parameters, dict) or not isinstance(info, dict):
         raise AdaInferError(f"stopper: {path} is damaged or truncated (no parameters); make it again")
     try:
-        return SVMStopper(arrays, info=info, **parameters)
+        return KINDS[kind](arrays, info=info, **parameters)
     except AdaInferError:
         raise
     except (TypeError, ValueError, OverflowError) as error:
@@ -55,8 +66,8 @@ def parse(spec: Any) -> Stopper:
     """The strategy that ``stopper=`` names.
 
     Args:
-        spec: ``none`` (also None and ``""``), ``gap``, ``gap:0.8``, ``fixed:24``, a built-in name, the path of a
-            stopper file, or a :class:`Stopper`.
+        spec: ``none`` (also None and ``""``), ``gap``, ``gap:0.8``, ``softmax:0.9``, ``saturation:0.98``,
+            ``patience:3``, ``fixed:24``, a built-in name, the path of a stopper file, or a :class:`Stopper`.
 
     Raises:
         AdaInferError: Where it is none of these.
@@ -69,6 +80,14 @@ def parse(spec: Any) -> Stopper:
     name, colon, value = text.partition(":")
     if name == "gap":
         return GapStopper(_number(value, text)) if colon else GapStopper()
+    if name == "softmax":
+        return SoftmaxStopper(_number(value, text))
+    if name == "saturation":
+        return SaturationStopper(_number(value, text))
+    if name == "patience":
+        if not value.strip().isdecimal() or int(value) < 1:
+            raise AdaInferError(f"stopper: {text!r} has no number of blocks of 1 or more; give patience:3, say")
+        return PatienceStopper(int(value))
     if name == "fixed":
         if not value.strip().isdecimal():
             raise AdaInferError(f"stopper: {text!r} has no block number; give fixed:24 to stop after block 24")
@@ -76,7 +95,7 @@ def parse(spec: Any) -> Stopper:
     if text in built_in() and not Path(text).exists():
         return load(built_in()[text])
     if not Path(text).exists() and not any(c in text for c in "./\\"):
-        names = ["none", "gap", "gap:0.8", "fixed:24", *built_in()]
+        names = [*SPECS, *built_in()]
         raise AdaInferError(f"stopper: {text!r} is neither a known strategy ({', '.join(names)}) nor a stopper file")
     return load(text)
 
@@ -85,7 +104,10 @@ def _number(value: str, text: str) -> float:
     try:
         return float(value)
     except ValueError:
-        raise AdaInferError(f"stopper: {text!r} has no number after gap:; give a threshold between 0 and 1") from None
+        name = text.partition(":")[0]
+        raise AdaInferError(
+            f"stopper: {text!r} has no number after {name}:; give a threshold between 0 and 1, as in {name}:0.9"
+        ) from None
 
 
 def warn_if_foreign(stopper: Stopper, model: str, n_blocks: int, head_hash: str) -> None:
