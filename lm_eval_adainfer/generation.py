@@ -263,7 +263,7 @@ class Step:
         partial = length - 1 - base > 0 and length > decoder.prompt_end
         with explicit_masks(partial), self.layout.active(), ExitStack() as skipped:
             for block in anatomy.blocks[: self.first - 1]:  # done by an earlier forward
-                skipped.enter_context(replaced_forward(block, _identity(anatomy)))
+                skipped.enter_context(replaced_forward(block, identity(anatomy)))
             anatomy.model(
                 input_ids=decoder.slots[:, base:length].to(decoder.device),
                 past_key_values=decoder.cache,
@@ -505,7 +505,7 @@ def prepare(anatomy: Anatomy) -> Windows:
     raise no_cache(anatomy, failure)
 
 
-def _identity(anatomy: Anatomy) -> Any:
+def identity(anatomy: Anatomy) -> Any:
     """A forward that hands its hidden states on, in the form in which the family's blocks do."""
 
     def forward(*args: Any, **kwargs: Any) -> Any:

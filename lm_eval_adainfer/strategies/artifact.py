@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,13 @@ from lm_eval_adainfer.strategies.rules import (
     SaturationStopper,
     SoftmaxStopper,
 )
+from lm_eval_adainfer.strategies.shortgpt import LastStopper, ShortGPTStopper
 from lm_eval_adainfer.strategies.svm import SVMStopper
 
 VERSION = 1
-KINDS: dict[str, type[FittedStopper]] = {cls.kind: cls for cls in (SVMStopper, CRFStopper)}  # what a file may hold
-SPECS = ("none", "gap:0.8", "softmax:0.9", "saturation:0.98", "patience:3", "fixed:24")
+# what a stopper file may hold; add a class here
+KINDS: dict[str, Callable[..., FittedStopper]] = {cls.kind: cls for cls in (SVMStopper, CRFStopper, ShortGPTStopper)}
+SPECS = ("none", "gap:0.8", "softmax:0.9", "saturation:0.98", "patience:3", "fixed:24", "shortgpt:last5")
 _logger = logging.getLogger(__name__)
 
 
@@ -67,7 +70,8 @@ def parse(spec: Any) -> Stopper:
 
     Args:
         spec: ``none`` (also None and ``""``), ``gap``, ``gap:0.8``, ``softmax:0.9``, ``saturation:0.98``,
-            ``patience:3``, ``fixed:24``, a built-in name, the path of a stopper file, or a :class:`Stopper`.
+            ``patience:3``, ``fixed:24``, ``shortgpt:last5``, ``shortgpt:bi:8:FILE``, a built-in name, the path of a
+            stopper file, or a :class:`Stopper`.
 
     Raises:
         AdaInferError: Where it is none of these.
@@ -92,12 +96,31 @@ def parse(spec: Any) -> Stopper:
         if not value.strip().isdecimal():
             raise AdaInferError(f"stopper: {text!r} has no block number; give fixed:24 to stop after block 24")
         return FixedStopper(int(value))
+    if name == "shortgpt":
+        return _shortgpt(value, text)
     if text in built_in() and not Path(text).exists():
         return load(built_in()[text])
     if not Path(text).exists() and not any(c in text for c in "./\\"):
         names = [*SPECS, *built_in()]
         raise AdaInferError(f"stopper: {text!r} is neither a known strategy ({', '.join(names)}) nor a stopper file")
     return load(text)
+
+
+def _shortgpt(value: str, text: str) -> Stopper:
+    """``last5``, or ``bi:8:FILE`` with a file of ``adainfer influence``."""
+    if value.startswith("last") and value.removeprefix("last").isdecimal():
+        return LastStopper(int(value.removeprefix("last")))
+    how, _, rest = value.partition(":")
+    number, _, file = rest.partition(":")
+    if how != "bi" or not number.isdecimal() or not file:
+        raise AdaInferError(
+            f"stopper: {text!r} is neither shortgpt:last5, say, nor shortgpt:bi:8:FILE, where adainfer influence has "
+            "written FILE"
+        )
+    measured = load(file)
+    if not isinstance(measured, ShortGPTStopper):
+        raise AdaInferError(f"stopper: {file} holds a stopper of kind {measured.kind}; give one of adainfer influence")
+    return ShortGPTStopper(measured.arrays, int(number), measured.info)
 
 
 def _number(value: str, text: str) -> float:

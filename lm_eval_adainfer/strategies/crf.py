@@ -48,7 +48,7 @@ class CRFStopper(FittedStopper):
     ):
         check_names(features, "stopper")
         if not 0.0 <= float(threshold) < 1.0:
-            raise AdaInferError(f"threshold: {threshold} is no probability for a crf to exceed; give 0 or more, below 1")
+            raise AdaInferError(f"threshold: {threshold} is no probability that a crf can exceed; give 0 to 0.999")
         shapes = {"state": (2, len(features)), "bias": (2,), "transition": (2, 2)}
         self.arrays = checked_arrays(arrays, shapes, self.kind)
         self.features, self.threshold = tuple(features), float(threshold)
@@ -70,7 +70,7 @@ class CRFStopper(FittedStopper):
         tagger = pycrfsuite.Tagger()
         tagger.open_inmemory(model)
         if set(tagger.labels()) != set(LABELS):
-            raise AdaInferError(f"crf: its labels are {', '.join(tagger.labels())}, but {' and '.join(LABELS)} are needed")
+            raise AdaInferError(f"crf: its labels are {', '.join(tagger.labels())}; {' and '.join(LABELS)} are needed")
         found = tagger.info()
         if unknown := {name for name, _ in found.state_features} - {*features, BIAS}:
             raise AdaInferError(f"crf: it reads the attribute {min(unknown)!r}, which is none of {', '.join(features)}")

@@ -52,7 +52,7 @@ class GapStopper(Stopper):
 
 
 class SoftmaxStopper(GapStopper):
-    """``softmax:T``: CALM's softmax measure (arXiv 2207.07061, section 3.5), the rule of ``gap:T`` under its other name.
+    """``softmax:T``: CALM's softmax measure (arXiv 2207.07061, section 3.5): ``gap:T`` under its other name.
 
     CALM lets T decay over a generated text; here it is constant, since a strategy knows the block, not the token.
     """
