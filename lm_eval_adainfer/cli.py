@@ -180,6 +180,12 @@ def _crf_parser(kinds: Any) -> None:
     crf.add_argument("--max_instances", type=int, default=5000, help="use at most so many sequences")
     crf.add_argument("--seed", type=int, default=0, help="of the sequences that are used")
     crf.add_argument("--threshold", type=float, default=0.5, help="stop when the filtered probability exceeds it")
+    crf.add_argument(
+        "--prefixes",
+        action="store_true",
+        help="train on every prefix of a sequence: filtering asks about prefixes, and trained on whole sequences the "
+        "probabilities at the first blocks are far too high (move --threshold then)",
+    )
     crf.add_argument("--output", "-o", required=True, help="the stopper file (safetensors, whatever its extension)")
     crf.set_defaults(run=_fit_crf)
 
@@ -301,6 +307,7 @@ def _fit_crf(arguments: argparse.Namespace) -> None:
         max_instances=arguments.max_instances,
         seed=arguments.seed,
         threshold=arguments.threshold,
+        prefixes=arguments.prefixes,
     )
     artifact.save(stopper, arguments.output)
     info = stopper.info

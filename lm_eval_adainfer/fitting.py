@@ -126,6 +126,7 @@ def fit_crf(
     max_instances: int = MAX_EXAMPLES,
     seed: int = 0,
     threshold: float = 0.5,
+    prefixes: bool = False,
 ) -> CRFStopper:
     """Fit a conditional random field along the blocks (paper, section 5.3): CRFsuite with its default settings.
 
@@ -136,6 +137,7 @@ def fit_crf(
         max_instances: At most so many sequences (one per instance), drawn uniformly with ``seed``.
         seed: Of the draw.
         threshold: Stop when the filtered probability of stopping exceeds it.
+        prefixes: Train on every prefix of every sequence (see ``crf.train``).
 
     Raises:
         AdaInferError: On unusable traces, where all examples have one label, or without python-crfsuite.
@@ -150,7 +152,8 @@ def fit_crf(
         x, y = x[chosen], y[chosen]
     _require_both(y.reshape(-1))
     info = _info(metas, label, x.reshape(-1, len(features)), y, total, seed, "python-crfsuite")
-    return CRFStopper.from_crfsuite(crf.train(x, y, features), features, threshold, info)
+    info["prefixes"] = prefixes
+    return CRFStopper.from_crfsuite(crf.train(x, y, features, prefixes), features, threshold, info)
 
 
 def _require_both(y: np.ndarray) -> None:

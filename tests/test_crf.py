@@ -71,6 +71,17 @@ def test_the_filtered_probability_is_crfsuites_marginal_at_any_point(x, model, t
     np.testing.assert_allclose(filtered(stopper, whole), marginals(tagger, whole), rtol=0, atol=2e-5)
 
 
+def test_trained_on_prefixes_it_is_nearer_the_truth_at_the_first_block():
+    """Every block turns a sixth of the instances to stop, for good, and the features tell nothing."""
+    x = np.random.default_rng(0).uniform(0, 1, (300, 6, 2))
+    y = (np.arange(6)[None] >= np.arange(300)[:, None] % 6).astype(int)
+    first = {}
+    for prefixes in (False, True):
+        stopper = CRFStopper.from_crfsuite(crf.train(x, y, NAMES, prefixes), NAMES)
+        first[prefixes] = filtered(stopper, x)[:, 0].mean()
+    assert first[False] > 1 / 6 + 0.2 > first[True]
+
+
 def test_transitions_are_learned_and_earlier_blocks_matter(model):
     stopper = CRFStopper.from_crfsuite(model, NAMES)
     assert stopper.arrays["transition"].all() and stopper.arrays["state"].all()
@@ -112,6 +123,24 @@ def test_whatever_changes_decisions_changes_the_fingerprint(model):
     for name, array in stopper.arrays.items():
         prints.add(CRFStopper({**stopper.arrays, name: np.nextafter(array, np.inf)}, NAMES).fingerprint)
     assert len(prints) == 6
+
+
+@pytest.mark.parametrize(
+    ("spec", "kind", "value"),
+    [("softmax:0.9", "softmax", 0.9), ("saturation:0.98", "saturation", 0.98), ("patience:3", "patience", 3)],
+)
+def test_the_new_rules_are_parsed(spec, kind, value):
+    stopper = artifact.parse(spec)
+    assert (stopper.kind, getattr(stopper, "threshold", getattr(stopper, "blocks", None))) == (kind, value)
+    assert len({artifact.parse(s).fingerprint for s in (spec, spec + "1", "gap:0.9")}) == 3
+
+
+@pytest.mark.parametrize(
+    "spec", ["softmax", "softmax:", "softmax:2", "saturation:x", "saturation:-1", "saturation:nan", "patience",
+             "patience:0", "patience:-1", "patience:1.5", "patience:"],
+)  # fmt: skip
+def test_wrong_rules_are_told_in_a_sentence(spec):
+    refused(lambda: artifact.parse(spec), "stopper", spec.partition(":")[0])
 
 
 @pytest.mark.parametrize("array", ["state", "bias", "transition"])

@@ -174,6 +174,54 @@ def test_the_record_and_the_fingerprint_name_the_dropped_blocks(tokenizer):
     assert len({lm.fingerprint for lm in lms}) == len({lm.stopper.fingerprint for lm in lms}) == 4
 
 
+def test_samples_and_results_name_the_dropped_blocks(tmp_path):
+    from lm_eval import simple_evaluate
+
+    stopper = dropping_stopper(5, 7, 9, n_blocks=12)
+    artifact.save(stopper, tmp_path / "bi.stopper")
+    found = simple_evaluate(
+        model="adainfer", model_args=f"pretrained=adainfer-demo,dtype=float32,stopper={tmp_path / 'bi.stopper'}",
+        tasks=["adainfer_demo_fact"], limit=3, batch_size=4, device="cpu", bootstrap_iters=0,
+    )  # fmt: skip
+    assert found["config"]["adainfer"]["dropped_blocks"] == [5, 7, 9] and found["config"]["adainfer"]["n_blocks"] == 12
+    row = found["results"]["adainfer_demo_fact"]
+    assert (row["exit_layer,none"], row["pruning_ratio,none"]) == (9, 0.25)
+    assert [s["dropped_blocks"] for s in found["samples"]["adainfer_demo_fact"]] == [[5, 7, 9]] * 3
+
+
+def test_a_trace_cannot_tell_what_a_cut_model_would_do():
+    from lm_eval_adainfer.simulation import margins
+
+    meta = {"n_blocks": 5, "features": [], "task": "t"}
+    arrays = {"features": np.zeros((2, 5, 0), dtype=np.float32), "top_token": np.zeros((2, 5), dtype=int)}
+    refused(lambda: margins(dropping_stopper(2), meta, arrays), "stopper", "shortgpt", "trace")
+    last = margins(LastStopper(2), meta, arrays)
+    assert (np.nan_to_num(last, nan=-1) > 0).tolist() == [[False, False, True, False, False]] * 2
+
+
+def test_the_commands_write_stopper_files_that_run(tmp_path, capsys):
+    from test_memory import parse
+
+    from lm_eval_adainfer.cli import main
+
+    model = ["--model_args", "pretrained=adainfer-demo,dtype=float32", "--tasks", "adainfer_demo_topic", "--limit", "12"]
+    assert main(["influence", *model, "--drop", "2", "-o", str(tmp_path / "bi.stopper")]) == 0
+    said = capsys.readouterr().out
+    stopper = parse(str(tmp_path / "bi.stopper"))
+    assert len(stopper.dropped_blocks) == 2 and said.count("<- dropped") == 2 and stopper.info["prompts"] == 12
+    assert main(["influence", *model, "--drop", "12", "-o", str(tmp_path / "no")]) == 2
+    assert "drop: 12" in capsys.readouterr().err and not (tmp_path / "no").exists()
+
+    assert main(["trace", *model, "-o", str(tmp_path / "traces")]) == 0
+    capsys.readouterr()
+    assert main(["fit", "crf", str(tmp_path / "traces"), "--prefixes", "--threshold", "0.9", "-o", str(tmp_path / "crf.pkl")]) == 0
+    assert "144 of 144 examples" in capsys.readouterr().out
+    fitted = parse(str(tmp_path / "crf.pkl"))
+    assert (fitted.kind, fitted.threshold, fitted.info["prefixes"]) == ("crf", 0.9, True)
+    assert main(["fit", "crf", str(tmp_path / "traces"), "--threshold", "1.5", "-o", str(tmp_path / "no")]) == 2
+    assert "threshold: 1.5" in capsys.readouterr().err and not (tmp_path / "no").exists()
+
+
 def test_min_layer_and_check_layers_do_not_apply_and_that_is_said(tokenizer, caplog):
     model = make_model("llama", vocab_size=257)
     for stopper in (dropping_stopper(2), "shortgpt:last2"):

@@ -115,7 +115,7 @@ def test_generated_tokens_exit_as_simulated(check_layers, stoppers, model, token
         rows = []
         generate = lm._model_generate
 
-        def watched(context, *args, generate=generate, rows=rows, **kwargs):
+        def watched(context, *args, generate=generate, rows=rows, lm=lm, **kwargs):
             real = [row[mask.bool()].tolist() for row, mask in zip(context, kwargs["attention_mask"], strict=True)]
             whole = generate(context, *args, **kwargs)
             rows += [(p, w[context.shape[1] :].tolist(), t) for p, w, t in zip(real, whole, lm._traces, strict=True)]

@@ -104,13 +104,15 @@ class CRFStopper(FittedStopper):
         return {"features": list(self.features), "threshold": self.threshold}
 
 
-def train(x: np.ndarray, y: np.ndarray, features: Sequence[str]) -> bytes:
+def train(x: np.ndarray, y: np.ndarray, features: Sequence[str], prefixes: bool = False) -> bytes:
     """Train a linear-chain CRF with CRFsuite's default settings (L-BFGS, L2) and all transitions.
 
     Args:
         x: [N, L, F] features, a sequence per instance.
         y: [N, L] labels, 1 = stop.
         features: The F attribute names.
+        prefixes: Train on every prefix of every sequence instead. Filtering asks about prefixes, but a chain that was
+            trained on whole sequences explains early labels by later ones too and is far too sure at the first blocks.
 
     Returns:
         CRFsuite's model file.
@@ -128,7 +130,9 @@ def train(x: np.ndarray, y: np.ndarray, features: Sequence[str]) -> bytes:
     trainer = pycrfsuite.Trainer(verbose=False)
     trainer.set_params({"feature.possible_transitions": True, "feature.possible_states": True})
     for sequence, labels in zip(x.tolist(), y.tolist(), strict=True):
-        trainer.append(attributes(sequence, features), [LABELS[label] for label in labels])
+        items, names = attributes(sequence, features), [LABELS[label] for label in labels]
+        for end in range(1 if prefixes else len(items), len(items) + 1):
+            trainer.append(items[:end], names[:end])
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model"
         trainer.train(str(path))
