@@ -90,6 +90,8 @@ class Anatomy:
         hidden_size: h, the width of what the head reads.
         block_weights: Per block, the weights of its linear maps that one token meets (experts: the active share).
         attention_width: Per block, heads x head size (0 where there is no attention module).
+        whole_weights: ``block_weights`` before blocks were taken out of the model (``dropping``); the dense model's.
+        whole_widths: ``attention_width`` before that.
         batch_rule: How the blocks' arguments follow the batch.
         blocks_return_tuples: Whether a block returns a tuple (hidden states first) or a tensor.
     """
@@ -118,6 +120,7 @@ class Anatomy:
         self._find()
         self.block_weights = [self._linear_weights(block) for block in self.blocks]
         self.attention_width = [self._attention_width(block) for block in self.blocks]
+        self.whole_weights, self.whole_widths = self.block_weights, self.attention_width
 
     @property
     def n_blocks(self) -> int:

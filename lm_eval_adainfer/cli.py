@@ -96,6 +96,7 @@ def _parser() -> argparse.ArgumentParser:
     svm.add_argument("--threshold", type=float, default=0.0, help="stop when the decision function exceeds it")
     svm.add_argument("--output", "-o", required=True, help="the stopper file (safetensors, whatever its extension)")
     svm.set_defaults(run=_fit_svm)
+    _crf_parser(kinds)
 
     layers = commands.add_parser(
         "layers",
@@ -111,7 +112,83 @@ def _parser() -> argparse.ArgumentParser:
     layers.add_argument("--count", "-n", type=int, help="at most so many blocks (default: as many as pay)")
     layers.set_defaults(run=_layers)
     add_comparison_parsers(commands)
+    _influence_parser(commands)
     return parser
+
+
+def _influence_parser(commands: Any) -> None:
+    influence = commands.add_parser(
+        "influence",
+        formatter_class=_Help,
+        help="measure Block Influence (ShortGPT), for stopper=shortgpt:bi:N:FILE",
+        description="Measure every block's Block Influence, 1 - E[cos(input, output)] over all tokens of prompts of "
+        "training documents, and write a stopper file: with it the least influential blocks never run.",
+        epilog="example: adainfer influence --model_args pretrained=adainfer-demo,dtype=float32 "
+        "--tasks adainfer_demo --limit 50 -o bi.stopper",
+    )
+    influence.add_argument("--model_args", "-a", required=True, help="as lm_eval's: pretrained=...,dtype=...")
+    influence.add_argument("--tasks", "-t", required=True, help="task or group names, separated by commas")
+    influence.add_argument("--num_fewshot", "-f", type=int, help="shots per document (default: the task's own)")
+    influence.add_argument("--limit", "-L", type=int, help="at most so many documents per task, drawn with --seed")
+    influence.add_argument("--seed", type=int, default=0, help="of the drawn documents")
+    influence.add_argument("--fewshot_seed", type=int, default=1234, help="of the shots, as lm_eval's")
+    influence.add_argument("--batch_size", "-b", default="8", help="as lm_eval's: a number or auto")
+    influence.add_argument("--device", help="as lm_eval's: cuda, cpu, ...")
+    influence.add_argument("--include_path", help="a folder of further task YAMLs")
+    influence.add_argument("--drop", type=int, help="blocks that stopper=FILE drops (default: a quarter)")
+    influence.add_argument("--output", "-o", required=True, help="the stopper file")
+    influence.set_defaults(run=_influence)
+
+
+def _influence(arguments: argparse.Namespace) -> None:
+    from lm_eval_adainfer import influence, tracing
+    from lm_eval_adainfer.strategies import artifact
+
+    tracing.check_arguments("train", arguments.limit, arguments.num_fewshot)
+    lm, tasks = load_model_and_tasks(arguments)
+    stopper = influence.of_tasks(
+        lm,
+        tasks,
+        num_fewshot=arguments.num_fewshot,
+        limit=arguments.limit,
+        seed=arguments.seed,
+        fewshot_seed=arguments.fewshot_seed,
+        drop=arguments.drop,
+    )
+    artifact.save(stopper, arguments.output)
+    print("block  Block Influence (measured)")
+    for k, value in enumerate(stopper.arrays["influence"], start=1):
+        print(f"{k:5d}  {value:.4f}{'  <- dropped' if k in stopper.dropped_blocks else ''}")
+    print(
+        f"{arguments.output}: {stopper.info['tokens']} tokens of {stopper.info['prompts']} prompts; "
+        f"stopper={arguments.output} runs without blocks {', '.join(map(str, stopper.dropped_blocks))}"
+    )
+
+
+def _crf_parser(kinds: Any) -> None:
+    crf = kinds.add_parser(
+        "crf",
+        formatter_class=_Help,
+        help="a conditional random field along the blocks (needs the extra [crf])",
+        description="Fit a linear-chain CRF along the blocks with CRFsuite (default settings), one sequence per "
+        "instance. It stops by filtering: when the probability of stopping, given the blocks seen so far, exceeds "
+        "the threshold.",
+        epilog="example: adainfer fit crf traces/ -o crf.pkl",
+    )
+    crf.add_argument("traces", nargs="+", help=".trace files, or folders of them")
+    crf.add_argument("--label", default="final", choices=["final", "gold"], help="as adainfer fit svm's")
+    crf.add_argument("--features", default="gap,top_prob", help="feature names, separated by commas")
+    crf.add_argument("--max_instances", type=int, default=5000, help="use at most so many sequences")
+    crf.add_argument("--seed", type=int, default=0, help="of the sequences that are used")
+    crf.add_argument("--threshold", type=float, default=0.5, help="stop when the filtered probability exceeds it")
+    crf.add_argument(
+        "--prefixes",
+        action="store_true",
+        help="train on every prefix of a sequence: filtering asks about prefixes, and trained on whole sequences the "
+        "probabilities at the first blocks are far too high (move --threshold then)",
+    )
+    crf.add_argument("--output", "-o", required=True, help="the stopper file (safetensors, whatever its extension)")
+    crf.set_defaults(run=_fit_crf)
 
 
 def _layers(arguments: argparse.Namespace) -> None:
@@ -135,29 +212,10 @@ def _layers(arguments: argparse.Namespace) -> None:
 
 
 def _trace(arguments: argparse.Namespace) -> None:
-    from lm_eval.tasks import TaskManager
-    from lm_eval.utils import simple_parse_args_string
-
     from lm_eval_adainfer import tracing
-    from lm_eval_adainfer.model import AdaInferLM
-    from lm_eval_adainfer.registration import install
 
     tracing.check_arguments(arguments.split, arguments.limit, arguments.num_fewshot)
-    if arguments.include_path and not Path(arguments.include_path).is_dir():
-        raise AdaInferError(f"include_path: {arguments.include_path} is no folder; give one that holds task YAMLs")
-    install()
-    manager = TaskManager(include_path=arguments.include_path)
-    tasks = load_tasks(manager, [name for name in arguments.tasks.split(",") if name])
-    options: dict[str, Any] = simple_parse_args_string(arguments.model_args)
-    options.setdefault("batch_size", arguments.batch_size)
-    if arguments.device:
-        options["device"] = arguments.device
-    try:
-        lm = AdaInferLM(**options)
-    except (AttributeError, OSError, TypeError, ValueError) as error:  # transformers' words for what it can't load
-        if isinstance(error, AdaInferError):
-            raise
-        raise AdaInferError(f"model_args: {str(error).splitlines()[0] if str(error) else repr(error)}") from error
+    lm, tasks = load_model_and_tasks(arguments)
     files = tracing.trace(
         lm,
         tasks,
@@ -170,6 +228,35 @@ def _trace(arguments: argparse.Namespace) -> None:
     )
     for file in files:
         print(file)
+
+
+def load_model_and_tasks(arguments: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
+    """The model and the tasks (name to task) of a command with the arguments of ``adainfer trace``.
+
+    Raises:
+        AdaInferError: On wrong arguments, in the words of whoever found it first.
+    """
+    from lm_eval.tasks import TaskManager
+    from lm_eval.utils import simple_parse_args_string
+
+    from lm_eval_adainfer.model import AdaInferLM
+    from lm_eval_adainfer.registration import install
+
+    if arguments.include_path and not Path(arguments.include_path).is_dir():
+        raise AdaInferError(f"include_path: {arguments.include_path} is no folder; give one that holds task YAMLs")
+    install()
+    manager = TaskManager(include_path=arguments.include_path)
+    tasks = load_tasks(manager, [name for name in arguments.tasks.split(",") if name])
+    options: dict[str, Any] = simple_parse_args_string(arguments.model_args)
+    options.setdefault("batch_size", arguments.batch_size)
+    if arguments.device:
+        options["device"] = arguments.device
+    try:
+        return AdaInferLM(**options), tasks
+    except (AttributeError, OSError, TypeError, ValueError) as error:  # transformers' words for what it can't load
+        if isinstance(error, AdaInferError):
+            raise
+        raise AdaInferError(f"model_args: {str(error).splitlines()[0] if str(error) else repr(error)}") from error
 
 
 def load_tasks(manager: Any, names: list[str]) -> dict[str, Any]:
@@ -207,6 +294,27 @@ def _fit_svm(arguments: argparse.Namespace) -> None:
         f"{arguments.output}: {stopper.arrays['support_vectors'].shape[0]} support vectors, fitted on "
         f"{info['examples']} of {info['examples_available']} examples ({info['positive_share']:.0%} stop) from "
         f"{info['documents']} documents"
+    )
+
+
+def _fit_crf(arguments: argparse.Namespace) -> None:
+    from lm_eval_adainfer import fitting
+    from lm_eval_adainfer.strategies import artifact
+
+    stopper = fitting.fit_crf(
+        arguments.traces,
+        label=arguments.label,
+        features=[name for name in arguments.features.split(",") if name],
+        max_instances=arguments.max_instances,
+        seed=arguments.seed,
+        threshold=arguments.threshold,
+        prefixes=arguments.prefixes,
+    )
+    artifact.save(stopper, arguments.output)
+    info = stopper.info
+    print(
+        f"{arguments.output}: a crf on {', '.join(stopper.features)}, fitted on {info['examples']} of "
+        f"{info['examples_available']} examples ({info['positive_share']:.0%} stop) from {info['documents']} documents"
     )
 
 

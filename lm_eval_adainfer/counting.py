@@ -13,6 +13,8 @@ class FlopCounter:
 
     def __init__(self, anatomy: Anatomy, stopper: Stopper):
         self.n_blocks = anatomy.n_blocks
+        self.n_whole = len(anatomy.whole_weights)  # L, dropped blocks included
+        self._whole_weights, self._whole_widths = sum(anatomy.whole_weights), sum(anatomy.whole_widths)
         self._hidden = anatomy.block_hidden_size
         self._vocab = anatomy.vocab_size
         self._weights = [0, *accumulate(anatomy.block_weights)]
@@ -33,6 +35,10 @@ class FlopCounter:
         if pairs is None:
             pairs = tokens * (tokens + 1) // 2
         return 2.0 * self._weights[depth] * tokens + 4.0 * pairs * self._widths[depth]
+
+    def dense(self, tokens: int) -> float:
+        """All L blocks of the whole model over one sequence of ``tokens`` tokens."""
+        return 2.0 * self._whole_weights * tokens + 2.0 * tokens * (tokens + 1) * self._whole_widths
 
     def block(self, k: int, tokens: int, pairs: int) -> float:
         """Block k alone."""
@@ -57,4 +63,4 @@ class FlopCounter:
     def flops_ratio(self, layer: float, prompt_tokens: float) -> float:
         """The paper's Eq. 2: (2l(6h+s)+V) / (2L(6h+s)+V); it leaves out the per-block head checks."""
         per_block = 2 * (6 * self._hidden + prompt_tokens)
-        return (layer * per_block + self._vocab) / (self.n_blocks * per_block + self._vocab)
+        return (layer * per_block + self._vocab) / (self.n_whole * per_block + self._vocab)

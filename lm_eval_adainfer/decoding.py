@@ -150,11 +150,11 @@ def trace(decoded: Decoded, prompt_tokens: int, counter: FlopCounter, fingerprin
     )
     return ExitTrace(
         exit_layer=layer,
-        n_blocks=n_blocks,
+        n_blocks=counter.n_whole,
         flops_ratio=counter.flops_ratio(layer, prompt_tokens),
         layers_run=decoded.executed / positions,
         flops=flops,
-        flops_dense=counter.blocks(n_blocks, positions) + counter.head(new),
+        flops_dense=counter.dense(positions) + counter.head(new),
         fingerprint=fingerprint,
         layers=tuple(decoded.layers),
     )

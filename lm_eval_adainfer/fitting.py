@@ -12,6 +12,8 @@ from lm_eval_adainfer import __version__, tracing
 from lm_eval_adainfer.errors import AdaInferError
 from lm_eval_adainfer.features import check_names
 from lm_eval_adainfer.simulation import columns
+from lm_eval_adainfer.strategies import crf
+from lm_eval_adainfer.strategies.crf import CRFStopper
 from lm_eval_adainfer.strategies.svm import SVMStopper
 
 LABELS = ("final", "gold")
@@ -112,12 +114,61 @@ def fit_svm(
     if total > max_examples:
         chosen = np.sort(np.random.default_rng(seed).choice(total, max_examples, replace=False))
         x, y = x[chosen], y[chosen]
+    _require_both(y)
+    info = _info(metas, label, x, y, total, seed, "scikit-learn")
+    return SVMStopper.from_sklearn(SVC().fit(x, y), features, threshold, info)
+
+
+def fit_crf(
+    paths: Sequence[str | Path],
+    label: str = "final",
+    features: Sequence[str] = PAPER_FEATURES,
+    max_instances: int = MAX_EXAMPLES,
+    seed: int = 0,
+    threshold: float = 0.5,
+    prefixes: bool = False,
+) -> CRFStopper:
+    """Fit a conditional random field along the blocks (paper, section 5.3): CRFsuite with its default settings.
+
+    Args:
+        paths: Trace files or folders of them.
+        label: ``final`` or ``gold``.
+        features: The paper's are gap and top_prob.
+        max_instances: At most so many sequences (one per instance), drawn uniformly with ``seed``.
+        seed: Of the draw.
+        threshold: Stop when the filtered probability of stopping exceeds it.
+        prefixes: Train on every prefix of every sequence (see ``crf.train``).
+
+    Raises:
+        AdaInferError: On unusable traces, where all examples have one label, or without python-crfsuite.
+    """
+    if max_instances < 1:
+        raise AdaInferError(f"max_instances: {max_instances} sequences are none; give 1 or more")
+    x, y, metas = examples(find(paths), features, label)
+    total, n_blocks = len(x), metas[0]["n_blocks"]
+    x, y = x.reshape(-1, n_blocks, len(features)), y.reshape(-1, n_blocks)
+    if len(x) > max_instances:
+        chosen = np.sort(np.random.default_rng(seed).choice(len(x), max_instances, replace=False))
+        x, y = x[chosen], y[chosen]
+    _require_both(y.reshape(-1))
+    info = _info(metas, label, x.reshape(-1, len(features)), y, total, seed, "python-crfsuite")
+    info["prefixes"] = prefixes
+    return CRFStopper.from_crfsuite(crf.train(x, y, features, prefixes), features, threshold, info)
+
+
+def _require_both(y: np.ndarray) -> None:
     if len(set(y.tolist())) < 2:
         always = "stop" if y[0] else "go on"
         raise AdaInferError(
             f"traces: every one of the {len(y)} examples says {always}; trace more documents or other tasks"
         )
-    info = {
+
+
+def _info(
+    metas: Sequence[dict[str, Any]], label: str, x: np.ndarray, y: np.ndarray, total: int, seed: int, fitter: str
+) -> dict[str, Any]:
+    """What a stopper says about where it comes from; x and y are the examples used, out of ``total``."""
+    return {
         **{key: metas[0][key] for key in ("model", "n_blocks", "head_hash")},
         "tasks": sorted({meta["task"] for meta in metas}),
         "num_fewshot": sorted({meta["num_fewshot"] for meta in metas}),
@@ -128,9 +179,8 @@ def fit_svm(
         "examples_available": total,
         "positive_share": float(np.mean(y)),
         "seed": seed,
-        "versions": {"lm_eval_adainfer": __version__, "scikit_learn": _version("scikit-learn")},
+        "versions": {"lm_eval_adainfer": __version__, fitter.replace("-", "_"): _version(fitter)},
     }
-    return SVMStopper.from_sklearn(SVC().fit(x, y), features, threshold, info)
 
 
 def _version(package: str) -> str:

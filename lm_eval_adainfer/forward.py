@@ -8,13 +8,13 @@ leaves the model's forward. The weights and the code of the model stay as they a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import masking_utils
 
 from lm_eval_adainfer.anatomy import Anatomy, hidden_of, replaced_forward, tolerance, walk, with_hidden
@@ -73,15 +73,15 @@ def explicit_masks(active: bool = True) -> Iterator[None]:
 
 
 @contextmanager
-def identity(anatomy: Anatomy, n: int) -> Iterator[None]:
-    """Let the first n blocks hand their hidden states on, in the form in which the family's blocks do."""
+def bypassed(anatomy: Anatomy, blocks: Iterable[nn.Module]) -> Iterator[None]:
+    """Let these blocks hand their hidden states on, in the form in which the family's blocks do."""
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         hidden = args[0] if args else kwargs["hidden_states"]
         return (hidden, None) if anatomy.blocks_return_tuples else hidden
 
     with ExitStack() as stack:
-        for block in anatomy.blocks[:n]:
+        for block in blocks:
             stack.enter_context(replaced_forward(block, forward))
         yield
 

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from lm_eval_adainfer import features
 from lm_eval_adainfer.anatomy import Anatomy, hidden_of, tolerance, walk, with_hidden
-from lm_eval_adainfer.forward import AllRowsLeft, BlockState, explicit_masks, hooked, identity, part_output
+from lm_eval_adainfer.forward import AllRowsLeft, BlockState, bypassed, explicit_masks, hooked, part_output
 from lm_eval_adainfer.layouts import LAYOUTS, Tokens
 from lm_eval_adainfer.slots import SlotCache, Stored, Windows, no_cache, watch_windows
 from lm_eval_adainfer.strategies.base import Schedule, Stopper
@@ -261,7 +261,7 @@ class Step:
             given["position_ids"] = (slot[None, base:] - pad[:, None]).clamp(min=0).to(decoder.device)
         # one query needs no causal mask, and neither do the queries of all keys; whatever lies between does
         partial = length - 1 - base > 0 and length > decoder.prompt_end
-        with explicit_masks(partial), self.layout.active(), identity(anatomy, self.first - 1):
+        with explicit_masks(partial), self.layout.active(), bypassed(anatomy, anatomy.blocks[: self.first - 1]):
             anatomy.model(
                 input_ids=decoder.slots[:, base:length].to(decoder.device),
                 past_key_values=decoder.cache,

@@ -17,7 +17,7 @@ from lm_eval.api.model import CacheHook, hash_args
 from lm_eval.models.huggingface import HFLM
 from tqdm import tqdm
 
-from lm_eval_adainfer import __version__, paths, prefixes, reporting
+from lm_eval_adainfer import __version__, dropping, paths, prefixes, reporting
 from lm_eval_adainfer.anatomy import Anatomy, BatchRule
 from lm_eval_adainfer.answers import ExitTrace, LogLikelihood, Rolling, Text
 from lm_eval_adainfer.decoding import Seeds, Stop, decode
@@ -51,8 +51,11 @@ class AdaInferLM(HFLM):
     Args:
         pretrained: As HFLM's; ``adainfer-demo`` is the small model that ships with the package.
         stopper: When to stop. ``none`` (dense, the default), ``gap`` or ``gap:0.8`` (P(top 1) - P(top 2) exceeds
-            it), ``fixed:24`` (always after block 24), a built-in name (``svm``: fitted on ``adainfer-demo``), or a
-            stopper file written by ``adainfer fit``.
+            it; also ``softmax:0.9``), ``saturation:0.98`` (the hidden state's cosine with the block before exceeds
+            it), ``patience:3`` (the top token of 3 asked blocks in a row is the same), ``fixed:24`` (always after
+            block 24), ``shortgpt:last5`` (without the last 5 blocks), ``shortgpt:bi:8:FILE`` (without the 8 blocks of
+            least Block Influence, as ``adainfer influence`` wrote them to FILE), a built-in name (``svm``: fitted on
+            ``adainfer-demo``), or a stopper file written by ``adainfer fit`` or ``adainfer influence``.
         min_layer: No exit before this block (1 to L; default 1).
         check_layers: After which blocks the stopper is asked: ``all`` (default), ``every:2``, or a list ``8+12+16``.
         generation: What ``generate_until`` does: ``early`` (default), where every new token leaves at its own block, or
@@ -112,12 +115,20 @@ class AdaInferLM(HFLM):
         except TypeError as error:  # HFLM hands unknown arguments on to the model's constructor
             raise AdaInferError(f"model_args: {str(error).splitlines()[0]}") from error
         self._set_ranks()
+        if strategy.removes_blocks and not isinstance(pretrained, str):
+            self._model = dropping.copy_with_same_weights(self.model)  # the caller's model keeps its blocks
         self.anatomy = self._taken_apart()
-        self.stopper = strategy
-        self.schedule = Schedule(self.anatomy.n_blocks, strategy, min_layer, check_layers)
-        if strategy.kind != "none" and not self.schedule.blocks:
+        self.stopper, self.n_blocks = strategy, self.anatomy.n_blocks
+        strategy.bind(self.n_blocks)
+        if strategy.dropped_blocks and (str(min_layer), str(check_layers)) != ("1", "all"):
+            eval_logger.warning(f"min_layer/check_layers: {strategy.kind} asks nothing, so they don't apply")
+            min_layer, check_layers = 1, "all"
+        self.schedule = Schedule(self.n_blocks, strategy, min_layer, check_layers)
+        if strategy.kind != "none" and not strategy.removes_blocks and not self.schedule.blocks:
             eval_logger.warning("check_layers/min_layer: they leave no block to ask the stopper at, so it runs dense")
-        artifact.warn_if_foreign(strategy, self._model_name(), self.anatomy.n_blocks, self.anatomy.head_hash())
+        artifact.warn_if_foreign(strategy, self._model_name(), self.n_blocks, self.anatomy.head_hash())
+        if strategy.removes_blocks:
+            self._drop_blocks()
         self.engine = Engine(self.anatomy, strategy, self.schedule, self.softmax_dtype, self._log_features)
         self.generation = generation if self.schedule.blocks else "dense"
         self.kv_policy = kv_policy
@@ -176,6 +187,13 @@ class AdaInferLM(HFLM):
             ) from error
         return anatomy
 
+    def _drop_blocks(self) -> None:
+        """Take the stopper's blocks out of the model; what is left is taken apart and checked as any model is."""
+        whole = self.anatomy
+        dropping.drop(whole, self.stopper.dropped_blocks)
+        self.anatomy = self._taken_apart()
+        self.anatomy.whole_weights, self.anatomy.whole_widths = whole.block_weights, whole.attention_width
+
     def _autocast(self) -> torch.autocast:
         return torch.autocast(
             device_type=self.device.type,
@@ -193,7 +211,7 @@ class AdaInferLM(HFLM):
             "model": self._model_name(),
             "weights": self.anatomy.weights_hash(),
             "softmax_dtype": str(self.softmax_dtype),
-            "n_blocks": self.anatomy.n_blocks,
+            "n_blocks": self.n_blocks,
             "dtype": str(self._dtype()),
             "autocast": str(self.mixed_precision_dtype),
             "max_length": self.max_length,
@@ -419,10 +437,11 @@ class AdaInferLM(HFLM):
         """HFLM's call for one batch: [B, S] left-padded ids to [B, S + new]; notes every row's trace."""
         if self._windows is None or self.generation == "dense":  # dense while tracing, whatever came before
             whole = super()._model_generate(context, max_length, stop, **kwargs)
-            self._traces.extend(self._dense_trace() for _ in context)
             ends = self.model.generation_config.eos_token_id
             finished = Stop(self.tokenizer, stop, ends if isinstance(ends, list) else [] if ends is None else [ends])
             self.generated_rows = [finished.cut(row) for row in whole[:, context.shape[1] :].tolist()]
+            prompts = kwargs["attention_mask"].sum(-1).tolist()
+            self._traces.extend(map(self._dense_trace, prompts, map(len, self.generated_rows)))
             self.generated_tokens += sum(map(len, self.generated_rows))
             return whole
         mask = kwargs.pop("attention_mask")
@@ -452,9 +471,11 @@ class AdaInferLM(HFLM):
         self._generated[hash_args("generate_until", arguments)].append(found)
         return found
 
-    def _dense_trace(self) -> ExitTrace:
-        n_blocks = self.anatomy.n_blocks
-        return ExitTrace(n_blocks, n_blocks, 1.0, n_blocks, 1.0, 1.0, self.fingerprint)
+    def _dense_trace(self, prompt: int = 1, new: int = 1) -> ExitTrace:
+        """The trace of a text of ``new`` tokens after a prompt that ran all blocks there are, with a cache."""
+        run, count, positions = self.anatomy.n_blocks, self.engine.counter, prompt + max(new, 1) - 1
+        flops, dense = count.blocks(run, positions) + count.head(new), count.dense(positions) + count.head(new)
+        return ExitTrace(run, self.n_blocks, count.flops_ratio(run, prompt), run, flops, dense, self.fingerprint)
 
     # ------------------------------------------------------------------ --use_cache
     def set_cache_hook(self, cache_hook: CacheHook) -> None:
@@ -500,7 +521,8 @@ class AdaInferLM(HFLM):
         return {
             "stopper": self.stopper.describe(),
             "fingerprint": self.fingerprint,
-            "n_blocks": self.anatomy.n_blocks,
+            "n_blocks": self.n_blocks,
+            **({"dropped_blocks": list(self.stopper.dropped_blocks)} if self.stopper.dropped_blocks else {}),
             **self.schedule.describe(),
             "device": str(self.device),
             "dtype": str(self._dtype()),

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from lm_eval_adainfer.anatomy import Anatomy, BatchRule, hidden_of, tolerance
-from lm_eval_adainfer.forward import AllRowsLeft, BlockState, identity, run_blocks
+from lm_eval_adainfer.forward import AllRowsLeft, BlockState, bypassed, run_blocks
 from lm_eval_adainfer.scoring import Document
 
 _LEAST = 16  # tokens; less is not worth a forward of its own
@@ -88,7 +88,7 @@ class Prefix:
         ids = torch.tensor([self.tokens], device=anatomy.input_device)
         positions = torch.arange(len(self.tokens), device=ids.device)[None]
         try:
-            with identity(anatomy, first - 1):
+            with bypassed(anatomy, anatomy.blocks[: first - 1]):
                 anatomy.model(
                     input_ids=ids,
                     past_key_values=self.cache,

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from lm_eval.api.group import Group
     from lm_eval.api.instance import Instance
 
+    from lm_eval_adainfer.model import AdaInferLM
+
 # metric -> higher is better; each is a mean over documents (lm-eval's own mean, which brings a standard error)
 MEANS = {
     "exit_layer": False,
@@ -63,7 +65,7 @@ def _wrap(evaluate: Callable[..., Any]) -> Callable[..., Any]:
         else:
             groups, tasks = _handle_back_comp(task_dict)
         with ExitStack() as stack:
-            watches = {name: stack.enter_context(_watched(task, model.fingerprint)) for name, task in tasks.items()}
+            watches = {name: stack.enter_context(_watched(task, model)) for name, task in tasks.items()}
             for group in groups.values():
                 stack.enter_context(_group_metrics(group, tasks))
             results = evaluate(lm, task_dict, *args, **kwargs)
@@ -82,8 +84,9 @@ def _wrap(evaluate: Callable[..., Any]) -> Callable[..., Any]:
 class _Watch:
     """One task's documents during one ``evaluate``: whose turn it is, and what their traces said."""
 
-    def __init__(self, task: Any, fingerprint: str):
-        self.task, self.fingerprint = task, fingerprint
+    def __init__(self, task: Any, model: AdaInferLM):
+        self.task, self.fingerprint = task, model.fingerprint
+        self.dropped_blocks = list(model.stopper.dropped_blocks)
         self.documents: dict[int, dict[str, Any]] = {}
         self.current: int = 0
         self.true_id: int = 0
@@ -112,6 +115,7 @@ class _Watch:
         self.documents[self.true_id] = {
             "exit_layer": values["exit_layer"],
             **({"adainfer_features": traces[0].features} if traces[0].features is not None else {}),
+            **({"dropped_blocks": self.dropped_blocks} if self.dropped_blocks else {}),
             **({"exit_layers": [t.layers for t in traces]} if traces[0].layers is not None else {}),
         }
         if (top1 := self._top1(doc, instances)) is not None:
@@ -146,9 +150,9 @@ class _Watch:
 
 
 @contextmanager
-def _watched(task: Any, fingerprint: str) -> Iterator[_Watch]:
+def _watched(task: Any, model: AdaInferLM) -> Iterator[_Watch]:
     """Give this task instance our statistics, and take them away afterwards."""
-    watch = _Watch(task, fingerprint)
+    watch = _Watch(task, model)
     doc_iterator, process_results = task.doc_iterator, task.process_results
     aggregation, higher_is_better = task.aggregation, task.higher_is_better
 

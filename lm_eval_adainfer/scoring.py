@@ -340,7 +340,7 @@ class Engine:
 
     def trace(self, document: Document, fingerprint: str) -> ExitTrace:
         """The exit trace of a document that was run."""
-        layer, n_blocks = document.exit_layer, self.anatomy.n_blocks
+        layer = document.exit_layer
         assert layer is not None
         lengths = [len(row.tokens) for row in document.rows]
         deciders = [document.rows[i] for i in document.deciders] or document.rows
@@ -348,14 +348,14 @@ class Engine:
         scored = sum(row.scored for row in document.rows)
         return ExitTrace(
             exit_layer=layer,
-            n_blocks=n_blocks,
+            n_blocks=self.counter.n_whole,
             flops_ratio=self.counter.flops_ratio(layer, prompt),
             layers_run=layer + document.extra_block_tokens / sum(lengths),
             flops=sum(self.counter.blocks(layer, s) for s in lengths)
             + document.extra_flops
             + self.counter.head(document.head_rows)
             + self.counter.decisions(document.decisions),
-            flops_dense=sum(self.counter.blocks(n_blocks, s) for s in lengths) + self.counter.head(scored),
+            flops_dense=sum(self.counter.dense(s) for s in lengths) + self.counter.head(scored),
             fingerprint=fingerprint,
             features=tuple(document.logged) if self.logged_features else None,
         )
@@ -441,7 +441,7 @@ class Engine:
             depths = [n_blocks] * row.decision + exits
             for position, depth in enumerate(depths):
                 flops += count.blocks(depth, 1, position + 1)
-            dense += count.blocks(n_blocks, len(row.tokens)) + count.head(row.scored)
+            dense += count.dense(len(row.tokens)) + count.head(row.scored)
             checks = sum(sum(k < depth for k in self.schedule.blocks) for depth in exits)
             asked = sum(sum(k <= depth for k in self.schedule.blocks) for depth in exits)
             if features.needs_head(self.stopper.features):  # the exit's own check is its score
@@ -450,7 +450,7 @@ class Engine:
             eq2 += sum(count.flops_ratio(depth, row.decision + j + 1) for j, depth in enumerate(exits))
             layers += exits
         mean = sum(layers) / len(layers)
-        return ExitTrace(mean, n_blocks, eq2 / len(layers), mean, flops, dense, fingerprint)
+        return ExitTrace(mean, count.n_whole, eq2 / len(layers), mean, flops, dense, fingerprint)
 
 
 def available_features(anatomy: Anatomy) -> tuple[str, ...]:

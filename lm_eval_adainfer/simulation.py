@@ -33,6 +33,11 @@ def margins(
         AdaInferError: Where the trace lacks a feature or the strategy does not fit its model.
     """
     stopper.bind(meta["n_blocks"])
+    if stopper.removes_blocks:
+        raise AdaInferError(
+            f"stopper: {stopper.kind} takes blocks out of the model, which changes what all later ones see, so a trace "
+            "can't tell what it would do; run it with lm_eval --model adainfer"
+        )
     n_blocks, n = meta["n_blocks"], len(arrays["top_token"])
     if blocks is None:
         blocks = [k for k in range(1, n_blocks) if stopper.wants(k)]

@@ -3,20 +3,34 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from lm_eval_adainfer import container, paths
 from lm_eval_adainfer.errors import AdaInferError
 from lm_eval_adainfer.strategies.base import Stopper
-from lm_eval_adainfer.strategies.rules import FixedStopper, GapStopper, NoStopper
+from lm_eval_adainfer.strategies.crf import CRFStopper
+from lm_eval_adainfer.strategies.fitted import FittedStopper
+from lm_eval_adainfer.strategies.rules import (
+    FixedStopper,
+    GapStopper,
+    NoStopper,
+    PatienceStopper,
+    SaturationStopper,
+    SoftmaxStopper,
+)
+from lm_eval_adainfer.strategies.shortgpt import LastStopper, ShortGPTStopper
 from lm_eval_adainfer.strategies.svm import SVMStopper
 
 VERSION = 1
+# what a stopper file may hold; add a class here
+KINDS: dict[str, Callable[..., FittedStopper]] = {cls.kind: cls for cls in (SVMStopper, CRFStopper, ShortGPTStopper)}
+SPECS = ("none", "gap:0.8", "softmax:0.9", "saturation:0.98", "patience:3", "fixed:24", "shortgpt:last5")
 _logger = logging.getLogger(__name__)
 
 
-def save(stopper: SVMStopper, path: str | Path) -> None:
+def save(stopper: FittedStopper, path: str | Path) -> None:
     """Write a fitted stopper; the file is safetensors plus JSON whatever its extension.
 
     Raises:
@@ -26,7 +40,7 @@ def save(stopper: SVMStopper, path: str | Path) -> None:
     container.write(path, "stopper", VERSION, meta, stopper.arrays)
 
 
-def load(path: str | Path) -> SVMStopper:
+def load(path: str | Path) -> FittedStopper:
     """Read a stopper file; never executes code.
 
     Raises:
@@ -34,12 +48,12 @@ def load(path: str | Path) -> SVMStopper:
     """
     meta, arrays = container.read(path, "stopper", VERSION, "stopper")
     kind, parameters, info = meta.get("kind"), meta.get("parameters"), meta.get("info")
-    if kind != SVMStopper.kind:
-        raise AdaInferError(f"stopper: {path} holds a stopper of kind {kind!r}; this release knows svm")
+    if not isinstance(kind, str) or kind not in KINDS:
+        raise AdaInferError(f"stopper: {path} holds a stopper of kind {kind!r}; this release knows {', '.join(KINDS)}")
     if not isinstance(parameters, dict) or not isinstance(info, dict):
         raise AdaInferError(f"stopper: {path} is damaged or truncated (no parameters); make it again")
     try:
-        return SVMStopper(arrays, info=info, **parameters)
+        return KINDS[kind](arrays, info=info, **parameters)
     except AdaInferError:
         raise
     except (TypeError, ValueError, OverflowError) as error:
@@ -55,7 +69,8 @@ def parse(spec: Any) -> Stopper:
     """The strategy that ``stopper=`` names.
 
     Args:
-        spec: ``none`` (also None and ``""``), ``gap``, ``gap:0.8``, ``fixed:24``, a built-in name, the path of a
+        spec: ``none`` (also None and ``""``), ``gap``, ``gap:0.8``, ``softmax:0.9``, ``saturation:0.98``,
+            ``patience:3``, ``fixed:24``, ``shortgpt:last5``, ``shortgpt:bi:8:FILE``, a built-in name, the path of a
             stopper file, or a :class:`Stopper`.
 
     Raises:
@@ -69,23 +84,53 @@ def parse(spec: Any) -> Stopper:
     name, colon, value = text.partition(":")
     if name == "gap":
         return GapStopper(_number(value, text)) if colon else GapStopper()
+    if name == "softmax":
+        return SoftmaxStopper(_number(value, text))
+    if name == "saturation":
+        return SaturationStopper(_number(value, text))
+    if name == "patience":
+        if not value.strip().isdecimal() or int(value) < 1:
+            raise AdaInferError(f"stopper: {text!r} has no number of blocks of 1 or more; give patience:3, say")
+        return PatienceStopper(int(value))
     if name == "fixed":
         if not value.strip().isdecimal():
             raise AdaInferError(f"stopper: {text!r} has no block number; give fixed:24 to stop after block 24")
         return FixedStopper(int(value))
+    if name == "shortgpt":
+        return _shortgpt(value, text)
     if text in built_in() and not Path(text).exists():
         return load(built_in()[text])
     if not Path(text).exists() and not any(c in text for c in "./\\"):
-        names = ["none", "gap", "gap:0.8", "fixed:24", *built_in()]
+        names = [*SPECS, *built_in()]
         raise AdaInferError(f"stopper: {text!r} is neither a known strategy ({', '.join(names)}) nor a stopper file")
     return load(text)
+
+
+def _shortgpt(value: str, text: str) -> Stopper:
+    """``last5``, or ``bi:8:FILE`` with a file of ``adainfer influence``."""
+    if value.startswith("last") and value.removeprefix("last").isdecimal():
+        return LastStopper(int(value.removeprefix("last")))
+    how, _, rest = value.partition(":")
+    number, _, file = rest.partition(":")
+    if how != "bi" or not number.isdecimal() or not file:
+        raise AdaInferError(
+            f"stopper: {text!r} is neither shortgpt:last5, say, nor shortgpt:bi:8:FILE, where adainfer influence has "
+            "written FILE"
+        )
+    measured = load(file)
+    if not isinstance(measured, ShortGPTStopper):
+        raise AdaInferError(f"stopper: {file} holds a stopper of kind {measured.kind}; give one of adainfer influence")
+    return ShortGPTStopper(measured.arrays, int(number), measured.info)
 
 
 def _number(value: str, text: str) -> float:
     try:
         return float(value)
     except ValueError:
-        raise AdaInferError(f"stopper: {text!r} has no number after gap:; give a threshold between 0 and 1") from None
+        name = text.partition(":")[0]
+        raise AdaInferError(
+            f"stopper: {text!r} has no number after {name}:; give a threshold between 0 and 1, as in {name}:0.9"
+        ) from None
 
 
 def warn_if_foreign(stopper: Stopper, model: str, n_blocks: int, head_hash: str) -> None:

@@ -24,6 +24,8 @@ class Stopper(ABC):
     kind: str
     features: tuple[str, ...] = ()
     memory: int = 0
+    removes_blocks: bool = False  # whether ``dropped_blocks`` are to be taken out of the model
+    dropped_blocks: tuple[int, ...] = ()  # blocks that no document ever runs, known after :meth:`bind`
 
     @abstractmethod
     def margin(self, block: int, values: Tensor, memory: Tensor | None = None) -> Tensor:
@@ -106,7 +108,7 @@ class Schedule:
         if wanted and not self.blocks and not stopper.features:  # fixed:N must mean block N
             raise AdaInferError(
                 f"check_layers/min_layer: they leave out block {wanted[0]}, the only one after which "
-                f"stopper={stopper.kind}:{wanted[0]} stops"
+                f"stopper={stopper.kind} stops"
             )
 
     def describe(self) -> dict[str, Any]:

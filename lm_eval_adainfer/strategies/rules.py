@@ -1,4 +1,4 @@
-"""Strategies without fitting: run everything, stop at a large gap, stop after a given block."""
+"""Strategies without fitting: thresholds on what a block says or does, patience, or a given block."""
 
 from __future__ import annotations
 
@@ -37,16 +37,61 @@ class GapStopper(Stopper):
 
     def __init__(self, threshold: float = 0.8):
         if not 0.0 <= threshold <= 1.0:
-            raise AdaInferError(f"stopper: gap:{threshold:g} has no threshold between 0 and 1; the paper's is gap:0.8")
+            raise AdaInferError(
+                f"stopper: {self.kind}:{threshold:g} has no threshold between 0 and 1; give {self.kind}:0.8, say"
+            )
         self.threshold = threshold
 
     def margin(self, block: int, values: Tensor, memory: Tensor | None = None) -> Tensor:
-        """Gap minus threshold."""
+        """The one feature minus threshold."""
         return values[:, 0] - self.threshold
 
     def describe(self) -> dict[str, Any]:
         """Kind, features, threshold."""
         return {**super().describe(), "threshold": self.threshold}
+
+
+class SoftmaxStopper(GapStopper):
+    """``softmax:T``: CALM's softmax measure (arXiv 2207.07061, section 3.5): ``gap:T`` under its other name.
+
+    CALM lets T decay over a generated text; here it is constant, since a strategy knows the block, not the token.
+    """
+
+    kind = "softmax"
+
+
+class SaturationStopper(GapStopper):
+    """``saturation:T``: CALM's hidden-state saturation (section 3.5): stop when cos(block k, block k - 1) exceeds T.
+
+    It never reads the head. After block 1 the cosine is against the embedding output.
+    """
+
+    kind = "saturation"
+    features = ("cos_hidden",)
+
+
+class PatienceStopper(Stopper):
+    """``patience:k``: stop when k asked blocks in a row have the same top token (PABEE, arXiv 2006.04152).
+
+    PABEE counts how often a prediction was confirmed, so its patience t is k = t + 1 here.
+
+    Args:
+        blocks: k, 1 or more; 1 stops after the first asked block.
+    """
+
+    kind = "patience"
+    features = ("agreement",)
+
+    def __init__(self, blocks: int):
+        self.blocks = blocks
+
+    def margin(self, block: int, values: Tensor, memory: Tensor | None = None) -> Tensor:
+        """Agreement minus k, plus a half: both are whole numbers, and k is enough."""
+        return values[:, 0] - self.blocks + 0.5
+
+    def describe(self) -> dict[str, Any]:
+        """Kind, features, k."""
+        return {**super().describe(), "blocks": self.blocks}
 
 
 class FixedStopper(Stopper):

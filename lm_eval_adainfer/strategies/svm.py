@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +11,7 @@ from torch import Tensor
 
 from lm_eval_adainfer.errors import AdaInferError
 from lm_eval_adainfer.features import check_names
-from lm_eval_adainfer.strategies.base import Stopper
+from lm_eval_adainfer.strategies.fitted import FittedStopper
 
 if TYPE_CHECKING:
     from sklearn.svm import SVC
@@ -20,7 +19,7 @@ if TYPE_CHECKING:
 KERNELS = ("rbf", "linear", "poly", "sigmoid")
 
 
-class SVMStopper(Stopper):
+class SVMStopper(FittedStopper):
     """``svm``: stop when the decision function of a fitted two-class SVC is positive (class 1 = stop).
 
     Args:
@@ -141,14 +140,5 @@ class SVMStopper(Stopper):
         }
 
     def describe(self) -> dict[str, Any]:
-        """Kind, parameters and a hash of the arrays."""
-        digest = hashlib.sha256()
-        for name, array in self.arrays.items():
-            digest.update(name.encode() + array.tobytes())
-        return {
-            "kind": self.kind,
-            **self.parameters(),
-            "support_vectors": int(self.arrays["support_vectors"].shape[0]),
-            "arrays_sha256": digest.hexdigest()[:16],
-            "fitted_on": self.info,
-        }
+        """As every fitted strategy's, and how many support vectors there are."""
+        return {**super().describe(), "support_vectors": int(self.arrays["support_vectors"].shape[0])}
