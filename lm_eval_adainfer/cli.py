@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from lm_eval_adainfer import __version__
+from lm_eval_adainfer import __version__, laboratory
 from lm_eval_adainfer.errors import AdaInferError
 
 
@@ -110,6 +110,8 @@ def _parser() -> argparse.ArgumentParser:
     layers.add_argument("--stopper", "-s", required=True, help="as stopper= of lm_eval --model adainfer")
     layers.add_argument("--count", "-n", type=int, help="at most so many blocks (default: as many as pay)")
     layers.set_defaults(run=_layers)
+
+    laboratory.add_commands(commands, how)
     return parser
 
 
