@@ -49,13 +49,19 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=how,
         help="record every block's features on training documents",
         description="Run a dense pass over documents and record every block's features, top token and scores: one "
-        ".trace file per task. A document is never among its own shots. Finished tasks are kept when interrupted.",
+        ".trace file per task and number of shots. A document is never among its own shots. What is finished is kept when "
+        "interrupted, and the same command goes on from there.",
         epilog="example: adainfer trace --model_args pretrained=adainfer-demo,dtype=float32 "
         "--tasks adainfer_demo --num_fewshot 3 --limit 300 -o traces/",
     )
     trace.add_argument("--model_args", "-a", required=True, help="as lm_eval's: pretrained=...,dtype=...")
     trace.add_argument("--tasks", "-t", required=True, help="task or group names, separated by commas")
-    trace.add_argument("--num_fewshot", "-f", type=int, help="shots per document (default: the task's own)")
+    trace.add_argument(
+        "--num_fewshot",
+        "-f",
+        type=_shots,
+        help="shots per document, or several numbers: 0,5,10,15,20 makes a file each (default: the task's own)",
+    )
     trace.add_argument(
         "--split",
         default="train",
@@ -113,6 +119,12 @@ def _parser() -> argparse.ArgumentParser:
 
     laboratory.add_commands(commands, how)
     return parser
+
+
+def _shots(text: str) -> int | list[int]:
+    """One number, or several separated by commas."""
+    numbers = [int(part) for part in text.split(",")]
+    return numbers[0] if len(numbers) == 1 else numbers
 
 
 def _layers(arguments: argparse.Namespace) -> None:
