@@ -70,7 +70,8 @@ def _walk(
     recorded = [name for name in names if name in features.RECORDED]
     needed = [*recorded, *(["top_prob"] if features.needs_past(names) else [])]
     if missing := [name for name in needed if name not in meta["features"]]:
-        raise AdaInferError(f"features: a trace of {meta['task']} has no {missing[0]}; trace again")
+        known = ", ".join(meta["features"])
+        raise AdaInferError(f"features: the trace of {meta['task']} has no {missing[0]}; it has {known}")
     number = {name: meta["features"].index(name) for name in needed}
     table, top = torch.from_numpy(arrays["features"]), torch.from_numpy(arrays["top_token"])
     nothing = torch.zeros(len(top))

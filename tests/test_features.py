@@ -1,7 +1,8 @@
-"""The five features against a slow, obvious computation: one row at a time, plain hooks, parts named by hand."""
+"""The features against a slow, obvious computation: one row at a time, plain hooks, parts named by hand."""
 
 from __future__ import annotations
 
+import math
 from operator import attrgetter
 
 import pytest
@@ -10,7 +11,7 @@ from conftest import make_model
 from reference import instance
 from test_model import Scripted, lm_of, requests
 
-from lm_eval_adainfer.features import FEATURES
+from lm_eval_adainfer.features import FEATURES, RECORDED
 from lm_eval_adainfer.strategies.base import Stopper
 from lm_eval_adainfer.tracing import Recorder
 
@@ -64,10 +65,20 @@ def slow_features(model, family, context):
             handle.remove()
         head = [model.get_output_embeddings()(attrgetter(norm)(model)(h)) for h in seen["out"]]
     found = {name: [] for name in FEATURES}
+    tokens = []
     for k, logits in enumerate(head):
         first, second = sorted(logits.float().softmax(-1).tolist(), reverse=True)[:2]
         found["gap"].append(first - second)
         found["top_prob"].append(first)
+        p = logits.double().softmax(-1)
+        found["entropy"].append((-(p * p.log()).sum() / math.log(len(p))).item())
+        tokens.append(logits.argmax().item())
+        run = 1
+        while run <= k and tokens[k - run] == tokens[k]:
+            run += 1
+        found["agreement"].append(run)
+        found["depth"].append((k + 1) / len(head))
+        found["top_prob_change"].append(first - found["top_prob"][k - 1] if k else 0.0)
         found["cos_hidden"].append(cosine(seen["out"][k], seen["out"][k - 1] if k else seen["in"][0]))
         found["cos_attn"].append(cosine(seen["attn"][k], seen["attn"][k - 1]) if k else 0.0)
         found["cos_mlp"].append(cosine(seen["mlp"][k], seen["mlp"][k - 1]) if k else 0.0)
@@ -85,7 +96,7 @@ def contexts_of(lm, asked):
 
 
 class Watching(Stopper):
-    """Reads all five features, exits by a rule of the block and the values, and keeps what it was shown."""
+    """Reads all features, exits by a rule of the block and the values, and keeps what it was shown."""
 
     kind = "watching"
     features = tuple(FEATURES)
@@ -114,7 +125,7 @@ def test_logged_features_are_the_slow_ones_while_documents_leave_around_them(fam
             depth = int(trace.exit_layer)
             assert seen["layer"] == list(range(1, depth + 1))
             expected = slow_features(model, family, context)
-            for name in FEATURES:
+            for name in RECORDED:
                 assert seen[name] == pytest.approx(expected[name][:depth], abs=2e-5), (doc, name)
             assert seen["cos_attn"][0] == seen["cos_mlp"][0] == 0.0
 
@@ -146,7 +157,7 @@ def test_the_recorder_keeps_the_slow_features_of_every_block(family, tokenizer):
     recorder = Recorder(lm)
     lm.run_documents = recorder.run
     lm.loglikelihood(asked, True)
-    assert recorder.names == tuple(FEATURES)
+    assert recorder.names == tuple(RECORDED)
     contexts = contexts_of(lm, asked)
     assert len(recorder.records) == len(contexts)
     for first, record in recorder.records.items():

@@ -227,15 +227,16 @@ def test_rolling_scores_every_token_at_its_own_block(tokenizer, stopper):
             assert (answer.trace.flops_ratio < 1) == (answer.trace.exit_layer < 5)
 
 
-def test_generation_runs_dense_and_says_so(tokenizer):
+def test_generation_can_be_dense_and_says_so(tokenizer, caplog):
     model = make_model("llama", vocab_size=257)
     asked = [
         instance(t, {"until": ["\n"], "max_gen_toks": 5}, n, kind="generate_until")
         for n, t in enumerate(["ab", "cde f"])
     ]
     stock = HFLM(pretrained=model, tokenizer=tokenizer, max_length=64, batch_size=2).generate_until(asked, True)
-    ours = lm_of(model, tokenizer, stopper="gap:0.1", batch_size=2).generate_until(asked, True)
+    ours = lm_of(model, tokenizer, stopper="gap:0.1", batch_size=2, generation="dense").generate_until(asked, True)
     assert ours == stock
+    assert "generation=dense" in caplog.text
     assert {a.trace.exit_layer for a in ours} == {5} and {a.trace.pruning_ratio for a in ours} == {0}
 
 

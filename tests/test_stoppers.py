@@ -157,7 +157,7 @@ def test_as_many_names_as_features():
 def test_unknown_feature_names_are_refused_with_the_known_ones():
     x, y = data(0, 2)
     svc = SVC().fit(x, y)
-    refused(lambda: SVMStopper.from_sklearn(svc, ["gap", "entropy"]), "stopper", "entropy", *FEATURES)
+    refused(lambda: SVMStopper.from_sklearn(svc, ["gap", "perplexity"]), "stopper", "perplexity", *FEATURES)
 
 
 def test_unknown_kernels_are_refused_with_the_known_ones():

@@ -115,13 +115,13 @@ def test_a_trace_is_the_slow_recomputation_of_every_block(kind, lm, model, tmp_p
     task = make_task(**KINDS[kind])
     _, meta, arrays = traced(lm, task, tmp_path)
     docs = task.dataset["train"]
-    assert meta["features"] == ["gap", "top_prob", "cos_attn", "cos_mlp", "cos_hidden"]
+    assert meta["features"] == ["gap", "top_prob", "entropy", "cos_attn", "cos_mlp", "cos_hidden"]
     assert (meta["documents"], meta["task"], meta["split"], meta["n_blocks"]) == (9, "toy", "train", 5)
 
     expected = [(doc_id, context) for doc_id, contexts in prompts(task).items() for context in contexts]
     n, width = len(expected), 3 if kind not in ("loglikelihood", "many inputs") else 1
     assert {name: (a.shape, a.dtype.name) for name, a in arrays.items()} == {
-        "features": ((n, 5, 5), "float32"),
+        "features": ((n, 5, 6), "float32"),
         "top_token": ((n, 5), "int32"),
         "scores": ((n, 5, width), "float32"),
         "request": ((n, width), "int16"),
@@ -129,6 +129,7 @@ def test_a_trace_is_the_slow_recomputation_of_every_block(kind, lm, model, tmp_p
         "gold_token": ((n,), "int32"),
         "prompt_tokens": ((n,), "int32"),
         "doc_id": ((n,), "int64"),
+        "position": ((n,), "int32"),
     }
     assert arrays["doc_id"].tolist() == [doc_id for doc_id, _ in expected]
     for row, (doc_id, text) in enumerate(expected):
@@ -393,10 +394,10 @@ def test_a_trace_does_not_depend_on_the_models_stopper_or_batch_size(lm, model, 
         np.testing.assert_allclose(arrays[name], again[name], rtol=1e-5, atol=1e-4)
 
 
-def test_generation_tasks_are_refused_before_any_other_is_traced(lm, tmp_path):
+def test_rolling_tasks_are_refused_before_any_other_is_traced(lm, tmp_path):
     good = make_task(name="good")
-    bad = make_task(name="bad", output_type="generate_until", doc_to_choice=None, doc_to_target="{{question}}")
-    refused(lambda: tracing.trace(lm, {"good": good, "bad": bad}, tmp_path), "tasks", "bad", "generate_until")
+    bad = make_task(name="bad", output_type="loglikelihood_rolling", doc_to_choice=None, doc_to_target="{{question}}")
+    refused(lambda: tracing.trace(lm, {"good": good, "bad": bad}, tmp_path), "tasks", "bad", "loglikelihood_rolling")
     assert not list(tmp_path.iterdir())
 
 
@@ -416,13 +417,22 @@ def write_trace(path, top, gold_token, features=None, names=("gap", "top_prob"),
     top = np.array(top, dtype=np.int32)
     if features is None:
         features = np.random.default_rng(0).uniform(size=(*top.shape, len(names))).astype(np.float32)
-    base = {"model": "m", "n_blocks": top.shape[1], "head_hash": "h", "task": "t", "num_fewshot": 0, "split": "train"}
+    base = {"model": "m", "n_blocks": top.shape[1], "head_hash": "h", "task": "t", "num_fewshot": 0, "split": "train",
+            "output_type": "multiple_choice", "hidden_size": 8, "vocab_size": 16,
+            "block_weights": [100] * top.shape[1]}  # fmt: skip
+    zeros = np.zeros(len(top), dtype=np.int32)
     container.write(
         path,
         "trace",
         tracing.VERSION,
         {**base, "documents": len(top), "features": list(names), **meta},
-        {"features": features, "top_token": top, "gold_token": np.array(gold_token, dtype=np.int32)},
+        {
+            "features": features,
+            "top_token": top,
+            "gold_token": np.array(gold_token, dtype=np.int32),
+            "prompt_tokens": zeros + 5,
+            "position": zeros,
+        },
     )
     return path
 
@@ -479,7 +489,7 @@ def test_unusable_traces_are_one_sentence(tmp_path):
     agree = write_trace(tmp_path / "agree.trace", [[4, 4], [4, 4]], [5, 5])
     refused(lambda: fitting.fit_svm([agree]), "traces", "stop")
     refused(lambda: fitting.fit_svm([agree], label="gold"), "traces", "go on")
-    refused(lambda: fitting.fit_svm([good], features=["cos_attn"]), "features", "good.trace", "cos_attn", "gap")
+    refused(lambda: fitting.fit_svm([good], features=["cos_attn"]), "features", "cos_attn", "gap")
     refused(lambda: fitting.fit_svm([good], features=["entropy"]), "features", "entropy")
     refused(lambda: fitting.fit_svm([good], label="best"), "label", "best", "final")
     refused(lambda: fitting.fit_svm([good], max_examples=1), "max_examples", "1")
