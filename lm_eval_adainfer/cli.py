@@ -148,29 +148,10 @@ def _layers(arguments: argparse.Namespace) -> None:
 
 
 def _trace(arguments: argparse.Namespace) -> None:
-    from lm_eval.tasks import TaskManager
-    from lm_eval.utils import simple_parse_args_string
-
     from lm_eval_adainfer import tracing
-    from lm_eval_adainfer.model import AdaInferLM
-    from lm_eval_adainfer.registration import install
 
     tracing.check_arguments(arguments.split, arguments.limit, arguments.num_fewshot)
-    if arguments.include_path and not Path(arguments.include_path).is_dir():
-        raise AdaInferError(f"include_path: {arguments.include_path} is no folder; give one that holds task YAMLs")
-    install()
-    manager = TaskManager(include_path=arguments.include_path)
-    tasks = load_tasks(manager, [name for name in arguments.tasks.split(",") if name])
-    options: dict[str, Any] = simple_parse_args_string(arguments.model_args)
-    options.setdefault("batch_size", arguments.batch_size)
-    if arguments.device:
-        options["device"] = arguments.device
-    try:
-        lm = AdaInferLM(**options)
-    except (AttributeError, OSError, TypeError, ValueError) as error:  # transformers' words for what it can't load
-        if isinstance(error, AdaInferError):
-            raise
-        raise AdaInferError(f"model_args: {str(error).splitlines()[0] if str(error) else repr(error)}") from error
+    lm, tasks = load_model_and_tasks(arguments)
     files = tracing.trace(
         lm,
         tasks,
@@ -183,6 +164,35 @@ def _trace(arguments: argparse.Namespace) -> None:
     )
     for file in files:
         print(file)
+
+
+def load_model_and_tasks(arguments: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
+    """The model and the tasks that ``model_args``, ``tasks``, ``include_path``, ``batch_size`` and ``device`` name.
+
+    Raises:
+        AdaInferError: Where one can't be loaded.
+    """
+    from lm_eval.tasks import TaskManager
+    from lm_eval.utils import simple_parse_args_string
+
+    from lm_eval_adainfer.model import AdaInferLM
+    from lm_eval_adainfer.registration import install
+
+    if arguments.include_path and not Path(arguments.include_path).is_dir():
+        raise AdaInferError(f"include_path: {arguments.include_path} is no folder; give one that holds task YAMLs")
+    install()
+    manager = TaskManager(include_path=arguments.include_path)
+    tasks = load_tasks(manager, [name for name in arguments.tasks.split(",") if name])
+    options: dict[str, Any] = simple_parse_args_string(arguments.model_args)
+    options.setdefault("batch_size", arguments.batch_size)
+    if arguments.device:
+        options["device"] = arguments.device
+    try:
+        return AdaInferLM(**options), tasks
+    except (AttributeError, OSError, TypeError, ValueError) as error:  # transformers' words for what it can't load
+        if isinstance(error, AdaInferError):
+            raise
+        raise AdaInferError(f"model_args: {str(error).splitlines()[0] if str(error) else repr(error)}") from error
 
 
 def load_tasks(manager: Any, names: list[str]) -> dict[str, Any]:

@@ -80,12 +80,19 @@ class Trace:
 
     @cached_property
     def answers(self) -> np.ndarray:
-        """[D, L], what would be answered after every block: the choice of best score, or else the top token."""
+        """[D, L], what would be answered after every block, as a number that is equal where the answers are.
+
+        The choice of best score; without choices the top token, and whether greedy decoding gives the gold answer
+        (a trace does not hold what else it might give).
+        """
         if self.meta["output_type"] == "multiple_choice":
             return self.scores.argmax(axis=-1)  # the first of equals, as lm-eval takes it
         first = np.zeros(len(self.doc_ids), dtype=int)
         first[self.document[::-1]] = np.arange(len(self.document))[::-1]
-        return self.arrays["top_token"][first]
+        top = self.arrays["top_token"].astype(np.int64)
+        if "greedy" in self.arrays and not self.generated:
+            top = 2 * top + self.arrays["greedy"][:, :, 0]
+        return top[first]
 
     @cached_property
     def right(self) -> np.ndarray:
@@ -155,15 +162,13 @@ def load(files: Sequence[str | Path], split: str | None = None) -> list[Trace]:
             raise AdaInferError(
                 f"traces: {file} holds NaN or infinite features; trace in a dtype that does not overflow"
             )
-        if "scores" in arrays and np.isnan(arrays["scores"][(arrays["request"] >= 0)[:, None].repeat(
-                meta["n_blocks"], 1)]).any():  # fmt: skip
+        if missing := [name for name in ("scores", "request", "gold", "doc_id") if name not in arrays]:
+            raise AdaInferError(f"traces: {file} is incomplete: it has no array {missing[0]}; trace again")
+        if np.isnan(arrays["scores"].transpose(0, 2, 1)[arrays["request"] >= 0]).any():
             raise AdaInferError(f"traces: {file} holds NaN scores; trace in a dtype that does not overflow")
         if meta["output_type"] == "generate_until":
-            doc_ids, document = arrays.get("doc_id", np.arange(len(arrays["top_token"]))), None
-            document = np.arange(len(doc_ids))
+            doc_ids, document = arrays["doc_id"], np.arange(len(arrays["top_token"]))
         else:
-            if missing := [name for name in ("scores", "request", "gold", "doc_id") if name not in arrays]:
-                raise AdaInferError(f"traces: {file} is incomplete: it has no array {missing[0]}; trace again")
             doc_ids, document = np.unique(arrays["doc_id"], return_inverse=True)
         trace = Trace(file, meta, arrays, document, doc_ids)
         first = first or trace
@@ -394,7 +399,7 @@ def replay(
     n_blocks = traces[0].n_blocks
     for spec in stoppers:
         strategy = parse(spec, n_blocks)
-        name = strategy.kind if isinstance(spec, Stopper) else str(spec).strip()
+        name = spec.kind if isinstance(spec, Stopper) else str(spec).strip()
         if isinstance(strategy, Stopper):
             warn(strategy, traces)
         if sweep and (isinstance(strategy, str) or not strategy.features):

@@ -118,8 +118,9 @@ def test_replay_is_the_real_run_of_the_demo_model(name, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["adainfer_sst2", "adainfer_ag_news", "adainfer_word_landmark_country"])
 def test_replay_is_the_real_run_of_a_small_real_model(name, shared, hub, tmp_path, monkeypatch):
-    for key, value in hub.items():
-        monkeypatch.setenv(key, value)
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(Path(hub["HF_HOME"]) / "datasets"))
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+    monkeypatch.setenv("ADAINFER_DATA", str(shared / "hf" / "function_vectors"))
     manager = TaskManager(include_path=str(paths.task_configs()), include_defaults=False)
     task = cli.load_tasks(manager, [name])[name]
     options = {"pretrained": str(shared / "models" / "llama-16x128"), "batch_size": 16, "device": "cpu"}
