@@ -9,6 +9,7 @@ drawn | all | same | others | other_model, features: [...], label: ..., threshol
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -195,7 +196,7 @@ class _Fits:
             if not files:
                 raise AdaInferError(f"other_model: {self.other} holds no training traces; trace with --split train")
             return files, f"The other model's training sets are {', '.join(f.stem for f in files)}."
-        own = [f for f in self.train if f.stem.startswith(f"{task}_") and f.stem[len(task) + 1 :][:1].isdigit()]
+        own = [f for f in self.train if re.fullmatch(rf"{re.escape(task)}_\d+shot_train", f.stem)]
         if train == "same":
             return own, "Intra-task: each task's stopper is fitted on its own training set."
         if train == "others":
