@@ -49,8 +49,8 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=how,
         help="record every block's features on training documents",
         description="Run a dense pass over documents and record every block's features, top token and scores: one "
-        ".trace file per task and number of shots. A document is never among its own shots. What is finished is kept when "
-        "interrupted, and the same command goes on from there.",
+        ".trace file per task and number of shots. A document is never among its own shots. What is finished is kept "
+        "when interrupted, and the same command goes on from there.",
         epilog="example: adainfer trace --model_args pretrained=adainfer-demo,dtype=float32 "
         "--tasks adainfer_demo --num_fewshot 3 --limit 300 -o traces/",
     )

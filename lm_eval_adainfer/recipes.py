@@ -137,6 +137,8 @@ def table(
     fitted = _Fits(train, seed, other_model, notes)
     rows: list[dict[str, Any]] = []
     tasks = list(dict.fromkeys(t.meta["task"] for t in test if not t.generated))
+    if not tasks:
+        raise AdaInferError("tasks: generated text has no answers to tabulate; give tasks with choices or one answer")
     margins: dict[str, dict[Any, Any]] = {}
     for name, how in recipe.stoppers.items():
         try:
@@ -145,6 +147,8 @@ def table(
             }
         except AdaInferError as error:  # one strategy that can't be had does not spoil the others
             notes.append(f"{name}: left out ({error})")
+    if not margins:
+        raise AdaInferError(f"recipe: none of its strategies can be had; {notes[0]}")
     for task in [*tasks, "pooled"] if len(tasks) > 1 else tasks:
         for few in (False, True):
             members = [t for t in test if task in ("pooled", t.meta["task"]) and (t.meta["num_fewshot"] > 0) == few]

@@ -58,7 +58,7 @@ META = (
 )  # fmt: skip
 SPLITS = ("train", "test")
 OUTPUT_TYPES = ("loglikelihood", "multiple_choice", "generate_until")
-PART_DOCUMENTS = 64  # a killed run loses at most so many finished ones
+PART_DOCUMENTS = 128  # a killed run loses at most so many finished ones
 _FIT_PERCENT = 30
 _logger = logging.getLogger(__name__)
 

@@ -25,10 +25,9 @@ def tracer(tmp_path):
             for n in shots:
                 rng = np.random.default_rng([len(task), n, TASKS.index(task), split == "train"])
                 top = rng.integers(0, 2, (12, 5))
-                files.append(
-                    write(tmp_path / "traces" / f"{task}_{n}shot_{split}.trace", rng.uniform(size=(12, 5, 2)), top,
-                          scores=rng.normal(size=(12, 5, 2)), task=task, num_fewshot=n, split=split)  # fmt: skip
-                )
+                path = tmp_path / "traces" / f"{task}_{n}shot_{split}.trace"
+                scores, meta = rng.normal(size=(12, 5, 2)), {"task": task, "num_fewshot": n, "split": split}
+                files.append(write(path, rng.uniform(size=(12, 5, 2)), top, scores=scores, **meta))
         return files
 
     return make
@@ -130,6 +129,14 @@ def test_a_strategy_that_cannot_be_had_is_named_and_left_out(tracer, tmp_path):
     assert {r["stopper"] for r in csv.DictReader(files[1].open())} == {"dense"}
     for name, why in (("inter-model", "other_model"), ("forest", "'forest'"), ("bi", "can't be replayed")):
         assert any(line.startswith(f"- {name}: left out") and why in line for line in text.splitlines())
+
+
+def test_a_recipe_without_anything_to_show_is_refused(tracer, tmp_path):
+    none = a_recipe(stoppers={"bi": "shortgpt:bi:2"})
+    refused(lambda: recipes.run(none, tracer, tmp_path / "out"), "recipe", "bi", "can't be replayed")
+    text = write(tmp_path / "g.trace", np.ones((2, 5, 2)), np.zeros((2, 5)), output_type="generate_until")
+    refused(lambda: recipes.run(a_recipe(), lambda *_: [text], tmp_path / "out"), "tasks", "generated text")
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("with_matplotlib", [True, False])
