@@ -138,8 +138,8 @@ def _layers(arguments: argparse.Namespace) -> None:
         print(f"{k:5d}  {share:6.1%} {'#' * round(60 * share)}{'  <- check' if k in chosen.blocks else ''}")
     for name, choice in (("all", everywhere), ("chosen", chosen)):
         print(
-            f"{name}: exit_layer {choice.exit_layer:.2f}, {choice.checks:.2f} checks a decision, cost {choice.cost:.3f} "
-            f"of dense, same token as the last block {choice.agreement:.1%} (simulated)"
+            f"{name}: exit_layer {choice.exit_layer:.2f}, {choice.checks:.2f} checks a decision, cost {choice.cost:.3f}"
+            f" of dense, same token as the last block {choice.agreement:.1%} (simulated)"
         )
     if chosen.blocks:
         print(f"check_layers={'+'.join(map(str, chosen.blocks))}")
