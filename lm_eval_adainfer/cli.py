@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from lm_eval_adainfer import __version__
+from lm_eval_adainfer import __version__, laboratory
 from lm_eval_adainfer.comparison.commands import add_parsers as add_comparison_parsers
 from lm_eval_adainfer.errors import AdaInferError
 
@@ -49,13 +49,19 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=how,
         help="record every block's features on training documents",
         description="Run a dense pass over documents and record every block's features, top token and scores: one "
-        ".trace file per task. A document is never among its own shots. Finished tasks are kept when interrupted.",
+        ".trace file per task and number of shots. A document is never among its own shots. What is finished is kept "
+        "when interrupted, and the same command goes on from there.",
         epilog="example: adainfer trace --model_args pretrained=adainfer-demo,dtype=float32 "
         "--tasks adainfer_demo --num_fewshot 3 --limit 300 -o traces/",
     )
     trace.add_argument("--model_args", "-a", required=True, help="as lm_eval's: pretrained=...,dtype=...")
     trace.add_argument("--tasks", "-t", required=True, help="task or group names, separated by commas")
-    trace.add_argument("--num_fewshot", "-f", type=int, help="shots per document (default: the task's own)")
+    trace.add_argument(
+        "--num_fewshot",
+        "-f",
+        type=_shots,
+        help="shots per document, or several numbers: 0,5,10,15,20 makes a file each (default: the task's own)",
+    )
     trace.add_argument(
         "--split",
         default="train",
@@ -111,8 +117,9 @@ def _parser() -> argparse.ArgumentParser:
     layers.add_argument("--stopper", "-s", required=True, help="as stopper= of lm_eval --model adainfer")
     layers.add_argument("--count", "-n", type=int, help="at most so many blocks (default: as many as pay)")
     layers.set_defaults(run=_layers)
-    add_comparison_parsers(commands)
     _influence_parser(commands)
+    laboratory.add_commands(commands, how)
+    add_comparison_parsers(commands)
     return parser
 
 
@@ -189,6 +196,12 @@ def _crf_parser(kinds: Any) -> None:
     )
     crf.add_argument("--output", "-o", required=True, help="the stopper file (safetensors, whatever its extension)")
     crf.set_defaults(run=_fit_crf)
+
+
+def _shots(text: str) -> int | list[int]:
+    """One number, or several separated by commas."""
+    numbers = [int(part) for part in text.split(",")]
+    return numbers[0] if len(numbers) == 1 else numbers
 
 
 def _layers(arguments: argparse.Namespace) -> None:

@@ -8,18 +8,24 @@ C requests per context (none in generated text):
 features         [N, L, F] float32  the features after every block at the decision position
 top_token        [N, L] int32       the full vocabulary's top token there
 scores           [N, L, C] float32  log-probability of each request's continuation, NaN beyond the last
+greedy           [N, L, C] uint8    1 where greedy decoding after that block gives the whole continuation
 request          [N, C] int16       which request of the document that is, -1 beyond the last
+right            [N, C] uint8       1 where that request is a right answer (a task may have several)
 gold             [N] int16          the gold request, -1 where there is none
 gold_token       [N] int32          the first token of the gold answer, -1 where there is none
 prompt_tokens    [N] int32          tokens up to the decision, after truncation
 position         [N] int32          index among the new tokens of a generated text, else 0
 doc_id           [N] int64          the document's index in its split
 ===============  =================  =====================================================================
+
+While a file is being made, its finished documents lie in parts beside it (a folder, removed at the end), so a killed
+run goes on from there. ``docs/traces.md`` describes the file for other programs.
 """
 
 from __future__ import annotations
 
 import logging
+import shutil
 from collections import defaultdict, deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -52,6 +58,7 @@ META = (
 )  # fmt: skip
 SPLITS = ("train", "test")
 OUTPUT_TYPES = ("loglikelihood", "multiple_choice", "generate_until")
+PART_DOCUMENTS = 128  # a killed run loses at most so many finished ones
 _FIT_PERCENT = 30
 _logger = logging.getLogger(__name__)
 
@@ -59,10 +66,11 @@ _logger = logging.getLogger(__name__)
 class Recorder:
     """Runs documents dense and keeps every block's features, top token and scores; takes the engine's place."""
 
-    def __init__(self, lm: AdaInferLM):
+    def __init__(self, lm: AdaInferLM, progress: Any = None):
         self.engine = lm.engine
         self.names = available_features(lm.anatomy)
         self.parts = features.needed_parts(self.names)
+        self.progress = progress
         self.records: dict[int, dict[str, Any]] = {}  # id of a document's first request -> its record
 
     @torch.no_grad()
@@ -73,6 +81,8 @@ class Recorder:
         rows = [(document, i) for document in documents for i in range(len(document.rows))]
         for start in range(0, len(rows), batch_size):
             self._forward(rows[start : start + batch_size])
+        if self.progress is not None:
+            self.progress.update(len(documents))
 
     def _forward(self, flow: Sequence[tuple[Document, int]]) -> None:
         anatomy, n_blocks = self.engine.anatomy, self.engine.anatomy.n_blocks
@@ -102,7 +112,9 @@ class Recorder:
             )
             for (document, _), row in zip(flow, rows, strict=True):
                 for answer in row.answers:
-                    self._record(document)["scores"].setdefault(answer.request, []).append(answer.logprob)
+                    record = self._record(document)
+                    record["scores"].setdefault(answer.request, []).append(answer.logprob)
+                    record["greedy"].setdefault(answer.request, []).append(answer.is_greedy)
             return torch.empty(0, dtype=torch.long) if k == n_blocks else None
 
         run_blocks(anatomy, self.engine.pad([d.rows[i].tokens for d, i in flow]), after_block, self.parts)
@@ -115,6 +127,7 @@ class Recorder:
                 "features": [[] for _ in document.deciders],
                 "top": [[] for _ in document.deciders],
                 "scores": {},
+                "greedy": {},
             }
         return self.records[key]
 
@@ -192,19 +205,19 @@ def trace(
     lm: AdaInferLM,
     tasks: dict[str, Any],
     output: str | Path,
-    num_fewshot: int | None = None,
+    num_fewshot: int | Sequence[int] | None = None,
     split: str = "train",
     limit: int | None = None,
     seed: int = 0,
     fewshot_seed: int = 1234,
 ) -> list[Path]:
-    """Trace tasks, a file each, written when the task is done; files of an earlier, equal call are kept.
+    """Trace tasks, a file for each and each number of shots; what an earlier, equal call finished is kept.
 
     Args:
         lm: The model; its stopper does not matter.
         tasks: Name to lm-eval task, as ``TaskManager.load(...)["tasks"]``.
         output: The folder.
-        num_fewshot: Shots per document; None takes the task's own number.
+        num_fewshot: Shots per document, or several such numbers; None takes the task's own.
         split: ``train``: the task's training split, or, where it has none, the 30% of its evaluation documents that a
             fixed hash sets apart for fitting. ``test``: its evaluation documents without these.
         limit: At most so many documents, drawn with ``seed``.
@@ -221,62 +234,138 @@ def trace(
     for name, task in tasks.items():
         if task.OUTPUT_TYPE not in OUTPUT_TYPES:
             raise AdaInferError(f"tasks: {name} is a {task.OUTPUT_TYPE} task; traced are {', '.join(OUTPUT_TYPES)}")
-    files, model = [], model_identity(lm)
-    for name, task in tasks.items():
-        shots = num_fewshot if num_fewshot is not None else task.get_config("num_fewshot") or 0
-        path = Path(output) / f"{name}_{shots}shot_{split}.trace"
-        files.append(path)
-        with _documents_of(task, name, split, limit, seed, shots) as doc_ids:
-            task.set_fewshot_seed(seed=fewshot_seed)
-            task.build_all_requests(limit=None, rank=0, world_size=1)
-            identity = {
-                **model,
-                "task": name,
-                "output_type": task.OUTPUT_TYPE,
-                "task_version": str(task.VERSION),
-                "num_fewshot": shots,
-                "split": split,
-                "limit": limit,
-                "seed": seed,
-                "fewshot_seed": fewshot_seed,
-                "requests": f"{stable_hash(*(text for i in task.instances for text in i.args)):x}"[:16],
+    files: list[Path] = []
+    model = model_identity(lm)
+    numbers = list(num_fewshot) if isinstance(num_fewshot, Sequence) else [num_fewshot]
+    for asked in numbers:
+        for name, task in tasks.items():
+            shots = asked if asked is not None else task.get_config("num_fewshot") or 0
+            path = Path(output) / f"{name}_{shots}shot_{split}.trace"
+            files.append(path)
+            if len(numbers) > 1:
+                _logger.info("%s: file %d of %d", path, len(files), len(numbers) * len(tasks))
+            with _documents_of(task, name, split, limit, seed, shots) as doc_ids:
+                task.set_fewshot_seed(seed=fewshot_seed)
+                task.build_all_requests(limit=None, rank=0, world_size=1)
+                identity = {
+                    **model,
+                    "task": name,
+                    "output_type": task.OUTPUT_TYPE,
+                    "task_version": str(task.VERSION),
+                    "num_fewshot": shots,
+                    "split": split,
+                    "limit": limit,
+                    "seed": seed,
+                    "fewshot_seed": fewshot_seed,
+                    "requests": f"{stable_hash(*(text for i in task.instances for text in i.args)):x}"[:16],
+                }
+                if path.exists():
+                    found, _ = read(path)
+                    different = [key for key, value in identity.items() if found.get(key) != value]
+                    if different:
+                        raise AdaInferError(
+                            f"output: {path} was made with other settings ({different[0]} was "
+                            f"{found.get(different[0])!r}, not {identity[different[0]]!r}); give another folder"
+                        )
+                    _logger.info("%s is there already, made with the same settings", path)
+                    continue
+                arrays = _in_parts(lm, task, name, path, identity, doc_ids)
+            meta = {
+                **identity,
+                "features": list(available_features(lm.anatomy)),
+                "documents": len(doc_ids),
+                "block_hidden_size": lm.anatomy.block_hidden_size,
+                "version": __version__,
             }
-            if path.exists():
-                found, _ = read(path)
-                different = [key for key, value in identity.items() if found.get(key) != value]
-                if different:
-                    raise AdaInferError(
-                        f"output: {path} was made with other settings ({different[0]} was {found.get(different[0])!r}, "
-                        f"not {identity[different[0]]!r}); give another folder"
-                    )
-                _logger.info("%s is there already, made with the same settings", path)
-                continue
-            if task.OUTPUT_TYPE == "generate_until":
-                texts = TextRecorder(lm)
-                with texts.listening():
-                    lm.generate_until(task.instances)
-                names, arrays = texts.names, _text_arrays(name, texts.records(task.instances), doc_ids)
-            else:
-                recorder = Recorder(lm)
-                before, lm.run_documents = lm.run_documents, recorder.run
-                try:
-                    lm.loglikelihood(task.instances)
-                finally:
-                    lm.run_documents = before
-                names, arrays = recorder.names, _arrays(task, recorder, doc_ids)
-        meta = {**identity, "features": list(names), "documents": len(doc_ids), "version": __version__}
-        container.write(path, "trace", VERSION, meta, arrays)
+            container.write(path, "trace", VERSION, meta, arrays)
+            shutil.rmtree(_parts_folder(path), ignore_errors=True)
     return files
 
 
-def check_arguments(split: str, limit: int | None, num_fewshot: int | None) -> None:
+def _parts_folder(path: Path) -> Path:
+    return path.with_name(f"{path.name}.parts")
+
+
+def _in_parts(
+    lm: AdaInferLM, task: Any, name: str, path: Path, identity: dict[str, Any], doc_ids: Sequence[int]
+) -> dict[str, np.ndarray]:
+    """Arrays of a task's documents, made and kept so many at a time; parts that an equal call left are taken over."""
+    by_document: dict[int, list[Any]] = defaultdict(list)
+    for instance in task.instances:
+        by_document[instance.doc_id].append(instance)
+    order = list(by_document)
+    parts: list[dict[str, np.ndarray]] = []
+    with tqdm(total=len(order), desc=f"Tracing {path.stem}", unit="doc", disable=lm.rank != 0) as progress:
+        for start in range(0, len(order), PART_DOCUMENTS):
+            chosen = order[start : start + PART_DOCUMENTS]
+            file = _parts_folder(path) / f"{start:08d}.part"
+            mine = {**identity, "documents": chosen}
+            found = _read_part(file, mine)
+            if found is None:
+                instances = [i for doc in chosen for i in by_document[doc]]
+                found = _record(lm, task, name, instances, doc_ids, progress)
+                container.write(file, "part", VERSION, mine, found)
+            else:
+                progress.update(len(chosen))
+            if len(found["top_token"]):
+                parts.append(found)
+    if not parts:
+        why = "generated no token" if task.OUTPUT_TYPE == "generate_until" else "has no document with a context"
+        raise AdaInferError(f"tasks: {name} {why}, so there is no decision to trace")
+    width = max(part["request"].shape[1] for part in parts)
+    for part in parts:  # documents of one part may have fewer requests than those of another
+        more = width - part["request"].shape[1]
+        for key, nothing in (("request", -1), ("right", 0), ("scores", np.nan), ("greedy", 0)):
+            space = [(0, 0)] * (part[key].ndim - 1) + [(0, more)]
+            part[key] = np.pad(part[key], space, constant_values=nothing)
+    return {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
+
+
+def _read_part(file: Path, identity: dict[str, Any]) -> dict[str, np.ndarray] | None:
+    """A part that an equal call finished; None where there is none, or another call's."""
+    if not file.exists():
+        return None
+    try:
+        found, arrays = container.read(file, "part", VERSION, "output")
+    except AdaInferError:
+        return None
+    return arrays if found == identity else None
+
+
+def _record(
+    lm: AdaInferLM, task: Any, name: str, instances: Sequence[Any], doc_ids: Sequence[int], progress: Any
+) -> dict[str, np.ndarray]:
+    """Arrays of some documents' instances."""
+    if task.OUTPUT_TYPE == "generate_until":
+        texts = TextRecorder(lm)
+        with texts.listening():
+            lm.generate_until(list(instances), disable_tqdm=True)
+        records = texts.records(instances)
+        progress.update(len({i.doc_id for i in instances}))
+        return _text_arrays(records, doc_ids, lm.anatomy.n_blocks, len(texts.names))
+    recorder = Recorder(lm, progress)
+    before, lm.run_documents = lm.run_documents, recorder.run
+    try:
+        lm.loglikelihood(list(instances), disable_tqdm=True)
+    finally:
+        lm.run_documents = before
+    return _arrays(task, recorder, instances, doc_ids, lm.anatomy.n_blocks)
+
+
+def check_arguments(split: str, limit: int | None, num_fewshot: int | Sequence[int] | None) -> None:
     """Raise AdaInferError where these make no sense; no model is needed for that."""
     if split not in SPLITS:
         raise AdaInferError(f"split: {split!r} is none of {', '.join(SPLITS)}")
     if limit is not None and limit < 1:
         raise AdaInferError(f"limit: {limit} documents are none; give 1 or more")
-    if num_fewshot is not None and num_fewshot < 0:
-        raise AdaInferError(f"num_fewshot: {num_fewshot} is negative; give 0 or more")
+    shots = [num_fewshot] if isinstance(num_fewshot, int) else num_fewshot or []
+    if num_fewshot is not None and not shots:
+        raise AdaInferError("num_fewshot: no number is given; give 5, say, or 0,5,10")
+    for number in shots:
+        if number < 0:
+            raise AdaInferError(f"num_fewshot: {number} is negative; give 0 or more")
+    if len(set(shots)) < len(shots):
+        raise AdaInferError(f"num_fewshot: {','.join(map(str, shots))} names a number twice; give each once")
 
 
 def model_identity(lm: AdaInferLM) -> dict[str, Any]:
@@ -343,58 +432,69 @@ def _documents_of(
         task.set_config(key="test_split", value=test_split)
 
 
-def _arrays(task: Any, recorder: Recorder, doc_ids: Sequence[int]) -> dict[str, np.ndarray]:
+def _arrays(
+    task: Any, recorder: Recorder, instances: Sequence[Any], doc_ids: Sequence[int], n_blocks: int
+) -> dict[str, np.ndarray]:
     rows = []
     for key in sorted(recorder.records):
         record = recorder.records[key]
         document: Document = record["document"]
-        first = task.instances[key]
-        gold = _gold(task, first.doc)
+        first = instances[key]
+        golds = _golds(task, first.doc)
+        gold = golds[0] if golds else -1
         for j, decider in enumerate(document.deciders):
             answers = sorted(
                 (a for row in document.rows if row.context == j for a in row.answers), key=lambda a: a.request
             )
-            numbers = [task.instances[a.request].idx for a in answers]
-            golds = [a.continuation[0] for a, n in zip(answers, numbers, strict=True) if n == gold]
+            numbers = [instances[a.request].idx for a in answers]
+            starts = [a.continuation[0] for a, n in zip(answers, numbers, strict=True) if n == gold]
             rows.append(
                 {
                     "features": record["features"][j],
                     "top_token": record["top"][j],
                     "scores": [record["scores"][a.request] for a in answers],
+                    "greedy": [record["greedy"][a.request] for a in answers],
                     "request": numbers,
+                    "right": [n in golds for n in numbers],
                     "gold": gold,
-                    "gold_token": golds[0] if golds else -1,
+                    "gold_token": starts[0] if starts else -1,
                     "prompt_tokens": document.rows[decider].decision + 1,
                     "doc_id": doc_ids[first.doc_id],
                 }
             )
-    if not rows:
-        raise AdaInferError(f"tasks: no document of {task.config.task} has a context, so there is no decision to trace")
-    width, n_blocks = max(len(row["request"]) for row in rows), len(rows[0]["top_token"])
+    width = max((len(row["request"]) for row in rows), default=0)
     scores = np.full((len(rows), n_blocks, width), np.nan, dtype=np.float32)
+    greedy = np.zeros((len(rows), n_blocks, width), dtype=np.uint8)
     request = np.full((len(rows), width), -1, dtype=np.int16)
+    right = np.zeros((len(rows), width), dtype=np.uint8)
     for n, row in enumerate(rows):
-        scores[n, :, : len(row["scores"])] = np.array(row["scores"]).T
-        request[n, : len(row["request"])] = row["request"]
-    kinds: dict[str, Any] = {
-        "features": np.float32, "top_token": np.int32, "gold": np.int16, "gold_token": np.int32,
-        "prompt_tokens": np.int32, "doc_id": np.int64,
+        count = len(row["request"])
+        scores[n, :, :count], greedy[n, :, :count] = np.array(row["scores"]).T, np.array(row["greedy"]).T
+        request[n, :count], right[n, :count] = row["request"], row["right"]
+    kinds: dict[str, tuple[Any, tuple[int, ...]]] = {
+        "features": (np.float32, (n_blocks, len(recorder.names))), "top_token": (np.int32, (n_blocks,)),
+        "gold": (np.int16, ()), "gold_token": (np.int32, ()), "prompt_tokens": (np.int32, ()), "doc_id": (np.int64, ()),
     }  # fmt: skip
-    plain = {name: np.array([row[name] for row in rows], dtype=kind) for name, kind in kinds.items()}
+    plain = {
+        name: np.array([row[name] for row in rows], dtype=kind).reshape(len(rows), *shape)
+        for name, (kind, shape) in kinds.items()
+    }
     position = np.zeros(len(rows), dtype=np.int32)
-    return {**plain, "scores": scores, "request": request, "position": position}
+    return {**plain, "scores": scores, "greedy": greedy, "request": request, "right": right, "position": position}
 
 
-def _text_arrays(name: str, records: Sequence[dict[str, Any]], doc_ids: Sequence[int]) -> dict[str, np.ndarray]:
-    if not records:
-        raise AdaInferError(f"tasks: {name} generated no token, so there is no decision to trace")
-    n, n_blocks = len(records), len(records[0]["top_token"])
+def _text_arrays(
+    records: Sequence[dict[str, Any]], doc_ids: Sequence[int], n_blocks: int, n_features: int
+) -> dict[str, np.ndarray]:
+    n = len(records)
     nothing = np.full(n, -1)
     return {
-        "features": np.array([r["features"] for r in records], dtype=np.float32),
-        "top_token": np.array([r["top_token"] for r in records], dtype=np.int32),
+        "features": np.array([r["features"] for r in records], dtype=np.float32).reshape(n, n_blocks, n_features),
+        "top_token": np.array([r["top_token"] for r in records], dtype=np.int32).reshape(n, n_blocks),
         "scores": np.zeros((n, n_blocks, 0), dtype=np.float32),
+        "greedy": np.zeros((n, n_blocks, 0), dtype=np.uint8),
         "request": np.zeros((n, 0), dtype=np.int16),
+        "right": np.zeros((n, 0), dtype=np.uint8),
         "gold": nothing.astype(np.int16),
         "gold_token": nothing.astype(np.int32),
         "prompt_tokens": np.array([r["prompt_tokens"] for r in records], dtype=np.int32),
@@ -403,16 +503,18 @@ def _text_arrays(name: str, records: Sequence[dict[str, Any]], doc_ids: Sequence
     }
 
 
-def _gold(task: Any, doc: Any) -> int:
-    """The gold request's index: the only one, or the target among the choices; -1 where there is no single one."""
+def _golds(task: Any, doc: Any) -> list[int]:
+    """The right requests' indices: the only one, or the target(s) among the choices; none where that is unclear."""
     if task.OUTPUT_TYPE == "loglikelihood":
-        return 0
+        return [0]
     target = task.doc_to_target(doc)
     if getattr(task, "multiple_input", 0):
         target = task.doc_to_text(doc)  # there the gold is an index into the contexts
-    if isinstance(target, (list, tuple)):
-        target = target[0] if target else -1
-    if isinstance(target, str):
-        choices = task.doc_to_choice(doc)
-        target = choices.index(target) if target in choices else -1
-    return target if isinstance(target, int) else -1
+    found = []
+    for one in target if isinstance(target, (list, tuple)) else [target]:
+        if isinstance(one, str):
+            choices = task.doc_to_choice(doc)
+            one = choices.index(one) if one in choices else None
+        if isinstance(one, int):
+            found.append(one)
+    return found

@@ -124,6 +124,8 @@ def test_a_trace_is_the_slow_recomputation_of_every_block(kind, lm, model, tmp_p
         "features": ((n, 5, 6), "float32"),
         "top_token": ((n, 5), "int32"),
         "scores": ((n, 5, width), "float32"),
+        "greedy": ((n, 5, width), "uint8"),
+        "right": ((n, width), "uint8"),
         "request": ((n, width), "int16"),
         "gold": ((n,), "int16"),
         "gold_token": ((n,), "int32"),
@@ -149,9 +151,11 @@ def test_a_trace_is_the_slow_recomputation_of_every_block(kind, lm, model, tmp_p
                 tokens = (context + continuation)[:-1]
                 logprobs = logits_after_block(model, lm.anatomy.blocks, tokens, k)[-len(continuation) :].log_softmax(-1)
                 total = sum(logprobs[j, t].item() for j, t in enumerate(continuation))
+                assert arrays["greedy"][row, k - 1, c] == (logprobs.argmax(-1).tolist() == continuation)
                 assert arrays["scores"][row, k - 1, c] == pytest.approx(total, rel=1e-5, abs=1e-4)
         gold = 0 if kind == "loglikelihood" else doc["answer"]
         assert arrays["gold"][row] == gold
+        assert arrays["right"][row].tolist() == [r.idx == gold for r in mine]
         gold_tokens = [pair[1][0] for r, pair in zip(mine, pairs, strict=True) if r.idx == gold]
         assert arrays["gold_token"][row] == (gold_tokens[0] if gold_tokens else -1)
         assert bool(gold_tokens) == (kind != "many inputs" or text.endswith(doc["choices"][gold]))
