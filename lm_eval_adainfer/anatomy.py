@@ -195,6 +195,23 @@ class Anatomy:
         """Whether the model's forward has the argument (families with alibi have none)."""
         return "position_ids" in inspect.signature(self.model.forward).parameters
 
+    @cached_property
+    def fixed_positions(self) -> int | None:
+        """Up to so many tokens a position's embedding depends on the position alone; None: always.
+
+        Dynamic and longrope scaling change the frequencies with the longest text of a batch beyond that.
+        """
+        found = getattr(self.config, "rope_parameters", None) or getattr(self.config, "rope_scaling", None) or {}
+        limits = []
+        for rope in (found, *(x for x in found.values() if isinstance(x, dict))):
+            if rope.get("rope_type", rope.get("type")) in ("dynamic", "longrope"):
+                limits.append(
+                    rope.get("original_max_position_embeddings")
+                    or getattr(self.config, "original_max_position_embeddings", None)
+                    or self.config.max_position_embeddings
+                )
+        return min(limits) if limits else None
+
     def _candidate_lists(self) -> list[tuple[str, nn.ModuleList]]:
         """Module lists as long as the config's number of layers, outermost first."""
         n_layers = getattr(self.config, "num_hidden_layers", None)

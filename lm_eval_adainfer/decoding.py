@@ -14,7 +14,7 @@ from transformers.generation import GenerationMode, LogitsProcessorList
 from lm_eval_adainfer.anatomy import Anatomy
 from lm_eval_adainfer.answers import ExitTrace
 from lm_eval_adainfer.counting import FlopCounter
-from lm_eval_adainfer.errors import AdaInferError
+from lm_eval_adainfer.errors import AdaInferError, UnsupportedModelError
 from lm_eval_adainfer.generation import Decoded, Decoder
 from lm_eval_adainfer.slots import Windows
 from lm_eval_adainfer.strategies.base import Schedule, Stopper
@@ -92,7 +92,28 @@ def decode(
         AdaInferError: On generation settings that need more than one pass over a row (beams, assistants).
     """
     model = anatomy.model
-    config, _ = model._prepare_generation_config(None, max_length=max_length, **kwargs)
+    config, unknown = model._prepare_generation_config(None, max_length=max_length, **kwargs)
+    refused = {name: value for name, value in unknown.items() if value is not None}
+    refused |= {n: v for n in ("stop_strings", "max_time") if (v := getattr(config, n, None)) is not None}
+    refused |= {"num_return_sequences": config.num_return_sequences} if (config.num_return_sequences or 1) > 1 else {}
+    refused |= {"use_cache": False} if config.use_cache is False else {}
+    if refused:
+        name, value = next(iter(refused.items()))
+        raise AdaInferError(
+            f"generation_kwargs: {name}={value!r} is unknown to early-exit generation; leave it out, or pass "
+            "generation=dense"
+        )
+    if max_length <= context.shape[1]:
+        raise AdaInferError(
+            f"generation_kwargs: a max_length of {max_length} leaves no room after prompts of {context.shape[1]} tokens; "
+            "give max_gen_toks instead"
+        )
+    limit = anatomy.fixed_positions
+    if limit is not None and max_length > limit:
+        raise UnsupportedModelError(
+            f"generation: beyond {limit} tokens the rotary embeddings of {anatomy.name} depend on the longest text, so "
+            f"texts of up to {max_length} tokens can't exit early; pass generation=dense"
+        )
     if config.get_generation_mode() not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
         raise AdaInferError(
             f"generation_kwargs: {config.get_generation_mode().value} can't exit early; use greedy decoding or "

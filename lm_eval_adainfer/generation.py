@@ -220,12 +220,14 @@ class Step:
     # ------------------------------------------------------------------ forwards
     def run(self) -> Tensor:
         """All forwards of this step."""
-        for first, end, base in self._forwards():
-            self.first, self.end = first, end
+        self.first, last = 1, False
+        while not last:
+            self.end, base = self._reach()
+            last = self.end > self.anatomy.n_blocks
             try:
                 self._forward(base)
             except _NextWindow:
-                continue
+                self.first = self.end
             except AllRowsLeft:
                 break
         device = self.decoder.device
@@ -237,17 +239,19 @@ class Step:
                 self.decoder.results[self.decoder.rows[row]].head_rows += 1
         return torch.stack([x.to(device) for x in self.logits if x is not None]).float()
 
-    def _forwards(self) -> list[tuple[int, int, int]]:
-        """(first block, one behind the last, first slot) of the forwards that run if rows go on."""
-        n_blocks, found = self.anatomy.n_blocks, []
-        first, base = 1, min(self.decoder.known[0])
-        for k in range(2, self.decoder.deepest + 1):
-            missing = min(self.decoder.known[k - 1])
+    def _reach(self) -> tuple[int, int]:
+        """One behind the last block of the next forward, and the first slot of its window.
+
+        Only rows that are still in flow count: one that always leaves early misses everything in the deep blocks.
+        """
+        known, n_blocks = self.decoder.known, self.anatomy.n_blocks
+        base = min(known[self.first - 1][row] for row in self.flow)
+        for k in range(self.first + 1, self.decoder.deepest + 1):
+            missing = min(known[k - 1][row] for row in self.flow)
             if base - missing > _SLACK:
-                found.append((first, k, base))
-                first = k
+                return k, base
             base = min(base, missing)
-        return [*found, (first, n_blocks + 1, base)]
+        return n_blocks + 1, base
 
     def _forward(self, base: int) -> None:
         decoder, anatomy, length = self.decoder, self.anatomy, self.length

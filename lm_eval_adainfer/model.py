@@ -349,6 +349,9 @@ class AdaInferLM(HFLM):
         alone: list[tuple[list[Document], list[int]]] = [(list(documents), [])]
         if not self.prefix_cache or len(documents) < 2 or self.run_documents != self.engine.run:
             return alone
+        limit = self.anatomy.fixed_positions
+        if limit is not None and max(d.longest for d in documents) > limit:
+            return alone
         size = fixed or (int(self.batch_size) if str(self.batch_size).isdecimal() else 1)
         found = prefixes.groups(documents, size, self.prefix_cache)
         if not any(prefix for _, prefix in found):
@@ -447,7 +450,10 @@ class AdaInferLM(HFLM):
         mask = kwargs.pop("attention_mask")
         if kwargs.setdefault("temperature", 0.0) == 0.0:  # as HFLM: a temperature of 0 means greedy
             kwargs.pop("temperature")
-            kwargs.setdefault("do_sample", False)
+            if kwargs.setdefault("do_sample", False):
+                raise AdaInferError(
+                    "generation_kwargs: do_sample=True needs a temperature above 0; give one, or leave do_sample out"
+                )
         with self._autocast():
             rows = decode(
                 self.anatomy, self.stopper, self.schedule, self._windows, context, mask, max_length,

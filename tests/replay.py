@@ -24,7 +24,7 @@ class Dice(Stopper):
     def __init__(self, probability=0.35, seed=0):
         self.probability, self.generator = probability, torch.Generator().manual_seed(seed)
 
-    def margin(self, block, values):
+    def margin(self, block, values, memory=None):
         return self.probability - torch.rand(len(values), generator=self.generator)
 
 
@@ -37,7 +37,7 @@ class Listed(Stopper):
     def __init__(self, exits):
         self.steps = [list(step) for step in exits]
 
-    def margin(self, block, values):
+    def margin(self, block, values, memory=None):
         if block == 1:
             self.flow = self.steps.pop(0)
         stops = [exit_block == block for exit_block in self.flow]

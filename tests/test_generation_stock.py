@@ -166,7 +166,6 @@ def test_every_end_token_of_a_list_ends_a_text(tokenizer):
         assert min(len(a.trace.layers) for a in ours) <= 4
 
 
-@pytest.mark.xfail(strict=True, reason="decode() takes any generation setting and drops what it does not know")
 @pytest.mark.parametrize("setting", [{"temprature": 0.7}, {"num_return_sequences": 2, "do_sample": True, "temperature": 1.0},
                                      {"stop_strings": ["x"]}], ids=str)  # fmt: skip
 def test_settings_that_stock_refuses_are_not_dropped_silently(setting, model, tokenizer):
