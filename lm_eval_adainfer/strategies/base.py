@@ -108,7 +108,7 @@ class Schedule:
         if wanted and not self.blocks and not stopper.features:  # fixed:N must mean block N
             raise AdaInferError(
                 f"check_layers/min_layer: they leave out block {wanted[0]}, the only one after which "
-                f"stopper={stopper.kind} stops"
+                f"stopper={stopper.kind}:{wanted[0]} stops"
             )
 
     def describe(self) -> dict[str, Any]:
