@@ -200,7 +200,10 @@ def _crf_parser(kinds: Any) -> None:
 
 def _shots(text: str) -> int | list[int]:
     """One number, or several separated by commas."""
-    numbers = [int(part) for part in text.split(",")]
+    try:
+        numbers = [int(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of shots; give 5, say, or 0,5,10") from None
     return numbers[0] if len(numbers) == 1 else numbers
 
 

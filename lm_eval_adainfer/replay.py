@@ -212,7 +212,12 @@ def parse(spec: Any, n_blocks: int) -> Stopper | str:
                 f"shortgpt:lastN can, for N from 1 to {n_blocks - 1}"
             )
         return FixedStopper(n_blocks - int(last))
-    return artifact.parse(spec)
+    stopper = artifact.parse(spec)
+    if stopper.kind == "shortgpt" and not isinstance(stopper, FixedStopper):  # it changes the model, so it needs a run
+        raise AdaInferError(
+            f"stopper: {spec} can't be replayed: dropping blocks in between changes what later ones say; run it"
+        )
+    return stopper
 
 
 def document_margins(

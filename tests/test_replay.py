@@ -22,7 +22,7 @@ from test_tracing import KINDS, documents, make_task, refused
 from lm_eval_adainfer import cli, container, fitting, paths, replay, tables, tracing
 from lm_eval_adainfer.model import AdaInferLM
 from lm_eval_adainfer.strategies import artifact
-from lm_eval_adainfer.strategies.rules import GapStopper
+from lm_eval_adainfer.strategies.rules import GapStopper, NoStopper
 
 NAMES = ["gap", "top_prob"]
 
@@ -246,6 +246,14 @@ def test_skipping_the_last_blocks_is_leaving_before_them(tmp_path):
     traces = replay.load([path])
     for spec in ("shortgpt:last6", "shortgpt:bi:2", "shortgpt:last0", "shortgpt:"):
         refused(lambda spec=spec: replay.replay(traces, [spec]), "stopper", spec, "lastN")
+
+
+def test_a_strategy_that_drops_blocks_is_not_taken_for_a_dense_one(tmp_path):
+    class Dropping(NoStopper):
+        kind = "shortgpt"
+
+    traces = replay.load([write(tmp_path / "a.trace", np.zeros((2, 6, 2)), np.zeros((2, 6)))])
+    refused(lambda: replay.replay(traces, [Dropping()]), "stopper", "can't be replayed")
 
 
 def test_shots_are_told_apart_and_pooled_and_resampled_by_document(tmp_path):
@@ -479,11 +487,14 @@ def test_several_shots_make_a_file_each_as_single_calls_do(tmp_path):
     refused(lambda: tracing.trace(lm, {"toy": make_task()}, tmp_path, num_fewshot=[0, -1]), "num_fewshot", "-1")
 
 
-def test_the_command_reads_several_shots():
+def test_the_command_reads_several_shots(capsys):
     parse = cli._parser().parse_args
     common = ["trace", "-a", "x", "-t", "t", "-o", "f"]
     assert parse([*common, "-f", "0,5,10,15,20"]).num_fewshot == [0, 5, 10, 15, 20]
     assert parse([*common, "-f", "3"]).num_fewshot == 3 and parse(common).num_fewshot is None
+    with pytest.raises(SystemExit):
+        parse([*common, "-f", "few"])
+    assert "'few' is no number of shots" in capsys.readouterr().err
 
 
 def test_generated_text_is_replayed_token_by_token(tmp_path):
