@@ -105,7 +105,7 @@ def decode(
         )
     if max_length <= context.shape[1]:
         raise AdaInferError(
-            f"generation_kwargs: a max_length of {max_length} leaves no room after prompts of {context.shape[1]} tokens; "
+            f"generation_kwargs: max_length={max_length} leaves no room after prompts of {context.shape[1]} tokens; "
             "give max_gen_toks instead"
         )
     limit = anatomy.fixed_positions
