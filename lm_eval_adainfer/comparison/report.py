@@ -229,9 +229,10 @@ def _figures(runs: list[Run], pairs: dict[str, list[Pairs]], traces: list[Trace]
         if traces:
             lines_of = blocks.feature_lines(traces)
             if many:
-                panels, how = {name: blocks.with_mean(lines) for name, lines in lines_of.items()}, (
-                    f"Faint: each of {len(traces)} traces; bold: their mean, every trace weighing the same, with its 95% "
-                    "interval over traces."
+                panels = {name: blocks.with_mean(lines) for name, lines in lines_of.items()}
+                how = (
+                    f"Faint: each of {len(traces)} traces; bold: their mean, every trace weighing the same, with its "
+                    "95% interval over traces."
                 )
             else:
                 panels, how = lines_of, "Bands: 95% intervals of the mean."
