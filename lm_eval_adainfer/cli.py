@@ -24,7 +24,8 @@ def main(argv: list[str] | None = None) -> int:
         print(f"adainfer: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("adainfer: interrupted; finished files are kept, and the same command goes on", file=sys.stderr)
+        kept = "; finished traces are kept, and the same command goes on" if arguments.command == "trace" else ""
+        print(f"\nadainfer: interrupted{kept}", file=sys.stderr)  # behind the progress bar
         return 130
 
 
