@@ -24,7 +24,8 @@ def main(argv: list[str] | None = None) -> int:
         print(f"adainfer: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("adainfer: interrupted; finished files are kept, and the same command goes on", file=sys.stderr)
+        kept = "; finished traces are kept, and the same command goes on" if arguments.command == "trace" else ""
+        print(f"\nadainfer: interrupted{kept}", file=sys.stderr)  # behind the progress bar
         return 130
 
 
@@ -38,7 +39,16 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter):
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="adainfer",
-        description="Fit exit strategies for `lm_eval --model adainfer`. Trace first, then fit, then evaluate.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="What belongs to `lm_eval --model adainfer`: stoppers are fitted before, runs are compared after.",
+        epilog="in order:\n"
+        "  adainfer trace  --model_args pretrained=MODEL --tasks TASKS -o traces/\n"
+        "  adainfer fit svm traces/ -o svm.stopper\n"
+        "  adainfer layers traces/ --stopper svm.stopper\n"
+        "  lm_eval --model adainfer --model_args pretrained=MODEL,stopper=svm.stopper --tasks TASKS \\\n"
+        "    --log_samples --output_path runs/early       (and stopper=none, runs/dense)\n"
+        "  adainfer compare dense=runs/dense early=runs/early\n\n"
+        "`adainfer COMMAND --help` explains each; pretrained=adainfer-demo, tasks adainfer_demo: to try it offline.",
     )
     parser.add_argument("--version", action="version", version=f"lm-eval-adainfer {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -49,8 +59,8 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=how,
         help="record every block's features on training documents",
         description="Run a dense pass over documents and record every block's features, top token and scores: one "
-        ".trace file per task and number of shots. A document is never among its own shots. What is finished is kept "
-        "when interrupted, and the same command goes on from there.",
+        ".trace file per task and number of shots. Of generate_until tasks every new token is recorded. A document is "
+        "never among its own shots. What is finished is kept when interrupted: the same command goes on.",
         epilog="example: adainfer trace --model_args pretrained=adainfer-demo,dtype=float32 "
         "--tasks adainfer_demo --num_fewshot 3 --limit 300 -o traces/",
     )
@@ -78,14 +88,20 @@ def _parser() -> argparse.ArgumentParser:
     trace.add_argument("--output", "-o", required=True, help="the folder for the .trace files")
     trace.set_defaults(run=_trace)
 
-    fit = commands.add_parser("fit", help="fit a stopper on traces")
+    fit = commands.add_parser(
+        "fit",
+        help="fit a stopper on traces",
+        description="Fit a stopper on what adainfer trace recorded; `adainfer fit KIND --help` explains each kind. The "
+        "file goes into stopper= of lm_eval --model adainfer.",
+    )
     kinds = fit.add_subparsers(dest="kind", required=True, metavar="KIND")
     svm = kinds.add_parser(
         "svm",
         formatter_class=how,
         help="the paper's support vector machine",
-        description="Fit scikit-learn's SVC (default settings, as in the paper) on one example per (instance, block).",
-        epilog="example: adainfer fit svm traces/ -o svm.pkl",
+        description="Fit scikit-learn's SVC (default settings, as in the paper) on one example per (instance, block): "
+        "the block's features, and whether to stop there. Then evaluate with stopper=svm.stopper, beside stopper=none.",
+        epilog="example: adainfer fit svm traces/ --threshold 1 -o svm.stopper",
     )
     svm.add_argument("traces", nargs="+", help=".trace files, or folders of them")
     svm.add_argument(
@@ -94,12 +110,22 @@ def _parser() -> argparse.ArgumentParser:
         choices=["final", "gold"],
         help="positive where the block's top token is the last block's (final, Eq. 1) or the gold answer's (gold)",
     )
-    svm.add_argument("--features", default="gap,top_prob", help="feature names, separated by commas")
+    svm.add_argument(
+        "--features",
+        default="gap,top_prob",
+        help="separated by commas, of gap, top_prob, entropy, cos_attn, cos_mlp, cos_hidden, depth, agreement, "
+        "top_prob_change",
+    )
     svm.add_argument(
         "--max_examples", type=int, default=5000, help="SVC is quadratic: use at most so many (instance, block) pairs"
     )
     svm.add_argument("--seed", type=int, default=0, help="of the pairs that are used")
-    svm.add_argument("--threshold", type=float, default=0.0, help="stop when the decision function exceeds it")
+    svm.add_argument(
+        "--threshold",
+        type=float,
+        default=0.0,
+        help="stop when the decision function exceeds it: 0 is the paper's, higher stops later (1: outside the margin)",
+    )
     svm.add_argument("--output", "-o", required=True, help="the stopper file (safetensors, whatever its extension)")
     svm.set_defaults(run=_fit_svm)
     _crf_parser(kinds)
@@ -109,12 +135,14 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=how,
         help="choose check_layers: after which blocks asking a stopper pays",
         description="Show after which blocks a stopper's exits happen in traces, and choose the few blocks at which "
-        "asking it pays: a check reads the output head, which costs up to a block when decoding. All figures are "
-        "simulated from the traces.",
+        "asking it pays: a check reads the output head, which costs up to a block when decoding. The last line goes "
+        "into --model_args. All figures are simulated from the traces.",
         epilog="example: adainfer layers traces/ --stopper gap:0.8 --count 4",
     )
     layers.add_argument("traces", nargs="+", help=".trace files, or folders of them")
-    layers.add_argument("--stopper", "-s", required=True, help="as stopper= of lm_eval --model adainfer")
+    layers.add_argument(
+        "--stopper", "-s", required=True, help="as stopper= of lm_eval --model adainfer: gap:0.8, svm, a file, ..."
+    )
     layers.add_argument("--count", "-n", type=int, help="at most so many blocks (default: as many as pay)")
     layers.set_defaults(run=_layers)
     _influence_parser(commands)

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from lm_eval_adainfer import paths
 from lm_eval_adainfer.registration import install
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -104,3 +105,12 @@ def hub(shared, tmp_path_factory):
         if folder.is_dir():
             shutil.copytree(folder, home / "datasets" / folder.name, symlinks=True)
     return {"HF_HOME": str(home), "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
+
+
+@pytest.fixture
+def only_our_tasks(monkeypatch):
+    """Looking through lm-eval's thousands of tasks takes five seconds per command; the demo's are ours."""
+    import lm_eval.tasks
+
+    manager = lm_eval.tasks.TaskManager(include_path=str(paths.task_configs()), include_defaults=False)
+    monkeypatch.setattr(lm_eval.tasks, "TaskManager", lambda *args, **kwargs: manager)

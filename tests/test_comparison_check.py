@@ -303,3 +303,14 @@ def test_a_dense_run_reproduces_the_baseline_or_not(tmp_path, capsys):
 
     assert reproduces(tmp_path, other_score) == 1
     assert reproduces(tmp_path, lambda row: None, ["--tolerance", "-1"]) == 2
+
+
+def test_the_stock_baseline_gets_none_of_our_model_args(tmp_path, monkeypatch, only_our_tasks):
+    from lm_eval_adainfer.comparison import running
+
+    seen = []
+    monkeypatch.setattr(running, "_evaluate", lambda model, args, *rest: seen.append((model, args)))
+    ours = "stopper=none,min_layer=2,check_layers=all,generation=early,kv_policy=recompute,head_check=exact,log_features=True"
+    running.run_both(f"pretrained=m,dtype=float32,{ours}", "adainfer_demo_topic", tmp_path, stock_baseline=True)
+    assert seen[0] == ("hf", {"pretrained": "m", "dtype": "float32"})
+    assert seen[1][0] == "adainfer" and set(seen[1][1]) == {"pretrained", "dtype", *(k.split("=")[0] for k in ours.split(","))}

@@ -12,10 +12,9 @@ import numpy as np
 import pytest
 from synthetic_runs import flips, sample, write
 
-from lm_eval_adainfer import container
+from lm_eval_adainfer import container, tracing
 from lm_eval_adainfer.cli import main
 from lm_eval_adainfer.comparison import blocks
-from lm_eval_adainfer.tracing import VERSION
 
 pytest.importorskip("matplotlib")
 pytest.importorskip("jinja2")
@@ -35,7 +34,7 @@ def make_trace(folder: Path, task: str, n=40, n_blocks=12, n_choices=4, seed=0):
     meta = {
         "model": "m", "n_blocks": n_blocks, "head_hash": "0", "task": task, "num_fewshot": 0, "split": "test",
         "documents": n, "features": ["gap", "top_prob"], "output_type": "multiple_choice", "hidden_size": 8,
-        "vocab_size": 16, "block_weights": [9] * n_blocks,
+        "vocab_size": 16, "block_weights": [100] * n_blocks,
     }  # fmt: skip
     arrays = {
         "features": generator.random((n, n_blocks, 2)).astype(np.float32),
@@ -43,10 +42,10 @@ def make_trace(folder: Path, task: str, n=40, n_blocks=12, n_choices=4, seed=0):
         "gold_token": gold.astype(np.int32),
         "scores": scores,
         "gold": gold.astype(np.int16),
-        "prompt_tokens": np.full(n, 9, dtype=np.int32),
+        "prompt_tokens": np.full(n, 20, dtype=np.int32),
         "position": np.zeros(n, dtype=np.int32),
     }
-    container.write(folder / f"{task}.trace", "trace", VERSION, meta, arrays)
+    container.write(folder / f"{task}.trace", "trace", tracing.VERSION, meta, arrays)
     return right
 
 
@@ -122,7 +121,22 @@ def test_no_oracle_is_marked_for_traces_of_other_tasks(tmp_path):
         assert ("oracle, simulated" in text) == marked and "Accuracy per block" in text
 
 
-def test_real_traces_are_read(tmp_path, capsys):
+@pytest.mark.parametrize("many", [8, 9, 57])
+def test_every_trace_is_drawn_however_many_there_are(tmp_path, many):
+    for i in range(many):
+        make_trace(tmp_path / "traces", f"mmlu_s{i:02}", seed=i)
+    run = write(tmp_path / "a", {"mmlu_s00": [1, 0]})
+    assert main(["report", str(run), "--traces", str(tmp_path / "traces"), "-o", str(tmp_path / "out")]) == 0
+    text = (tmp_path / "out" / "accuracy_per_block.svg").read_text()
+    assert all(f"{'' if many > 10 else 's'}{i:02}, 0 shots" in text or f"s0{i}, 0 shots" in text for i in range(many))
+    lines = blocks.feature_lines(blocks.load(str(tmp_path / "traces")))["gap"]
+    *each, mean = blocks.with_mean(lines)
+    assert len(each) == len(lines) == many and all(line.faint for line in each)
+    assert mean.values == pytest.approx(np.mean([line.values for line in lines], axis=0))
+    assert ("mean over traces" in (tmp_path / "out" / "features_per_block.svg").read_text()) == (many > 8)
+
+
+def test_real_traces_are_read(tmp_path, capsys, only_our_tasks):
     arguments = ["--model_args", "pretrained=adainfer-demo,dtype=float32", "--tasks", "adainfer_demo_topic,adainfer_demo_fact"]
     assert main(["trace", *arguments, "--limit", "6", "--device", "cpu", "-o", str(tmp_path / "t")]) == 0
     found = {t.task: t for t in blocks.load(str(tmp_path / "t"))}
@@ -160,9 +174,9 @@ def test_report_errors_are_one_sentence(tmp_path, capsys, extra, words):
     (tmp_path / "bad.trace").write_bytes(b"no trace at all")
     (tmp_path / "file").write_text("")
     make_trace(tmp_path, "odd")
-    meta, arrays = container.read(tmp_path / "odd.trace", "trace", VERSION, "traces")
+    meta, arrays = tracing.read(tmp_path / "odd.trace")
     odd = {**arrays, "gold_token": arrays["gold_token"][:7]}
-    container.write(tmp_path / "odd.trace", "trace", VERSION, meta, odd)
+    container.write(tmp_path / "odd.trace", "trace", tracing.VERSION, meta, odd)
     extra = [e.replace("BAD", str(tmp_path / "bad.trace")).replace("DEEP", str(tmp_path / "deep")).replace("ODD", str(tmp_path / "odd.trace")).replace("FILE", str(tmp_path / "file")) for e in extra]
     assert main(["report", str(run), "-o", str(tmp_path / "out"), *extra]) == 2
     assert words in capsys.readouterr().err

@@ -7,6 +7,7 @@ import io
 import json
 import shutil
 
+import numpy as np
 import pytest
 from lm_eval import simple_evaluate
 from lm_eval.loggers import EvaluationTracker
@@ -15,7 +16,7 @@ from synthetic_runs import DATE, flips, sample, sha, write
 
 from lm_eval_adainfer import paths
 from lm_eval_adainfer.cli import main
-from lm_eval_adainfer.comparison import compare, runs, statistics, tables
+from lm_eval_adainfer.comparison import compare, gate, matching, runs, statistics, tables
 from lm_eval_adainfer.errors import AdaInferError
 
 TASKS = ["adainfer_demo_fact", "adainfer_demo_topic"]
@@ -334,8 +335,8 @@ def test_100_000_documents(tmp_path, capsys):
     assert main(["compare", str(tmp_path / "a"), str(tmp_path / "b"), "--format", "json"]) == 0
     pooled = json.loads(capsys.readouterr().out)[0]["rows"][-1]
     assert pooled["documents"] == 2 * n and (pooled["only_baseline_right"], pooled["only_candidate_right"]) == (600, 560)
-    both = ["--baseline", str(tmp_path / "a"), "--candidate", str(tmp_path / "b")]
-    assert main(["check", *both, "--max-drop", "0.01"]) == 0
+    drops = [matching.Pairs(t, "acc", False, *(np.array(x, float) for x in both), []) for t in "tu"]
+    assert gate.judge(drops, ["t", "u"], 0.01).status == "pass"
 
 
 def test_a_run_without_any_task_number_names_the_sentence(tmp_path):

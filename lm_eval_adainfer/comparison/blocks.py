@@ -109,6 +109,16 @@ def feature_lines(traces: list[Trace]) -> dict[str, list[Line]]:
     return found
 
 
+def with_mean(lines: list[Line]) -> list[Line]:
+    """The lines, faint, and their mean with a 95% interval over them: for more lines than can be told apart."""
+    values = np.stack([line.values for line in lines])
+    mean, spread = values.mean(axis=0), 1.96 * values.std(axis=0, ddof=1) / np.sqrt(len(values))
+    return [
+        *(replace(line, label="one trace each", lower=None, upper=None, faint=True) for line in lines),
+        Line("mean over traces", mean, mean - spread, mean + spread),
+    ]
+
+
 def oracle(traces: list[Trace]) -> tuple[float, float, float, float] | None:
     """Simulated: exit after the first block that answers right, else after the last.
 

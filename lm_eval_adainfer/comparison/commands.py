@@ -37,13 +37,18 @@ def _add_compare(commands: Any) -> None:
         help="two or more runs, document by document",
         description="Compare runs of lm_eval with the first of them: accuracy, difference with a paired interval,\n"
         "exact p, agreement of answers, exit layers, cost. Runs that did not do the same thing are refused, with\n"
-        "the reason.",
+        "the reason. A legend stands under the table; docs/comparing.md explains every column.",
         epilog="example:\n  lm_eval --model hf ... --tasks sst2 --log_samples --output_path runs/dense\n"
         "  lm_eval --model adainfer ... --tasks sst2 --log_samples --output_path runs/early\n"
         "  adainfer compare dense=runs/dense early=runs/early --format markdown",
     )
     parser.add_argument("runs", nargs="+", metavar="RUN", help=_RUN)
-    parser.add_argument("--format", default="table", choices=["table", "markdown", "latex", "csv", "json"])
+    parser.add_argument(
+        "--format",
+        default="table",
+        choices=["table", "markdown", "latex", "csv", "json"],
+        help="of the output (default: table, for the terminal; csv and json hold every number)",
+    )
     parser.add_argument("--output", "-o", help="a file for it (default: the terminal)")
     parser.add_argument("--seed", type=int, default=0, help="of permutation tests (default: 0)")
     _matching(parser)
@@ -55,9 +60,13 @@ def _add_check(commands: Any) -> None:
         "check",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         help="a regression gate for CI: pass, fail or inconclusive",
-        description="Exit status 0: the drop is established to be at most --max-drop (one-sided 95%). 1: it is\n"
-        "established to be larger, or some task's is, or less than --min-pruning was pruned. 3: these documents\n"
-        "can't tell, and how many could is printed. 2: usage error.",
+        description="Did early exit lose more than --max-drop? Compares a candidate with a baseline, document by\n"
+        "document.\n\n"
+        "exit status:\n"
+        "  0  pass: the drop is established to be at most --max-drop (one-sided 95%)\n"
+        "  1  fail: it is established to be larger, in all or in some task, or too little was pruned\n"
+        "  3  inconclusive: these documents can't tell; how many could is printed\n"
+        "  2  usage error",
         epilog="examples:\n"
         "  adainfer check --baseline runs/dense --candidate runs/early --max-drop 0.01 --min-pruning 0.15\n"
         "  adainfer check --run --model_args pretrained=adainfer-demo,stopper=svm --tasks adainfer_demo \\\n"

@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 # Okabe & Ito (2008), without black and yellow, which vanish on a dark and a light ground
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 _MARKERS, _DASHES = "oD^vPX", ("-", "--", "-.", ":")
-_INK = "#1b1f24"
+_INK, _FAINT = "#1b1f24", "#8a8f96"
 _STYLE: Any = {
     "svg.fonttype": "none",  # text stays text: small, searchable, in the page's font
     "text.parse_math": False,  # names come from files
@@ -34,7 +34,7 @@ _STYLE: Any = {
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.grid": True,
-    "grid.color": "#8a8f96",
+    "grid.color": _FAINT,
     "grid.alpha": 0.35,
     "grid.linewidth": 0.6,
     "legend.frameon": False,
@@ -60,14 +60,15 @@ class Point:
 
 @dataclass(frozen=True)
 class Line:
-    """A quantity after every block, with a 95% interval."""
+    """A quantity after every block, with a 95% interval, if it has one."""
 
     label: str
     values: np.ndarray  # [blocks]
-    lower: np.ndarray
-    upper: np.ndarray
+    lower: np.ndarray | None
+    upper: np.ndarray | None
     dashed: bool = False
     colour: int = 0
+    faint: bool = False
 
 
 def style() -> Any:
@@ -91,7 +92,7 @@ def frontier(points: Sequence[Point], metric: str) -> Figure:
         if not best or point.accuracy > best[-1].accuracy:
             best.append(point)
     if len(best) > 1:
-        axes.plot([100 * p.compute for p in best], [100 * p.accuracy for p in best], "--", color="#8a8f96", lw=1.2,
+        axes.plot([100 * p.compute for p in best], [100 * p.accuracy for p in best], "--", color=_FAINT, lw=1.2,
                   label="frontier", zorder=1)  # fmt: skip
     for i, p in enumerate(points):
         x, y = 100 * p.compute, 100 * p.accuracy
@@ -165,6 +166,24 @@ def _heat_map(title_of: dict[str, dict[str, np.ndarray]], n_blocks: int) -> Figu
     return figure
 
 
+def accuracy_map(lines: Sequence[Line]) -> Figure:
+    """Accuracy per task and block as colours, where there are too many tasks for lines; the best on top."""
+    ordered = sorted(lines, key=lambda line: -float(line.values[-1]))
+    n_blocks, height = len(ordered[0].values), 1.4 + 0.19 * len(ordered)
+    figure = Figure(figsize=(6.8, height), layout="constrained")
+    axes = figure.subplots()
+    drawn = axes.imshow(
+        np.stack([line.values for line in ordered]), aspect="auto", cmap="viridis", vmin=0, vmax=100,
+        extent=(0.5, n_blocks + 0.5, len(ordered) - 0.5, -0.5), interpolation="nearest",
+    )  # fmt: skip
+    axes.set_yticks(range(len(ordered)), [short(line.label, 36) for line in ordered], fontsize=7)
+    axes.set_xlabel("block")
+    axes.grid(False)
+    axes.locator_params(axis="x", integer=True)
+    figure.colorbar(drawn, ax=axes, label="accuracy (%)", shrink=min(1.0, 3 / height))
+    return figure
+
+
 def per_block(panels: Mapping[str, Sequence[Line]], unit: str) -> Figure:
     """One panel per quantity, one line per task, over the blocks; the bands are 95% intervals."""
     columns = min(2, len(panels))
@@ -176,11 +195,16 @@ def per_block(panels: Mapping[str, Sequence[Line]], unit: str) -> Figure:
         for line in lines:
             blocks = np.arange(1, len(line.values) + 1)
             colour = COLOURS[line.colour % 6]
+            if line.faint:
+                (handle,) = axes.plot(blocks, line.values, color=_FAINT, lw=0.8, alpha=0.6, zorder=1)
+                handles.setdefault(line.label, handle)
+                continue
             (handle,) = axes.plot(
                 blocks, line.values, color=colour, ls="--" if line.dashed else "-", lw=1.6,
                 marker=_MARKERS[(line.colour + line.colour // 6) % 6], ms=3.5,
             )  # fmt: skip
-            axes.fill_between(blocks, line.lower, line.upper, color=colour, alpha=0.18, lw=0)
+            if line.lower is not None and line.upper is not None:
+                axes.fill_between(blocks, line.lower, line.upper, color=colour, alpha=0.18, lw=0)
             handles.setdefault(short(line.label, 36), handle)
         if len(panels) > 1:
             axes.set_title(name, fontsize=10)
@@ -201,7 +225,7 @@ def speed(rows: Sequence[tuple[str, float, float]]) -> Figure:
     figure = Figure(figsize=(5.8, 1.4 + 0.4 * len(rows)), layout="constrained")
     axes = figure.subplots()
     for y, (_, predicted, measured) in enumerate(rows):
-        axes.plot([predicted, measured], [y, y], color="#8a8f96", lw=1.5, zorder=1)
+        axes.plot([predicted, measured], [y, y], color=_FAINT, lw=1.5, zorder=1)
         axes.plot(predicted, y, "o", ms=9, mfc="none", mew=2, color=COLOURS[0], label="predicted: 1 / FLOPs, counted")
         axes.plot(measured, y, "D", ms=7, color=COLOURS[1], label="measured, once")
     axes.axvline(1, color=_INK, lw=1, ls=":")

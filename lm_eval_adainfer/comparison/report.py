@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from lm_eval_adainfer.comparison.blocks import Trace
 
 _WIDE = 8  # columns of tasks that still fit a table; beyond, groups take their place
-_LINES = 8  # tasks that can be told apart in one panel
+_LINES = 8  # tasks that can be told apart in one panel; beyond, a heat map and faint lines
 _SHOWN = 5  # easiest and deepest documents
 
 
@@ -214,21 +214,33 @@ def _figures(runs: list[Run], pairs: dict[str, list[Pairs]], traces: list[Trace]
                  "interval: seconds in the model where both have them, else of the whole evaluation, loading included.",
                  figures.speed(rows))
             )  # fmt: skip
-        few = traces[:_LINES]
-        rest = f" The first {_LINES} of {len(traces)} traces are shown." if len(traces) > _LINES else ""
-        if lines := blocks.accuracy_lines(few):
+        many = len(traces) > _LINES
+        if lines := blocks.accuracy_lines(traces):
+            drawn = figures.accuracy_map(lines) if many else figures.per_block({"accuracy": lines}, "accuracy (%)")
+            how = (
+                f"All {len(lines)} traces with gold answers, in the order of their last block; brighter is better."
+                if many
+                else "Solid: among the choices; dashed: the answer's first token. Bands: 95% intervals."
+            )
             found.append(
                 ("accuracy_per_block", "Accuracy per block",
-                 "Simulated from traces: what each block would have answered (the paper's Figure 1). Solid: among the "
-                 f"choices; dashed: the answer's first token. Bands: 95% intervals.{rest}",
-                 figures.per_block({"accuracy": lines}, "accuracy (%)"))
+                 f"Simulated from traces: what each block would have answered (the paper's Figure 1). {how}", drawn)
             )  # fmt: skip
-        if few:
+        if traces:
+            lines_of = blocks.feature_lines(traces)
+            if many:
+                panels = {name: blocks.with_mean(lines) for name, lines in lines_of.items()}
+                how = (
+                    f"Faint: each of {len(traces)} traces; bold: their mean, every trace weighing the same, with its "
+                    "95% interval over traces."
+                )
+            else:
+                panels, how = lines_of, "Bands: 95% intervals of the mean."
             found.append(
                 ("features_per_block", "Features per block",
-                 "From traces: probabilities and cosines at the decision position, mean over documents (the paper's "
-                 f"Figures 3 and 4). Bands: 95% intervals of the mean.{rest}",
-                 figures.per_block(blocks.feature_lines(few), "mean (no unit)"))
+                 "From traces: probabilities, entropy and cosines at the decision position, mean over decisions (the "
+                 f"paper's Figures 3 and 4). {how}",
+                 figures.per_block(panels, "mean (no unit)"))
             )  # fmt: skip
     return found
 

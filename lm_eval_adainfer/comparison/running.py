@@ -8,7 +8,7 @@ from typing import Any
 from lm_eval_adainfer import paths
 from lm_eval_adainfer.errors import AdaInferError
 
-_OURS = ("stopper", "min_layer", "check_layers", "generation", "log_features")
+_OURS = ("stopper", "min_layer", "check_layers", "generation", "kv_policy", "head_check", "log_features")
 
 
 def run_both(

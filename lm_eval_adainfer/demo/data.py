@@ -90,8 +90,9 @@ HOME_TEMPLATES = ("Where does {} live?", "In which town is {} at home?", "Name t
 TOWNS, PEOPLE = 160, 320
 
 
+@functools.cache
 def load(task: str) -> datasets.DatasetDict:
-    """Generate one task.
+    """Generate one task; later calls give the same object.
 
     Args:
         task: one of `TASKS`.
