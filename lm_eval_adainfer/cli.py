@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from lm_eval_adainfer import __version__
+from lm_eval_adainfer import __version__, stopper_commands
 from lm_eval_adainfer.errors import AdaInferError
 
 
@@ -96,6 +96,9 @@ def _parser() -> argparse.ArgumentParser:
     svm.add_argument("--threshold", type=float, default=0.0, help="stop when the decision function exceeds it")
     svm.add_argument("--output", "-o", required=True, help="the stopper file (safetensors, whatever its extension)")
     svm.set_defaults(run=_fit_svm)
+
+    stopper_commands.add_fits(kinds, how)
+    stopper_commands.add_calibrate(commands, how)
 
     layers = commands.add_parser(
         "layers",

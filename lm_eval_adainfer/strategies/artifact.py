@@ -3,47 +3,62 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from lm_eval_adainfer import container, paths
 from lm_eval_adainfer.errors import AdaInferError
 from lm_eval_adainfer.strategies.base import Stopper
+from lm_eval_adainfer.strategies.network import LogisticStopper, MLPStopper
 from lm_eval_adainfer.strategies.rules import FixedStopper, GapStopper, NoStopper
 from lm_eval_adainfer.strategies.svm import SVMStopper
+from lm_eval_adainfer.strategies.trees import BoostedStopper
 
 VERSION = 1
+# kind -> the strategy made of a file's arrays and parameters
+KINDS: dict[str, Callable[..., Stopper]] = {
+    "svm": SVMStopper,
+    "logistic": LogisticStopper,
+    "mlp": MLPStopper,
+    "boosted": BoostedStopper,
+    "gap": lambda arrays, **parameters: GapStopper(**parameters),
+}
 _logger = logging.getLogger(__name__)
 
 
-def save(stopper: SVMStopper, path: str | Path) -> None:
-    """Write a fitted stopper; the file is safetensors plus JSON whatever its extension.
+def save(stopper: Stopper, path: str | Path) -> None:
+    """Write a stopper; the file is safetensors plus JSON whatever its extension.
 
     Raises:
-        AdaInferError: Where the file can't be written.
+        AdaInferError: Where the file can't be written, or the strategy is of a kind that files don't hold.
     """
-    meta = {"kind": stopper.kind, "parameters": stopper.parameters(), "info": stopper.info}
+    if stopper.kind not in KINDS:
+        raise AdaInferError(f"stopper: {stopper.kind} needs no file; files hold {', '.join(KINDS)}")
+    meta = {"kind": stopper.kind, "parameters": stopper.parameters(), "info": stopper.info, "seen": stopper.seen}
     container.write(path, "stopper", VERSION, meta, stopper.arrays)
 
 
-def load(path: str | Path) -> SVMStopper:
+def load(path: str | Path) -> Stopper:
     """Read a stopper file; never executes code.
 
     Raises:
         AdaInferError: Where the file is missing, damaged, a pickle, or no stopper.
     """
     meta, arrays = container.read(path, "stopper", VERSION, "stopper")
-    kind, parameters, info = meta.get("kind"), meta.get("parameters"), meta.get("info")
-    if kind != SVMStopper.kind:
-        raise AdaInferError(f"stopper: {path} holds a stopper of kind {kind!r}; this release knows svm")
-    if not isinstance(parameters, dict) or not isinstance(info, dict):
+    kind, parameters, info, seen = (meta.get(name) for name in ("kind", "parameters", "info", "seen"))
+    if not isinstance(kind, str) or kind not in KINDS:
+        raise AdaInferError(f"stopper: {path} holds a stopper of kind {kind!r}; this release knows {', '.join(KINDS)}")
+    if not isinstance(parameters, dict) or not isinstance(info, dict) or not isinstance(seen or {}, dict):
         raise AdaInferError(f"stopper: {path} is damaged or truncated (no parameters); make it again")
     try:
-        return SVMStopper(arrays, info=info, **parameters)
+        stopper = KINDS[kind](arrays, **parameters)
     except AdaInferError:
         raise
     except (TypeError, ValueError, OverflowError) as error:
         raise AdaInferError(f"stopper: {path} has wrong parameters ({error}); make it again") from None
+    stopper.info, stopper.seen = info, seen or {}
+    return stopper
 
 
 def built_in() -> dict[str, Path]:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 
 from lm_eval_adainfer.errors import AdaInferError
@@ -18,12 +20,17 @@ class Stopper(ABC):
 
     Subclasses set ``kind`` (what ``stopper=`` calls it), ``features`` (names from ``features.FEATURES``, in the
     order of the columns that :meth:`margin` gets) and, where they decide from more than one block, ``memory`` (how many
-    numbers they keep per decision).
+    numbers they keep per decision). Those that a stopper file can hold also have ``threshold`` (what :meth:`margin`
+    subtracts), ``arrays``, :meth:`parameters`, ``info`` (where it comes from) and ``seen`` (the documents it was
+    fitted on: ``"task/split"`` to their indices).
     """
 
     kind: str
     features: tuple[str, ...] = ()
     memory: int = 0
+    arrays: Mapping[str, np.ndarray] = {}
+    info: dict[str, Any] = {}
+    seen: dict[str, list[int]] = {}
 
     @abstractmethod
     def margin(self, block: int, values: Tensor, memory: Tensor | None = None) -> Tensor:
@@ -65,6 +72,10 @@ class Stopper(ABC):
     def bind(self, n_blocks: int) -> None:
         """Raise AdaInferError where the strategy does not fit a model of ``n_blocks`` blocks."""
         return None
+
+    def parameters(self) -> dict[str, Any]:
+        """What besides ``arrays`` rebuilds this strategy from its file, JSON-serialisable."""
+        return {}
 
     @property
     def flops(self) -> int:

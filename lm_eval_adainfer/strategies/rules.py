@@ -40,6 +40,10 @@ class GapStopper(Stopper):
             raise AdaInferError(f"stopper: gap:{threshold:g} has no threshold between 0 and 1; the paper's is gap:0.8")
         self.threshold = threshold
 
+    def parameters(self) -> dict[str, Any]:
+        """The threshold."""
+        return {"threshold": self.threshold}
+
     def margin(self, block: int, values: Tensor, memory: Tensor | None = None) -> Tensor:
         """Gap minus threshold."""
         return values[:, 0] - self.threshold
