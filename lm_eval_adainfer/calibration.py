@@ -23,6 +23,7 @@ from scipy.stats import binom
 
 from lm_eval_adainfer import outcomes, tracing
 from lm_eval_adainfer.errors import AdaInferError
+from lm_eval_adainfer.features import needs_past
 from lm_eval_adainfer.simulation import margins
 from lm_eval_adainfer.strategies.base import Schedule, Stopper
 
@@ -140,6 +141,8 @@ def calibrate(
             raise AdaInferError(f"{name}: {value:g} is not between 0 and 1; give {usual}, say")
     if loss not in LOSSES:
         raise AdaInferError(f"loss: {loss!r} is none of {', '.join(LOSSES)}")
+    if not files:
+        raise AdaInferError("traces: none is given; make some with adainfer trace")
     thresholds = grid(stopper)
     free = copy.copy(stopper)
     free.threshold = 0.0  # type: ignore[attr-defined]  # margins become bare scores
@@ -214,14 +217,13 @@ def _read(files: Sequence[Path], stopper: Stopper, loss: str, check_layers: Any)
             raise AdaInferError(
                 f"traces: {file} is a second trace of {meta['task']}; give one, since a document must count once"
             )
-        used = [meta["features"].index(name) for name in stopper.features if name in meta["features"]]
+        read = {*stopper.features, *(["top_prob"] if needs_past(stopper.features) else [])}
+        used = [i for i, name in enumerate(meta["features"]) if name in read]
         if not np.isfinite(arrays["features"][:, :, used]).all():
             raise AdaInferError(
                 f"traces: {file} holds NaN or infinite features; trace in a dtype that does not overflow"
             )
         found = outcomes.outcomes(meta, arrays)
-        if loss == "gold" and (found.gold < 0).all():
-            raise AdaInferError(f"loss: {file} has no gold answers; give --loss agreement")
         if loss == "gold" and (found.gold < 0).any():
             raise AdaInferError(f"loss: {file} has documents without a gold answer; give --loss agreement")
         blocks = Schedule(meta["n_blocks"], stopper, check_layers=check_layers).blocks

@@ -171,7 +171,7 @@ def fit_svm(
 def fit_classifier(
     kind: str,
     paths: Sequence[str | Path],
-    label: str = "stable",
+    label: str = "final",
     features: Sequence[str] | None = None,
     max_examples: int = 20_000,
     seed: int = 0,

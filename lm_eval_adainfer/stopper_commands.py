@@ -29,7 +29,7 @@ def add_fits(kinds: Any, how: Any) -> None:
         command.add_argument("traces", nargs="+", help=".trace files, or folders of them")
         command.add_argument(
             "--label",
-            default="stable",
+            default="final",
             choices=["final", "gold", "stable"],
             help="positive where the block's top token is the last block's (final, Eq. 1) or the gold answer's (gold), "
             "or where the document's answer never changes again (stable)",
