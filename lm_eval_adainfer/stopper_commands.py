@@ -115,6 +115,8 @@ def _calibrate(arguments: Namespace) -> None:
         )
     elif found.overlap is None and stopper.kind != "gap":
         _logger.warning("stopper: its file does not tell which documents it was fitted on; make sure they are others")
+    if found.first_token_only:
+        _logger.info("traces: in tasks of one continuation the promise is on the answer's first token (top1_acc) alone")
     artifact.save(stopper, arguments.output)
     promised = f"at most {max_drop:.2%} lost ({arguments.loss}) at {confidence:.0%} confidence"
     if found.stops:

@@ -155,6 +155,7 @@ def test_calibration_counts_what_the_calibrated_stopper_does(tmp_path):
         exit_layer = next((k for k in range(1, 5) if stop[k - 1]), 4)
         depth += exit_layer
         lost += top[exit_layer - 1] != top[-1]
+    assert found.first_token_only
     assert found.stops and 0 < lost == found.losses == stopper.info["promise"]["losses"]
     assert found.pruning == pytest.approx(1 - depth / 2000 / 4)
     assert binom.cdf(lost, 2000, 0.05) <= 0.05
@@ -166,7 +167,7 @@ def test_calibration_counts_what_the_calibrated_stopper_does(tmp_path):
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory):
-    """Real traces: 150 documents of two tasks of the demo model, and an SVM fitted on training documents."""
+    """Real traces: 200 documents of two tasks of the demo model, and an SVM fitted on training documents."""
     from lm_eval.tasks import TaskManager
 
     from lm_eval_adainfer import paths
@@ -176,8 +177,8 @@ def demo(tmp_path_factory):
     manager = TaskManager(include_path=str(paths.task_configs()), include_defaults=False)
     lm = AdaInferLM(pretrained="adainfer-demo", dtype="float32", device="cpu", batch_size=32)
     names = ["adainfer_demo_plural", "adainfer_demo_fact"]
-    train = tracing.trace(lm, manager.load(names)["tasks"], folder, num_fewshot=1, limit=30)
-    test = tracing.trace(lm, manager.load(names)["tasks"], folder, num_fewshot=1, split="test", limit=150)
+    train = tracing.trace(lm, manager.load(names)["tasks"], folder, num_fewshot=1, limit=40)
+    test = tracing.trace(lm, manager.load(names)["tasks"], folder, num_fewshot=1, split="test", limit=200)
     return SimpleNamespace(train=train, test=test, svm=fitting.fit_svm(train))
 
 
@@ -195,7 +196,7 @@ def test_the_promise_is_broken_in_at_most_5_percent_of_1000_calibration_sets(dem
     pool = np.concatenate(lost, axis=1)  # [G, documents]
     risk = pool.mean(axis=1)
     drop = risk[np.abs(risk - 0.1).argmin()] - 1e-9  # the hardest: there is a threshold whose risk is just too great
-    assert risk[0] == 0 and 0.05 < drop < 0.2, "else nothing could be broken"
+    assert risk[0] == 0 and 0.02 < drop < 0.3, "else nothing could be broken"
     rng = np.random.default_rng(0)
     broken = naive = stopped = 0
     for _ in range(1000):
@@ -220,7 +221,7 @@ def test_a_calibrated_stopper_survives_its_file_and_decides_as_promised(demo, tm
     loaded = artifact.load(out)
     promise = loaded.info["promise"]
     assert (promise["max_drop"], promise["confidence"], promise["loss"]) == (0.1, 0.95, "gold")
-    assert promise["documents"] == 300 and promise["stops"]
+    assert promise["documents"] == 400 and promise["stops"]
     assert promise["tasks"] == ["adainfer_demo_fact", "adainfer_demo_plural"]
     lost = 0
     for file in demo.test:
