@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from lm_eval_adainfer import __version__, laboratory
+from lm_eval_adainfer import __version__, laboratory, stopper_commands
 from lm_eval_adainfer.comparison.commands import add_parsers as add_comparison_parsers
 from lm_eval_adainfer.errors import AdaInferError
 
@@ -129,6 +129,9 @@ def _parser() -> argparse.ArgumentParser:
     svm.add_argument("--output", "-o", required=True, help="the stopper file (safetensors, whatever its extension)")
     svm.set_defaults(run=_fit_svm)
     _crf_parser(kinds)
+
+    stopper_commands.add_fits(kinds, how)
+    stopper_commands.add_calibrate(commands, how)
 
     layers = commands.add_parser(
         "layers",

@@ -11,7 +11,7 @@ from lm_eval_adainfer import container, paths
 from lm_eval_adainfer.errors import AdaInferError
 from lm_eval_adainfer.strategies.base import Stopper
 from lm_eval_adainfer.strategies.crf import CRFStopper
-from lm_eval_adainfer.strategies.fitted import FittedStopper
+from lm_eval_adainfer.strategies.network import LogisticStopper, MLPStopper
 from lm_eval_adainfer.strategies.rules import (
     FixedStopper,
     GapStopper,
@@ -22,42 +22,50 @@ from lm_eval_adainfer.strategies.rules import (
 )
 from lm_eval_adainfer.strategies.shortgpt import LastStopper, ShortGPTStopper
 from lm_eval_adainfer.strategies.svm import SVMStopper
+from lm_eval_adainfer.strategies.trees import BoostedStopper
 
 VERSION = 1
-# what a stopper file may hold; add a class here
-KINDS: dict[str, Callable[..., FittedStopper]] = {cls.kind: cls for cls in (SVMStopper, CRFStopper, ShortGPTStopper)}
+# kind -> the strategy made of a file's arrays and parameters; add a class here
+KINDS: dict[str, Callable[..., Stopper]] = {
+    **{cls.kind: cls for cls in (SVMStopper, LogisticStopper, MLPStopper, BoostedStopper, CRFStopper, ShortGPTStopper)},
+    "gap": lambda arrays, **parameters: GapStopper(**parameters),  # written by adainfer calibrate
+}
 SPECS = ("none", "gap:0.8", "softmax:0.9", "saturation:0.98", "patience:3", "fixed:24", "shortgpt:last5")
 _logger = logging.getLogger(__name__)
 
 
-def save(stopper: FittedStopper, path: str | Path) -> None:
-    """Write a fitted stopper; the file is safetensors plus JSON whatever its extension.
+def save(stopper: Stopper, path: str | Path) -> None:
+    """Write a stopper; the file is safetensors plus JSON whatever its extension.
 
     Raises:
-        AdaInferError: Where the file can't be written.
+        AdaInferError: Where the file can't be written, or the strategy is of a kind that files don't hold.
     """
-    meta = {"kind": stopper.kind, "parameters": stopper.parameters(), "info": stopper.info}
+    if stopper.kind not in KINDS:
+        raise AdaInferError(f"stopper: {stopper.kind} needs no file; files hold {', '.join(KINDS)}")
+    meta = {"kind": stopper.kind, "parameters": stopper.parameters(), "info": stopper.info, "seen": stopper.seen}
     container.write(path, "stopper", VERSION, meta, stopper.arrays)
 
 
-def load(path: str | Path) -> FittedStopper:
+def load(path: str | Path) -> Stopper:
     """Read a stopper file; never executes code.
 
     Raises:
         AdaInferError: Where the file is missing, damaged, a pickle, or no stopper.
     """
     meta, arrays = container.read(path, "stopper", VERSION, "stopper")
-    kind, parameters, info = meta.get("kind"), meta.get("parameters"), meta.get("info")
+    kind, parameters, info, seen = (meta.get(name) for name in ("kind", "parameters", "info", "seen"))
     if not isinstance(kind, str) or kind not in KINDS:
         raise AdaInferError(f"stopper: {path} holds a stopper of kind {kind!r}; this release knows {', '.join(KINDS)}")
-    if not isinstance(parameters, dict) or not isinstance(info, dict):
+    if not isinstance(parameters, dict) or not isinstance(info, dict) or not isinstance(seen or {}, dict):
         raise AdaInferError(f"stopper: {path} is damaged or truncated (no parameters); make it again")
     try:
-        return KINDS[kind](arrays, info=info, **parameters)
+        stopper = KINDS[kind](arrays, **parameters)
     except AdaInferError:
         raise
     except (TypeError, ValueError, OverflowError) as error:
         raise AdaInferError(f"stopper: {path} has wrong parameters ({error}); make it again") from None
+    stopper.info, stopper.seen = info, seen or {}
+    return stopper
 
 
 def built_in() -> dict[str, Path]:

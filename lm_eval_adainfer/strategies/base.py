@@ -5,8 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 
 from lm_eval_adainfer.errors import AdaInferError
@@ -18,7 +20,9 @@ class Stopper(ABC):
 
     Subclasses set ``kind`` (what ``stopper=`` calls it), ``features`` (names from ``features.FEATURES``, in the
     order of the columns that :meth:`margin` gets) and, where they decide from more than one block, ``memory`` (how many
-    numbers they keep per decision).
+    numbers they keep per decision). Those that a stopper file can hold also have ``threshold`` (what :meth:`margin`
+    subtracts), ``arrays``, :meth:`parameters`, ``info`` (where it comes from) and ``seen`` (the documents it was
+    fitted on: ``"task/split"`` to their indices).
     """
 
     kind: str
@@ -26,6 +30,9 @@ class Stopper(ABC):
     memory: int = 0
     removes_blocks: bool = False  # whether ``dropped_blocks`` are to be taken out of the model
     dropped_blocks: tuple[int, ...] = ()  # blocks that no document ever runs, known after :meth:`bind`
+    arrays: Mapping[str, np.ndarray] = {}
+    info: dict[str, Any] = {}
+    seen: dict[str, list[int]] = {}
 
     @abstractmethod
     def margin(self, block: int, values: Tensor, memory: Tensor | None = None) -> Tensor:
@@ -67,6 +74,10 @@ class Stopper(ABC):
     def bind(self, n_blocks: int) -> None:
         """Raise AdaInferError where the strategy does not fit a model of ``n_blocks`` blocks."""
         return None
+
+    def parameters(self) -> dict[str, Any]:
+        """What besides ``arrays`` rebuilds this strategy from its file, JSON-serialisable."""
+        return {}
 
     @property
     def flops(self) -> int:

@@ -42,6 +42,10 @@ class GapStopper(Stopper):
             )
         self.threshold = threshold
 
+    def parameters(self) -> dict[str, Any]:
+        """The threshold."""
+        return {"threshold": self.threshold}
+
     def margin(self, block: int, values: Tensor, memory: Tensor | None = None) -> Tensor:
         """The one feature minus threshold."""
         return values[:, 0] - self.threshold

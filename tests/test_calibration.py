@@ -1,0 +1,314 @@
+"""Learn-then-Test: exact p-values, losses by hand, the promise on 1,000 resampled calibration sets, bad input."""
+
+from __future__ import annotations
+
+import logging
+import math
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.stats import binom, binomtest
+
+from lm_eval_adainfer import calibration, cli, container, fitting, outcomes, tracing
+from lm_eval_adainfer.errors import AdaInferError
+from lm_eval_adainfer.simulation import margins
+from lm_eval_adainfer.strategies import artifact
+from lm_eval_adainfer.strategies.rules import FixedStopper, GapStopper, NoStopper
+
+BASE = {
+    "model": "m", "n_blocks": 4, "head_hash": "h", "task": "t", "num_fewshot": 0, "split": "test", "documents": 0,
+    "features": ["gap", "top_prob"], "output_type": "loglikelihood", "hidden_size": 8, "vocab_size": 50,
+    "block_weights": [100] * 4,
+}  # fmt: skip
+
+
+def write_trace(path, n=400, seed=0, gap=None, gold=None, arrays=(), version=tracing.VERSION, **meta):
+    """A trace of a model whose early tokens are the more often the last one's, the greater their gap."""
+    rng = np.random.default_rng(seed)
+    meta = {**BASE, "documents": n, **meta}
+    gap = rng.uniform(size=(n, 4)) if gap is None else np.asarray(gap, dtype=float)
+    n = len(gap)
+    final = rng.integers(0, 50, n)
+    same = rng.uniform(size=(n, 4)) < gap**0.2
+    same[:, -1] = True
+    values = np.stack([gap, (1 + gap) / 2], axis=-1).astype(np.float32)
+    found = {
+        "features": values,
+        "top_token": np.where(same, final[:, None], 50).astype(np.int32),
+        "gold_token": np.where(rng.uniform(size=n) < 0.8, final, 51).astype(np.int32) if gold is None else gold,
+        "prompt_tokens": np.full(n, 9, dtype=np.int32),
+        "position": np.zeros(n, dtype=np.int32),
+        "doc_id": np.arange(n),
+        "scores": np.zeros((n, 4, 1), dtype=np.float32),
+        "request": np.zeros((n, 1), dtype=np.int16),
+        **dict(arrays),
+    }
+    container.write(path, "trace", version, meta, found)
+    return path
+
+
+def refused(call, *words):
+    with pytest.raises(AdaInferError) as caught:
+        call()
+    message = str(caught.value)
+    assert "\n" not in message and all(word in message for word in words), message
+
+
+# ------------------------------------------------------------------------------------------------ the test
+
+
+@given(n=st.integers(1, 300), drop=st.floats(0.001, 0.5), data=st.data())
+@settings(max_examples=60, deadline=None)
+def test_p_values_are_the_binomial_tail(n, drop, data):
+    lost = data.draw(st.integers(0, n))
+    by_hand = sum(math.comb(n, i) * drop**i * (1 - drop) ** (n - i) for i in range(lost + 1))
+    p = float(calibration.p_values(lost, n, drop))
+    assert p == pytest.approx(by_hand, rel=1e-6)
+    assert p == pytest.approx(binomtest(lost, n, drop, alternative="less").pvalue, rel=1e-9)
+
+
+@pytest.mark.parametrize(("drop", "confidence", "expected"), [(0.01, 0.95, 299), (0.05, 0.95, 59), (0.01, 0.99, 459)])
+def test_documents_needed_are_those_of_the_formula_and_not_one_less(drop, confidence, expected):
+    assert calibration.documents_needed(drop, confidence) == expected
+    assert calibration.p_values(0, expected, drop) <= 1 - confidence < calibration.p_values(0, expected - 1, drop)
+
+
+@pytest.mark.parametrize("share", [0.001, 0.004, 0.006])
+def test_documents_needed_at_a_share_of_losses_is_near_the_smallest_number_that_passes(share):
+    needed = calibration.documents_needed(0.01, 0.95, share)
+    passes = [binom.cdf(math.ceil(share * n), n, 0.01) <= 0.05 for n in range(1, 2 * needed)]
+    assert passes[needed - 1]
+    assert 0.5 * needed < passes.index(True) + 1 <= needed, "rounding of the losses makes this no exact minimum"
+
+
+def test_no_number_of_documents_helps_where_too_many_are_lost():
+    assert calibration.documents_needed(0.01, 0.95, 0.01) is None
+    assert calibration.documents_needed(0.01, 0.95, 0.3) is None
+
+
+def test_testing_ends_at_the_first_threshold_that_fails():
+    lost = np.array([0, 0, 9, 0, 0])
+    assert calibration.passed(lost, 400, 0.01, 0.95) == 2
+    assert calibration.passed(np.zeros(5, int), 400, 0.01, 0.95) == 5
+    assert calibration.passed(np.zeros(5, int), 298, 0.01, 0.95) == 0
+
+
+def test_thresholds_go_from_never_to_ever_looser(tmp_path):
+    svm = fitting.fit_svm([write_trace(tmp_path / "a.trace")])
+    boosted = fitting.fit_classifier("boosted", [tmp_path / "a.trace"])
+    for stopper in (svm, boosted, GapStopper()):
+        thresholds = calibration.grid(stopper)
+        assert (np.diff(thresholds) < 0).all() and len(thresholds) > 100
+        never = margins(_with(stopper, thresholds[0]), *tracing.read(tmp_path / "a.trace"))
+        assert not (never > 0).any()
+
+
+def _with(stopper, threshold):
+    stopper.threshold = threshold
+    return stopper
+
+
+# ------------------------------------------------------------------------------------------------ documents
+
+
+def test_answers_and_losses_of_choices_in_two_contexts_by_hand():
+    """Two contexts (instances) a document, as in Winogrande: one choice each, one decision together."""
+    scores = np.array([[-1, -9, -1], [-5, -5, -5], [-2, -2, -2], [-1, -3, -9]], dtype=float)[:, :, None]
+    arrays = {
+        "top_token": np.zeros((4, 3), dtype=int), "doc_id": np.array([7, 7, 8, 8]), "gold": np.array([0, 0, 1, 1]),
+        "gold_token": np.zeros(4, int), "scores": scores, "request": np.array([[0], [1], [0], [1]]),
+    }  # fmt: skip
+    found = outcomes.outcomes({"task": "t", "output_type": "multiple_choice"}, arrays)
+    assert found.answer.tolist() == [[0, 1, 0], [1, 0, 0]]
+    assert (found.document.tolist(), found.gold.tolist()) == ([7, 8], [0, 1])
+    together = found.of_decisions(np.array([[0.5, 0.9, np.nan], [0.3, 0.8, np.nan], [0.9, 0, np.nan], [0.7, 1, np.nan]]))
+    assert together.tolist() == [[0.3, 0.8, -np.inf], [0.7, 0, -np.inf]]
+    assert [outcomes.exits(together, t).tolist() for t in (0.2, 0.5, 0.7, 0.9)] == [[1, 1], [2, 1], [2, 3], [3, 3]]
+    assert outcomes.loss(found, "gold", [2, 1]).tolist() == [1, 0], "the second was wrong at the end, right before"
+    assert outcomes.loss(found, "agreement", [2, 1]).tolist() == [1, 1]
+    assert outcomes.loss(found, "agreement", [1, 2]).tolist() == [0, 0]
+
+
+def test_a_generated_text_is_lost_where_one_of_its_tokens_differs():
+    arrays = {"top_token": np.array([[1, 2], [3, 3], [4, 4]]), "doc_id": np.array([5, 5, 6])}
+    found = outcomes.outcomes({"task": "t", "output_type": "generate_until"}, arrays)
+    assert outcomes.loss(found, "agreement", [1, 1, 1]).tolist() == [1, 0]
+    assert outcomes.loss(found, "agreement", [2, 1, 1]).tolist() == [0, 0]
+
+
+@given(st.lists(st.lists(st.integers(0, 2), min_size=4, max_size=4), min_size=1, max_size=6))
+def test_stable_means_the_answer_never_changes_again(rows):
+    expected = [[all(later == row[-1] for later in row[k:]) for k in range(4)] for row in rows]
+    assert outcomes.stable(np.array(rows)).tolist() == expected
+
+
+def test_calibration_counts_what_the_calibrated_stopper_does(tmp_path):
+    path = write_trace(tmp_path / "a.trace", n=2000)
+    stopper, found = calibration.calibrate([path], GapStopper(), max_drop=0.05, loss="agreement")
+    meta, arrays = tracing.read(path)
+    stops = margins(stopper, meta, arrays) > 0
+    lost, depth = 0, 0
+    for stop, top in zip(stops, arrays["top_token"], strict=True):
+        exit_layer = next((k for k in range(1, 5) if stop[k - 1]), 4)
+        depth += exit_layer
+        lost += top[exit_layer - 1] != top[-1]
+    assert found.first_token_only
+    assert found.stops and 0 < lost == found.losses == stopper.info["promise"]["losses"]
+    assert found.pruning == pytest.approx(1 - depth / 2000 / 4)
+    assert binom.cdf(lost, 2000, 0.05) <= 0.05
+    assert stopper.info["promise"]["thresholds"] == [stopper.threshold, 1.0]
+
+
+# ------------------------------------------------------------------------------------------------ the promise
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    """Real traces: 200 documents of two tasks of the demo model, and an SVM fitted on training documents."""
+    from lm_eval.tasks import TaskManager
+
+    from lm_eval_adainfer import paths
+    from lm_eval_adainfer.model import AdaInferLM
+
+    folder = tmp_path_factory.mktemp("demo")
+    manager = TaskManager(include_path=str(paths.task_configs()), include_defaults=False)
+    lm = AdaInferLM(pretrained="adainfer-demo", dtype="float32", device="cpu", batch_size=32)
+    names = ["adainfer_demo_plural", "adainfer_demo_fact"]
+    train = tracing.trace(lm, manager.load(names)["tasks"], folder, num_fewshot=1, limit=40)
+    test = tracing.trace(lm, manager.load(names)["tasks"], folder, num_fewshot=1, split="test", limit=200)
+    return SimpleNamespace(train=train, test=test, svm=fitting.fit_svm(train))
+
+
+@pytest.mark.parametrize("loss", ["gold", "agreement"])
+@pytest.mark.parametrize("which", ["gap", "svm"])
+def test_the_promise_is_broken_in_at_most_5_percent_of_1000_calibration_sets(demo, which, loss):
+    stopper = GapStopper() if which == "gap" else demo.svm
+    thresholds = calibration.grid(stopper)
+    lost = []
+    for file in demo.test:
+        meta, arrays = tracing.read(file)
+        found = outcomes.outcomes(meta, arrays)
+        scores = found.of_decisions(margins(stopper, meta, arrays) + stopper.threshold)
+        lost.append([outcomes.loss(found, loss, outcomes.exits(scores, t)) for t in thresholds])
+    pool = np.concatenate(lost, axis=1)  # [G, documents]
+    risk = pool.mean(axis=1)
+    drop = risk[np.abs(risk - 0.1).argmin()] - 1e-9  # the hardest: there is a threshold whose risk is just too great
+    assert risk[0] == 0 and 0.02 < drop < 0.3, "else nothing could be broken"
+    rng = np.random.default_rng(0)
+    broken = naive = stopped = 0
+    for _ in range(1000):
+        sample = pool[:, rng.integers(0, pool.shape[1], 300)].sum(axis=1)
+        at = calibration.passed(sample, 300, drop, 0.95) - 1
+        broken += at >= 0 and risk[: at + 1].max() > drop
+        stopped += at >= 0 and risk[at] > 0
+        over = sample / 300 > drop
+        naive += risk[over.argmax() - 1 if over.any() else -1] > drop
+    most = binom.ppf(0.999, 1000, 0.05)  # 5% and the sampling error of 1,000 draws
+    assert broken <= most
+    assert stopped > 900, "a threshold that never stops keeps any promise"
+    assert naive > most, "taking the loosest threshold that looks good breaks it far more often"
+
+
+def test_a_calibrated_stopper_survives_its_file_and_decides_as_promised(demo, tmp_path):
+    out = tmp_path / "safe.stopper"
+    files = [str(f) for f in demo.test]
+    artifact.save(demo.svm, tmp_path / "svm.stopper")
+    arguments = ["--stopper", str(tmp_path / "svm.stopper"), "--max-drop", "0.1", "-o", str(out)]
+    assert cli.main(["calibrate", *files, *arguments]) == 0
+    loaded = artifact.load(out)
+    promise = loaded.info["promise"]
+    assert (promise["max_drop"], promise["confidence"], promise["loss"]) == (0.1, 0.95, "gold")
+    assert promise["documents"] == 400 and promise["stops"]
+    assert promise["tasks"] == ["adainfer_demo_fact", "adainfer_demo_plural"]
+    lost = 0
+    for file in demo.test:
+        meta, arrays = tracing.read(file)
+        found = outcomes.outcomes(meta, arrays)
+        lost += outcomes.loss(found, "gold", outcomes.exits(found.of_decisions(margins(loaded, meta, arrays)), 0.0)).sum()
+    assert lost == promise["losses"]
+    assert loaded.fingerprint != demo.svm.fingerprint
+
+
+# ------------------------------------------------------------------------------------------------ the command
+
+
+def run(capsys, caplog, *arguments):
+    caplog.set_level(logging.WARNING)
+    caplog.clear()
+    code = cli.main(["calibrate", *map(str, arguments)])
+    out, err = capsys.readouterr()
+    return code, out, err, caplog.text
+
+
+def test_too_few_documents_write_a_file_that_never_stops_and_say_how_many_are_needed(tmp_path, capsys, caplog):
+    path = write_trace(tmp_path / "a.trace", n=298, gap=np.ones((298, 4)))
+    code, out, _, _ = run(capsys, caplog, path, "--stopper", "gap:0.5", "-o", tmp_path / "o")
+    assert code == 0 and "never stops" in out and "299" in out
+    stopper = artifact.load(tmp_path / "o")
+    assert stopper.kind == "gap" and not stopper.info["promise"]["stops"]
+    assert not (margins(stopper, *tracing.read(path)) > 0).any()
+    path = write_trace(tmp_path / "b.trace", gap=np.full((299, 4), 0.99), arrays={"top_token": np.full((299, 4), 3)}.items())
+    _, out, _, _ = run(capsys, caplog, path, "--stopper", "gap:0.5", "--loss", "agreement", "-o", tmp_path / "o")
+    assert "never stops" not in out
+    assert (margins(artifact.load(tmp_path / "o"), *tracing.read(path))[:, :-1] > 0).all()
+
+
+def test_where_even_the_strictest_loses_too_much_no_number_of_documents_is_named(tmp_path, capsys, caplog):
+    top = np.tile([1, 1, 1, 2], (500, 1))
+    path = write_trace(tmp_path / "a.trace", gap=np.full((500, 4), 0.99), arrays={"top_token": top}.items())
+    _, out, _, _ = run(capsys, caplog, path, "-s", "gap", "--loss", "agreement", "-o", tmp_path / "o")
+    assert "never stops" in out and "strictest" in out
+
+
+def test_calibration_documents_that_were_used_in_fitting_are_warned_about(tmp_path, capsys, caplog):
+    fit = write_trace(tmp_path / "fit.trace", split="train")
+    other = write_trace(tmp_path / "other.trace", seed=1, split="test")
+    artifact.save(fitting.fit_svm([fit]), tmp_path / "svm")
+    *_, warned = run(capsys, caplog, fit, other, "-s", tmp_path / "svm", "-o", tmp_path / "o")
+    assert "400 of the 800" in warned and "used in fitting" in warned
+    *_, warned = run(capsys, caplog, other, "-s", tmp_path / "svm", "-o", tmp_path / "o")
+    assert "fitting" not in warned and "fitted" not in warned
+    old = fitting.fit_svm([fit])
+    old.seen = {}
+    artifact.save(old, tmp_path / "old")
+    *_, warned = run(capsys, caplog, other, "-s", tmp_path / "old", "-o", tmp_path / "o")
+    assert "does not tell" in warned
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--confidence", "1.5"], ["confidence", "1.5", "between 0 and 1"]),
+        (["--confidence", "nan"], ["confidence", "nan"]),
+        (["--max-drop", "0"], ["max_drop", "0", "between 0 and 1"]),
+        (["--stopper", "fixed:2"], ["stopper", "fixed", "threshold"]),
+        (["--stopper", "none"], ["stopper", "none", "threshold"]),
+        (["--check_layers", "9"], ["check_layers", "9", "4 blocks"]),
+    ],
+)
+def test_wrong_arguments_are_one_sentence_and_write_nothing(options, words, tmp_path, capsys, caplog):
+    path = write_trace(tmp_path / "a.trace")
+    code, _, err, _ = run(capsys, caplog, path, "-s", "gap", "-o", tmp_path / "o", *options)
+    assert code == 2 and err.count("\n") == 1 and all(word in err for word in words), err
+    assert not (tmp_path / "o").exists()
+
+
+def test_unusable_traces_are_one_sentence(tmp_path):
+    def calibrated(path, **options):
+        return lambda: calibration.calibrate([path] if not isinstance(path, list) else path, GapStopper(), **options)
+
+    good = write_trace(tmp_path / "good.trace")
+    refused(calibrated([]), "traces", "none")
+    refused(calibrated(write_trace(tmp_path / "empty.trace", n=0)), "traces", "no document")
+    refused(calibrated(write_trace(tmp_path / "old.trace", version=99)), "traces", "old.trace", "version 99")
+    nan = write_trace(tmp_path / "nan.trace", gap=[[0.5, np.nan, 0.5, 0.5]])
+    refused(calibrated(nan), "traces", "nan.trace", "NaN")
+    refused(calibrated([good, good]), "traces", "second trace")
+    refused(calibrated([good, write_trace(tmp_path / "m.trace", model="n", head_hash="g", task="u")]), "traces", "m.trace")
+    refused(calibrated(write_trace(tmp_path / "g.trace", gold=np.full(400, -1))), "loss", "gold", "agreement")
+    refused(calibrated(good, loss="best"), "loss", "best", "agreement")
+    refused(lambda: calibration.calibrate([good], NoStopper()), "stopper", "none")
+    refused(lambda: calibration.calibrate([good], FixedStopper(2)), "stopper", "fixed")
