@@ -44,7 +44,7 @@ class Calibration:
         needed: How many documents would let the first threshold that stops at all pass, at its observed share of
             losses; None where that share is not below ``max_drop``. Given where ``stops`` is false.
         overlap: How many of the documents were used in fitting; None where the stopper does not tell.
-        first_token_only: Whether some task has one continuation, of which a trace knows the first token alone.
+        first_token_only: Whether some task has one continuation, of which its trace knows the first token alone.
         promise: What goes into the stopper file.
     """
 
@@ -185,7 +185,7 @@ def calibrate(
         pruning=float(1 - depths[at].mean() / n_blocks),
         needed=None if stops else documents_needed(max_drop, confidence, float(losses[first] / n)),
         overlap=sum(shared) if stopper.seen else None,
-        first_token_only=any(part.meta["output_type"] == "loglikelihood" for part in parts),
+        first_token_only=not all(part.found.whole for part in parts),
         promise=promise,
     )
 

@@ -2,8 +2,9 @@
 
 The rules are those of real runs (``docs/numbers.md``, "One decision per document"): a document of several contexts
 stops where the strategy says stop at all of them, and its answer is the choice of greatest log-probability. Tasks of
-one continuation answer with the top token, compared with the gold answer's first one. In generated text every new
-token is a decision of its own, and a document is its text. Everything computed from these is *simulated*.
+one continuation answer with the top token, and are right where greedy decoding gives the whole gold answer (``acc``).
+In generated text every new token is a decision of its own, and a document is its text. Everything computed from these
+is *simulated*.
 """
 
 from __future__ import annotations
@@ -26,12 +27,16 @@ class Outcomes:
         gold: [D], the gold one, -1 where there is none.
         document: [D], the index of the decision's document in its split.
         instance: [N], to which decision a trace's instance belongs.
+        right: [D, L] bool, whether ``acc`` would count the answer.
+        whole: False where a trace of older make knows no more of an answer than its first token.
     """
 
     answer: np.ndarray
     gold: np.ndarray
     document: np.ndarray
     instance: np.ndarray
+    right: np.ndarray
+    whole: bool = True
 
     def of_decisions(self, margins: np.ndarray) -> np.ndarray:
         """[D, L]: of the instances' margins ([N, L]) the least; NaN (not asked) becomes minus infinity."""
@@ -50,17 +55,25 @@ def outcomes(meta: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> Outco
     if len(top) == 0:
         raise AdaInferError(f"traces: the trace of {meta['task']} holds no document; trace some")
     if meta["output_type"] == "generate_until":
-        return Outcomes(top, np.full(len(top), -1), arrays["doc_id"], np.arange(len(top)))
+        unknown = np.full(len(top), -1)
+        return Outcomes(top, unknown, arrays["doc_id"], np.arange(len(top)), np.zeros(top.shape, dtype=bool))
     documents, first, instance = np.unique(arrays["doc_id"], return_index=True, return_inverse=True)
     if meta["output_type"] != "multiple_choice":
-        return Outcomes(top[first], arrays["gold_token"][first], documents, instance)
+        gold = arrays["gold_token"][first]
+        whole = "greedy" in arrays
+        right = arrays["greedy"][first, :, 0] > 0 if whole else top[first] == gold[:, None]
+        return Outcomes(top[first], gold, documents, instance, right, whole)
     rows, columns = np.nonzero(arrays["request"] >= 0)
     scores = arrays["scores"][rows, :, columns]  # [requests, L]
     if np.isnan(scores).any():
         raise AdaInferError(f"traces: the trace of {meta['task']} holds NaN scores; trace again in float32")
     choices = np.full((len(documents), top.shape[1], arrays["request"].max() + 1), -np.inf)
     choices[instance[rows], :, arrays["request"][rows, columns]] = scores
-    return Outcomes(choices.argmax(-1), arrays["gold"][first], documents, instance)
+    answer, gold = choices.argmax(-1), arrays["gold"][first]
+    good = np.zeros(choices.shape[::2], dtype=bool)  # a task may have several right choices
+    flags = arrays["right"] > 0 if "right" in arrays else arrays["request"] == arrays["gold"][:, None]
+    good[instance[rows], arrays["request"][rows, columns]] = flags[rows, columns]
+    return Outcomes(answer, gold, documents, instance, np.take_along_axis(good, answer, axis=1))
 
 
 def stable(answer: np.ndarray) -> np.ndarray:
@@ -90,7 +103,9 @@ def loss(found: Outcomes, kind: str, exit_layer: Sequence[int] | np.ndarray) -> 
             differ; a generated text differs where any of its tokens does.
         exit_layer: [D].
     """
-    dense, early = found.answer[:, -1], chosen(found.answer, np.asarray(exit_layer))
-    lost = (dense != early) & ((dense == found.gold) if kind == "gold" else True)
+    exit_layer = np.asarray(exit_layer)
+    right, still = found.right[:, -1], chosen(found.right, exit_layer)
+    same = (found.answer[:, -1] == chosen(found.answer, exit_layer)) & (right == still)
+    lost = right & ~still if kind == "gold" else ~same
     _, of = np.unique(found.document, return_inverse=True)
     return np.bincount(of, weights=lost).clip(max=1)

@@ -116,7 +116,7 @@ def _calibrate(arguments: Namespace) -> None:
     elif found.overlap is None and stopper.kind != "gap":
         _logger.warning("stopper: its file does not tell which documents it was fitted on; make sure they are others")
     if found.first_token_only:
-        _logger.info("traces: in tasks of one continuation the promise is on the answer's first token (top1_acc) alone")
+        _logger.info("traces: some know the first token of an answer alone, and so does the promise; trace again")
     artifact.save(stopper, arguments.output)
     promised = f"at most {max_drop:.2%} lost ({arguments.loss}) at {confidence:.0%} confidence"
     if found.stops:

@@ -132,6 +132,19 @@ def test_answers_and_losses_of_choices_in_two_contexts_by_hand():
     assert outcomes.loss(found, "agreement", [1, 2]).tolist() == [0, 0]
 
 
+def test_one_continuation_is_right_where_greedy_decoding_gives_all_of_it():
+    """The first token is right after every block, the whole answer after the last one of the first document only."""
+    arrays = {
+        "top_token": np.full((2, 3), 4), "doc_id": np.array([3, 9]), "gold": np.zeros(2, int),
+        "gold_token": np.full(2, 4), "request": np.zeros((2, 1), int), "scores": np.zeros((2, 3, 1)),
+        "greedy": np.array([[0, 0, 1], [0, 0, 0]])[:, :, None],
+    }  # fmt: skip
+    found = outcomes.outcomes({"task": "t", "output_type": "loglikelihood"}, arrays)
+    assert outcomes.loss(found, "gold", [2, 2]).tolist() == [1, 0]
+    assert outcomes.loss(found, "agreement", [2, 2]).tolist() == [1, 0]
+    assert outcomes.loss(found, "gold", [3, 1]).tolist() == [0, 0]
+
+
 def test_a_generated_text_is_lost_where_one_of_its_tokens_differs():
     arrays = {"top_token": np.array([[1, 2], [3, 3], [4, 4]]), "doc_id": np.array([5, 5, 6])}
     found = outcomes.outcomes({"task": "t", "output_type": "generate_until"}, arrays)
