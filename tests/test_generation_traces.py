@@ -15,7 +15,7 @@ from test_model import lm_of
 from test_tracing import make_task, refused, traced
 
 from lm_eval_adainfer import check_layers, cli, container, fitting, paths, tracing
-from lm_eval_adainfer.features import FEATURES
+from lm_eval_adainfer.features import RECORDED
 from lm_eval_adainfer.strategies import artifact
 
 L = 5
@@ -64,7 +64,7 @@ def test_every_new_token_is_an_instance_and_equals_the_slow_recomputation(shots,
     task = generating(until, num_fewshot=shots)
     _, meta, arrays = traced(lm, task, tmp_path / "cut")
     assert (meta["output_type"], meta["documents"], meta["features"]) == (
-        "generate_until", 9, ["gap", "top_prob", "cos_attn", "cos_mlp", "cos_hidden"],
+        "generate_until", 9, ["gap", "top_prob", "entropy", "cos_attn", "cos_mlp", "cos_hidden"],
     )  # fmt: skip
     n = 0
     for instance in task.instances:
@@ -252,7 +252,7 @@ def test_unusable_traces_and_counts_are_refused_in_one_sentence(files, lm, token
     arrays["features"] = arrays["features"][:, :, 1:]
     poor = tmp_path / "poor.trace"
     container.write(poor, "trace", tracing.VERSION, {**meta, "features": meta["features"][1:]}, arrays)
-    refused(lambda: check_layers.choose([poor], gap), "stopper", "gap", poor.name)
+    refused(lambda: check_layers.choose([poor], gap), "features", "gap", "top_prob")
     refused(lambda: check_layers.choose(files, artifact.parse("fixed:6")), "fixed:6")
     capsys.readouterr()
     for wrong in (["layers", str(tmp_path / "nothing"), "-s", "gap"], ["layers", str(files[0]), "-s", "gap", "-n", "0"]):
@@ -274,7 +274,7 @@ def test_trace_fit_and_layers_work_on_a_generation_task_of_the_demo(tmp_path, ca
     assert (meta["documents"], len(counts), meta["output_type"]) == (12, 12, "generate_until")
     assert counts.max() < 16  # texts end at their newline
     assert arrays["top_token"][arrays["position"] > 0].shape[0] == sum(counts) - 12
-    assert set(meta["features"]) == set(FEATURES)
+    assert set(meta["features"]) == set(RECORDED)
     assert cli.main(["fit", "svm", str(tmp_path / "traces"), "-o", str(tmp_path / "svm.pkl")]) == 0
     assert cli.main(["layers", str(tmp_path / "traces"), "-s", str(tmp_path / "svm.pkl"), "-n", "3"]) == 0
     assert "exit_layer" in capsys.readouterr().out

@@ -354,7 +354,7 @@ def test_unusable_input_is_one_sentence(tmp_path):
         container.write(tmp_path / "cut.trace", "trace", 2, meta, {k: v for k, v in arrays.items() if k != name})
         refused(lambda name=name: replay.load([tmp_path / "cut.trace"]), "traces", "cut.trace", name)
     traces = replay.load([good])
-    refused(lambda: replay.replay(traces, ["best"]), "stopper", "best")
+    refused(lambda: replay.replay(traces, ["cleverest"]), "stopper", "cleverest")
     refused(lambda: replay.replay(traces, ["oracle:last"]), "stopper", "oracle:last", "oracle:stable")
     refused(lambda: replay.replay(traces, ["fixed:9"]), "stopper", "fixed:9", "3 blocks")
     refused(lambda: replay.replay(traces, ["gap:0.5"], check_layers="7"), "check_layers", "7")

@@ -299,7 +299,7 @@ def test_other_samplers_work_too(sampler, manager, toy_data):
 def test_mmlu_shots_beyond_dev_come_from_validation_then_from_other_subjects(manager, toy_data, caplog):
     task = load(manager, "adainfer_mmlu_anatomy")
     context = requests(task, 5)[0][0]
-    assert context.count("Q: anatomy dev") == 5 and "beyond" not in caplog.text and not caplog.records
+    assert context.count("Q: anatomy dev") == 5 and "validation split" not in caplog.text
     context = requests(task, 20)[0][0]
     shots = [shot for shot in context.split("\n\n") if shot.startswith("Q: ")][:-1]
     assert [shot.split()[2] for shot in shots[5:8]] == ["validation"] * 3
