@@ -39,16 +39,23 @@ def main() -> None:
     folder = Path(options.output)
     folder.mkdir(parents=True, exist_ok=True)
     for kind in options.kinds:
-        rows = KINDS[kind].measure(model, lengths, batch_sizes, options.repeats)
-        record = {**about(options.shape, options.dtype, options.device, options.repeats), "kind": kind, "rows": rows}
-        name = f"{kind}-{options.shape}-{options.dtype}-{options.device.partition(':')[0]}"
-        (folder / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
-        head = (
-            f"{kind}: {options.shape} ({model.config.num_hidden_layers} blocks), {options.dtype}, "
-            f"{record['machine']}, torch {record['torch']}, {record['date']}; *measured* ratios, median of "
-            f"{options.repeats} (lowest-highest). Half depth is block {model.config.num_hidden_layers // 2}."
-        )
-        (folder / f"{name}.md").write_text(f"{head}\n\n{table(rows)}")
+        rows: list[dict] = []
+        for row in KINDS[kind].measure(model, lengths, batch_sizes, options.repeats):
+            rows.append(row)  # written as they come: a benchmark takes long and is interrupted
+            write(kind, rows, options, model.config.num_hidden_layers, folder)
+
+
+def write(kind: str, rows: list[dict], options: argparse.Namespace, n_blocks: int, folder: Path) -> None:
+    """The rows so far, as JSON and Markdown."""
+    record = {**about(options.shape, options.dtype, options.device, options.repeats), "kind": kind, "rows": rows}
+    name = f"{kind}-{options.shape}-{options.dtype}-{options.device.partition(':')[0]}"
+    (folder / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
+    head = (
+        f"{kind}: {options.shape} ({n_blocks} blocks), {options.dtype}, "
+        f"{record['machine']}, torch {record['torch']}, {record['date']}; *measured* ratios, median of "
+        f"{options.repeats} (lowest-highest). Half depth is block {n_blocks // 2}."
+    )
+    (folder / f"{name}.md").write_text(f"{head}\n\n{table(rows)}")
 
 
 if __name__ == "__main__":

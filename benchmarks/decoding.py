@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 from collections import Counter
+from collections.abc import Iterator
 
 import torch
 from lm_eval.api.instance import Instance
@@ -115,13 +116,14 @@ def allowed(model: LlamaForCausalLM, lm: AdaInferLM, asked: list[Instance], keys
     return sum(interpolated(one, n) * count for n, count in calls.items()) + head * (new - 1)
 
 
-def measure(model: LlamaForCausalLM, lengths: list[int], batch_sizes: list[int], repeats: int) -> list[dict]:
+def measure(model: LlamaForCausalLM, lengths: list[int], batch_sizes: list[int], repeats: int) -> Iterator[dict]:
     """A row of ratios for every prompt length and batch size; times are of whole calls, prefill included."""
     model.generation_config.eos_token_id = None
-    n_blocks, new, rows = model.config.num_hidden_layers, 32, []
+    n_blocks = model.config.num_hidden_layers
     half, every = n_blocks // 2, max(1, n_blocks // 4)
     for tokens in lengths:
         for batch in batch_sizes:
+            new = 32 if batch == 1 else 16
             common = {"tokenizer": make_tokenizer(), "batch_size": batch, "max_length": 4096}
             asked = requests(batch, tokens, new)
 
@@ -147,10 +149,11 @@ def measure(model: LlamaForCausalLM, lengths: list[int], batch_sizes: list[int],
                 whole, prefill = seconds(timed(mixed)), seconds(first)
                 best.append(limit_seconds / (whole - prefill))
             mean = sum(n for r in mixed.generate_until(asked, disable_tqdm=True) for n in r.trace.layers)
-            rows.append(
+            row = (
                 {
                     "prompt tokens": tokens,
                     "batch size": batch,
+                    "new tokens": new,
                     "stopper=none / stock hf": ratio(timed(ours()), stock, repeats),
                     "stock hf / exit at half depth": ratio(stock, early, repeats),
                     "speed of exit at half depth / stock hf cut to half": ratio(limit, early, repeats),
@@ -168,5 +171,5 @@ def measure(model: LlamaForCausalLM, lengths: list[int], batch_sizes: list[int],
                     ),
                 }
             )
-            print(json.dumps(rows[-1]), flush=True)
-    return rows
+            print(json.dumps(row), flush=True)
+            yield row

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Iterator
 
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
@@ -26,9 +27,9 @@ def requests(documents: int, tokens: int) -> list[Instance]:
     return found
 
 
-def measure(model: LlamaForCausalLM, lengths: list[int], batch_sizes: list[int], repeats: int) -> list[dict]:
+def measure(model: LlamaForCausalLM, lengths: list[int], batch_sizes: list[int], repeats: int) -> Iterator[dict]:
     """A row of ratios for every prompt length and batch size."""
-    half, rows = model.config.num_hidden_layers // 2, []
+    half = model.config.num_hidden_layers // 2
     for tokens in lengths:
         for batch in batch_sizes:
             common = {"tokenizer": make_tokenizer(), "batch_size": batch, "max_length": 4096}
@@ -42,7 +43,7 @@ def measure(model: LlamaForCausalLM, lengths: list[int], batch_sizes: list[int],
             checks = timed(AdaInferLM(pretrained=model, stopper="gap:1", **common))  # a gap never exceeds 1
             early = timed(AdaInferLM(pretrained=model, stopper=f"fixed:{half}", **common))
             limit = timed(AdaInferLM(pretrained=cut(model, half), **common))
-            rows.append(
+            row = (
                 {
                     "prompt tokens": tokens,
                     "batch size": batch,
@@ -52,5 +53,5 @@ def measure(model: LlamaForCausalLM, lengths: list[int], batch_sizes: list[int],
                     "dense with a head check at every block / dense": ratio(checks, dense, repeats),
                 }
             )
-            print(json.dumps(rows[-1]), flush=True)
-    return rows
+            print(json.dumps(row), flush=True)
+            yield row
