@@ -271,6 +271,7 @@ class AdaInferLM(HFLM):
                     progress.update(1)
                 self._remember(finished)
         progress.close()
+        self.engine.prefix = None  # its keys and values are not kept
         return results
 
     def documents(self, requests: Sequence[TokenRequest], keys: Sequence[Any]) -> list[Document]:
