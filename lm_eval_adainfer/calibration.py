@@ -222,10 +222,7 @@ def _read(files: Sequence[Path], stopper: Stopper, loss: str, check_layers: Any)
             )
         read = {*stopper.features, *(["top_prob"] if needs_past(stopper.features) else [])}
         used = [i for i, name in enumerate(meta["features"]) if name in read]
-        if not np.isfinite(arrays["features"][:, :, used]).all():
-            raise AdaInferError(
-                f"traces: {file} holds NaN or infinite features; trace in a dtype that does not overflow"
-            )
+        tracing.require_finite(file, arrays["features"][:, :, used])
         found = outcomes.outcomes(meta, arrays)
         if loss == "gold" and (found.gold < 0).any():
             raise AdaInferError(f"loss: {file} has documents without a gold answer; give --loss agreement")

@@ -102,10 +102,7 @@ def collect(files: Sequence[Path], features: Sequence[str], label: str) -> Examp
                 f"traces: {file} is of {meta['model']}, the others of {metas[0]['model']}; fit one model at a time"
             )
         x = columns(features, meta, arrays)
-        if not np.isfinite(x).all():
-            raise AdaInferError(
-                f"traces: {file} holds NaN or infinite features; trace in a dtype that does not overflow"
-            )
+        tracing.require_finite(file, x)
         y, known = _labels(meta, arrays, label)
         xs.append(x[known].reshape(-1, len(features)))
         ys.append(y[known].astype(int).reshape(-1))

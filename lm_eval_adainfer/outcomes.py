@@ -82,8 +82,8 @@ def stable(answer: np.ndarray) -> np.ndarray:
     return np.logical_and.accumulate(same[:, ::-1], axis=1)[:, ::-1]
 
 
-def exits(margins: np.ndarray, threshold: float) -> np.ndarray:
-    """[D] ints from 1: the first block whose margin (without threshold) exceeds it, else L."""
+def exits(margins: np.ndarray, threshold: float = 0.0) -> np.ndarray:
+    """[D] ints from 1: the first block whose margin exceeds the threshold (NaN, not asked, never does), else L."""
     stops = margins > threshold
     stops[:, -1] = True
     return stops.argmax(1) + 1

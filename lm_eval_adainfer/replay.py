@@ -18,6 +18,7 @@ import numpy as np
 
 from lm_eval_adainfer import tracing
 from lm_eval_adainfer.errors import AdaInferError
+from lm_eval_adainfer.outcomes import exits, stable
 from lm_eval_adainfer.simulation import margins
 from lm_eval_adainfer.strategies import artifact
 from lm_eval_adainfer.strategies.base import Schedule, Stopper
@@ -134,9 +135,7 @@ class Trace:
 
     def oracle(self, name: str) -> np.ndarray:
         """[D, L], 1 where the oracle stops, -1 elsewhere."""
-        agrees = self.answers == self.answers[:, -1:]
-        if name == "oracle:stable":
-            agrees = np.flip(np.logical_and.accumulate(np.flip(agrees, 1), axis=1), 1)
+        agrees = stable(self.answers) if name == "oracle:stable" else self.answers == self.answers[:, -1:]
         return np.where(agrees, 1.0, -1.0)
 
 
@@ -158,10 +157,7 @@ def load(files: Sequence[str | Path], split: str | None = None) -> list[Trace]:
         meta, arrays = tracing.read(file)
         if len(arrays["top_token"]) == 0:
             raise AdaInferError(f"traces: {file} is empty: it has no decision; trace documents that have a context")
-        if not np.isfinite(arrays["features"]).all():
-            raise AdaInferError(
-                f"traces: {file} holds NaN or infinite features; trace in a dtype that does not overflow"
-            )
+        tracing.require_finite(file, arrays["features"])
         if missing := [name for name in ("scores", "request", "gold", "doc_id") if name not in arrays]:
             raise AdaInferError(f"traces: {file} is incomplete: it has no array {missing[0]}; trace again")
         if np.isnan(arrays["scores"].transpose(0, 2, 1)[arrays["request"] >= 0]).any():
@@ -245,13 +241,6 @@ def document_margins(
         np.minimum.at(least, trace.document, said[:, at])
         found[:, at] = least
     return found
-
-
-def exits(found: np.ndarray, threshold: float = 0.0) -> np.ndarray:
-    """[D], the first block whose margin exceeds the threshold, else L."""
-    stops = np.nan_to_num(found, nan=-np.inf) > threshold
-    stops[:, -1] = True
-    return stops.argmax(axis=1) + 1
 
 
 def evaluate(

@@ -398,6 +398,12 @@ def read(path: str | Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     return meta, arrays
 
 
+def require_finite(path: str | Path, features: np.ndarray) -> None:
+    """Raise AdaInferError where a trace's features are not all finite: nothing fitted on them could be trusted."""
+    if not np.isfinite(features).all():
+        raise AdaInferError(f"traces: {path} holds NaN or infinite features; trace in a dtype that does not overflow")
+
+
 def in_fitting_part(doc: Any) -> bool:
     """Whether a document of a task without training split is among the 30% for fitting (docs/numbers.md, Splits)."""
     return stable_hash("split", canonical_json(doc)) % 100 < _FIT_PERCENT
