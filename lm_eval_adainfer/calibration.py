@@ -149,8 +149,9 @@ def calibrate(
     free = copy.copy(stopper)
     free.threshold = 0.0  # type: ignore[attr-defined]  # margins become bare scores
     parts, n_blocks = _read(files, free, loss, check_layers)
-    lost = np.concatenate([part.losses(thresholds, loss) for part in parts], axis=1)  # [G, n]
-    depths: np.ndarray = np.concatenate([part.exits(thresholds) for part in parts], axis=1)  # [G, decisions]
+    exits = [part.exits(thresholds) for part in parts]
+    depths: np.ndarray = np.concatenate(exits, axis=1)  # [G, decisions]
+    lost = np.concatenate([part.losses(of, loss) for part, of in zip(parts, exits, strict=True)], axis=1)  # [G, n]
     n, losses = lost.shape[1], lost.sum(axis=1)
     count = passed(losses, n, max_drop, confidence)
     at = max(count - 1, 0)
@@ -202,9 +203,9 @@ class _Part:
         """[G, D]."""
         return np.array([outcomes.exits(self.scores, t) for t in thresholds])
 
-    def losses(self, thresholds: np.ndarray, loss: str) -> np.ndarray:
-        """[G, documents] of 0 and 1."""
-        return np.array([outcomes.loss(self.found, loss, exit_layer) for exit_layer in self.exits(thresholds)])
+    def losses(self, exits: np.ndarray, loss: str) -> np.ndarray:
+        """[G, documents] of 0 and 1, of [G, D] exits."""
+        return np.array([outcomes.loss(self.found, loss, exit_layer) for exit_layer in exits])
 
 
 def _read(files: Sequence[Path], stopper: Stopper, loss: str, check_layers: Any) -> tuple[list[_Part], int]:
