@@ -17,11 +17,11 @@ import torch
 from torch import Tensor, nn
 from transformers import masking_utils
 
-from lm_eval_adainfer.anatomy import Anatomy, hidden_of, replaced_forward, tolerance, walk, with_hidden
+from lm_eval_adainfer.anatomy import Anatomy, BatchRule, hidden_of, replaced_forward, tolerance, walk, with_hidden
 from lm_eval_adainfer.errors import UnsupportedModelError
 
 if TYPE_CHECKING:
-    from lm_eval_adainfer.prefixes import Prefix
+    from lm_eval_adainfer.prefixes import Continued
 
 
 @dataclass
@@ -123,43 +123,63 @@ def hooked(anatomy: Anatomy, hooks: BlockHooks, capture: Sequence[str]) -> Itera
             handle.remove()
 
 
-class _Run:
-    """One forward's hooks and their bookkeeping."""
+class ArgumentCutter:
+    """Cuts the batch-sized arguments of a forward's blocks (masks, position ids, ...) to the rows still in flow.
 
-    def __init__(self, anatomy: Anatomy, batch: int, after_block: AfterBlock, prefix: Prefix | None):
-        self.anatomy, self.batch, self.after_block, self.prefix = anatomy, batch, after_block, prefix
-        self.rule = anatomy.batch_rule if prefix is None else prefix.rule
-        self.paused = False  # while the prefix runs the same blocks
+    Args:
+        rule: How the arguments follow the batch.
+        batch: Rows at the start.
+    """
+
+    def __init__(self, rule: BatchRule, batch: int):
+        self.rule, self.batch = rule, batch
         self.rows: Tensor | None = None  # indices into the batch of the rows in flow; None while that is all of them
-        self.before: Tensor | None = None
-        self.parts: dict[str, Tensor] = {}
-        self.parts_before: dict[str, Tensor] = {}
+        self.hidden: Tensor | None = None  # not to be cut: it is compact already
         self._cut: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}  # (id, factor) -> (whole, cut); whole kept alive
 
-    def pre_hook(self, k: int, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-        """Before block k: remember its input, cut its other arguments to the rows in flow."""
-        if self.paused:
-            return None
-        if self.prefix is not None and self.prefix.depth < k:
-            self.paused = True
-            try:
-                self.prefix.require(k)
-            finally:
-                self.paused = False
-        self.before = args[0] if args else kwargs["hidden_states"]
-        if self.rows is None:
-            return args, kwargs
+    def keep(self, rows: Tensor) -> None:
+        """Some of the rows in flow (by their place among them) go on."""
+        self.rows = rows if self.rows is None else self.rows.to(rows.device)[rows]
+        self._cut.clear()
+
+    def cut(self, k: int, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        """Block k's arguments."""
         new_args, new_kwargs = walk([list(args), kwargs], lambda path, x: self._select(k, path, x))
         return tuple(new_args), new_kwargs
 
     def _select(self, k: int, path: str, value: Tensor) -> Tensor:
-        if value is self.before:  # already compact: it came out of the previous block's post-hook
+        if value is self.hidden:
             return value
         key = (id(value), self.rule.factors.get((k, path), -1))
         if key not in self._cut:  # blocks share most arguments: cut each once, until rows leave again
             assert self.rows is not None
             self._cut[key] = (value, self.rule.cut(k, path, value, self.rows, self.batch))
         return self._cut[key][1]
+
+
+class _Run:
+    """One forward's hooks and their bookkeeping."""
+
+    def __init__(self, anatomy: Anatomy, batch: int, after_block: AfterBlock, prefix: Continued | None):
+        self.anatomy, self.after_block, self.prefix = anatomy, after_block, prefix
+        self.cutter = ArgumentCutter(anatomy.batch_rule if prefix is None else prefix.rule, batch)
+        self.paused = False  # while the prefix runs the same blocks
+        self.before: Tensor | None = None
+        self.parts: dict[str, Tensor] = {}
+        self.parts_before: dict[str, Tensor] = {}
+
+    def pre_hook(self, k: int, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        """Before block k: remember its input, cut its other arguments to the rows in flow."""
+        if self.paused:
+            return None
+        if self.prefix is not None:
+            self.paused = True
+            try:
+                self.prefix.prefix.require(k)
+            finally:
+                self.paused = False
+        self.before = self.cutter.hidden = args[0] if args else kwargs["hidden_states"]
+        return (args, kwargs) if self.cutter.rows is None else self.cutter.cut(k, args, kwargs)
 
     def part_hook(self, which: str, output: Any) -> None:
         """After the attention or feed-forward part of a block."""
@@ -180,9 +200,10 @@ class _Run:
             return output
         if keep.numel() == 0:
             raise AllRowsLeft
+        if self.prefix is not None and len(keep) < len(hidden):
+            self.prefix.keep(keep)
         keep = keep.to(hidden.device)
-        self.rows = keep if self.rows is None else self.rows.to(keep.device)[keep]
-        self._cut.clear()
+        self.cutter.keep(keep)
         self.parts_before = {name: x[keep.to(x.device)] for name, x in self.parts_before.items()}
         return with_hidden(output, hidden[keep])
 
@@ -193,7 +214,7 @@ def run_blocks(
     input_ids: Tensor,
     after_block: AfterBlock,
     capture: Sequence[str] = (),
-    prefix: Prefix | None = None,
+    prefix: Continued | None = None,
 ) -> None:
     """Run the model's own forward over ``input_ids`` until the callback lets no row go on.
 
@@ -203,15 +224,10 @@ def run_blocks(
         after_block: Called after each block with its :class:`BlockState`; returns the indices (into the rows of
             ``state.hidden``) that go on, empty to stop, or None for all. After block L it must return an empty one.
         capture: Which parts' outputs to keep for ``state.parts``: of ``"attn"``, ``"mlp"``.
-        prefix: Tokens that all rows continue; ``input_ids`` are what follows them.
+        prefix: What the rows continue; ``input_ids`` are what follows.
     """
     run = _Run(anatomy, input_ids.shape[0], after_block, prefix)
-    given: dict[str, Any] = {"use_cache": False}
-    if prefix is not None:
-        given = {"use_cache": True, "past_key_values": prefix.cache}
-        if anatomy.takes_position_ids:
-            positions = torch.arange(input_ids.shape[1], device=input_ids.device) + len(prefix.tokens)
-            given["position_ids"] = positions.expand(input_ids.shape[0], -1)
+    given = {"use_cache": False} if prefix is None else prefix.arguments(input_ids)
     try:
         with hooked(anatomy, run, capture), explicit_masks(prefix is not None):
             anatomy.model(input_ids=input_ids, **given)

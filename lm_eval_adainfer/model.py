@@ -330,7 +330,8 @@ class AdaInferLM(HFLM):
         self.batch_sizes: dict[int, int] = {}
         position = 0
         for ordered, (_, tokens) in zip(parts, together, strict=True):
-            prefix, start = self._prefix(tokens), 0
+            prefix = Prefix(self.anatomy, [tokens], self._prefix_rule) if tokens and self._prefix_rule else None
+            self.engine.prefix, start = prefix, 0
             while start < len(ordered):
                 if fixed is not None:
                     size = fixed
@@ -338,24 +339,27 @@ class AdaInferLM(HFLM):
                     size = self._batch_scheduler(position, shapes)
                 else:
                     size = int(self.batch_size)
-                end, rows = start, 0
-                while end < len(ordered) and (end == start or rows + len(ordered[end].rows) <= size):
-                    rows += len(ordered[end].rows)
-                    end += 1
+                load, end = self.engine.load(ordered[start : start + 1]), start + 1
+                while end < len(ordered):
+                    more = load.and_also(self.engine.load(ordered[end : end + 1]))
+                    if not more.fits(size, ordered[start].longest, prefix is not None):
+                        break
+                    load, end = more, end + 1
                 yield ordered[start:end], size, prefix
-                start, position = end, position + rows
+                start, position = end, position + sum(len(d.rows) for d in ordered[start:end])
 
     def _sharing(self, documents: Sequence[Document], fixed: int | None) -> list[tuple[list[Document], list[int]]]:
         """Documents by the prefix that they share, where that pays and the model allows it."""
         alone: list[tuple[list[Document], list[int]]] = [(list(documents), [])]
-        if not self.prefix_cache or len(documents) < 2 or self.run_documents != self.engine.run:
+        self.engine.rule, self.engine.prefix = None, None
+        if not self.prefix_cache or not documents or self.run_documents != self.engine.run:
             return alone
         limit = self.anatomy.fixed_positions
         if limit is not None and max(d.longest for d in documents) > limit:
             return alone
         size = fixed or (int(self.batch_size) if str(self.batch_size).isdecimal() else 1)
         found = prefixes.groups(documents, size, self.prefix_cache)
-        if not any(prefix for _, prefix in found):
+        if not any(prefix for _, prefix in found) and not any(prefixes.Load.of(d, 0).shares for d in documents):
             return alone
         if self._prefix_rule is None:
             try:
@@ -366,13 +370,10 @@ class AdaInferLM(HFLM):
                 self._prefix_rule = False
             if not self._prefix_rule:
                 eval_logger.info("prefix_cache: this model's cache can't be shared, so every prompt is run whole")
-        return found if self._prefix_rule else alone
-
-    def _prefix(self, tokens: list[int]) -> Prefix | None:
-        if not tokens or not self._prefix_rule:
-            return None
-        n_blocks = self.anatomy.n_blocks
-        return Prefix(self.anatomy, tokens, self._prefix_rule, [*self.schedule.blocks, n_blocks])
+        if not self._prefix_rule:
+            return alone
+        self.engine.rule, self.engine.prefix_tokens = self._prefix_rule, self.prefix_cache
+        return found
 
     # ------------------------------------------------------------------ rolling and generation
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[Any]:

@@ -1,32 +1,45 @@
-"""Prefixes that documents share (few-shot examples, system prompts): run once, their keys and values read by all."""
+"""Tokens that rows have in common (few-shot examples, a system prompt, the context of several choices): run once.
+
+A *prefix* is a few token rows that other rows continue, possibly itself a continuation of another prefix. It is run
+block by block, no deeper than the rows that continue it, and these read its keys and values.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from lm_eval_adainfer.anatomy import Anatomy, BatchRule, hidden_of, tolerance
-from lm_eval_adainfer.forward import AllRowsLeft, BlockState, bypassed, run_blocks
-from lm_eval_adainfer.scoring import Document
+from lm_eval_adainfer.anatomy import Anatomy, BatchRule, hidden_of, replaced_forward, tolerance
+from lm_eval_adainfer.forward import ArgumentCutter, BlockState, explicit_masks, run_blocks
 
-_LEAST = 16  # tokens; less is not worth a forward of its own
+if TYPE_CHECKING:
+    from lm_eval_adainfer.scoring import Document
+
+_LEAST = 16  # tokens; less is not worth a call of its own
 
 
-class _PrefixCache(DynamicCache):
-    """Keys and values of one token row; rows that continue it read them and store nothing."""
+class _ContinuedCache(DynamicCache):
+    """Keys and values of rows behind those of the prefix rows that they continue.
 
-    def __init__(self, length: int) -> None:
+    Args:
+        source: The prefix; None for rows that continue nothing.
+        owner: [rows], the prefix row that each continues.
+        store: Where to put what attention reads, by layer; None to forget it.
+    """
+
+    def __init__(self, source: Prefix | None, owner: Tensor, store: dict[int, tuple[Tensor, Tensor]] | None) -> None:
         super().__init__()
-        self.length, self.filling = length, False
-        self.stored: dict[int, tuple[Tensor, Tensor]] = {}
+        self.source, self.owner, self.store = source, owner, store
+        self.slots: Tensor | None = None  # [rows, slots], an order that puts the padding in front; None: as it is
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """How many tokens the model may take for cached."""
-        return 0 if self.filling else self.length
+        return 0 if self.source is None else self.source.width
 
     def get_query_offset(self, layer_idx: int = 0) -> int:
         """The slot of the first query."""
@@ -37,73 +50,238 @@ class _PrefixCache(DynamicCache):
         return self.get_seq_length() + query_length, 0
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
-        """While filling: store. Else: the prefix's in front of the new ones."""
-        if self.filling:
-            self.stored[layer_idx] = (key_states, value_states)
-            return key_states, value_states
-        pairs = zip(self.stored[layer_idx], (key_states, value_states), strict=True)
-        return tuple(torch.cat([old.expand(new.shape[0], -1, -1, -1), new], dim=-2) for old, new in pairs)
+        """The prefix's in front of the new ones."""
+        found = (key_states, value_states)
+        if self.source is not None:
+            pairs = zip(self.source.stored[layer_idx], found, strict=True)
+            found = tuple(self._behind(old, new) for old, new in pairs)  # type: ignore[assignment]
+        if self.store is not None:
+            self.store[layer_idx] = found
+        return found
+
+    def _behind(self, old: Tensor, new: Tensor) -> Tensor:
+        if old.shape[0] == 1:
+            old = old.expand(new.shape[0], -1, -1, -1)
+        else:
+            old = old.index_select(0, self.owner.to(old.device))
+        whole = torch.cat([old.to(new.device), new], dim=-2)
+        if self.slots is None:
+            return whole
+        index = self.slots.to(whole.device)[:, None, :, None].expand(-1, whole.shape[1], -1, whole.shape[-1])
+        return whole.gather(2, index)
 
 
 class Prefix:
-    """A shared prefix, run only as deep as some document needs it.
+    """Token rows that others continue, run no deeper than these need.
 
     Args:
         anatomy: The model.
-        tokens: P token ids.
+        rows: P lists of token ids; where ``parent`` is given, what follows it.
         rule: How the blocks' arguments follow the batch where a cache is used (``slots.Windows.rows``).
-        stages: Blocks up to which it is run at once, in order: those after which rows can leave, and L.
+        parent: A prefix of one row that all of these continue.
+        stays: Keep every block's keys and values, for later batches; else the current block's alone.
     """
 
-    def __init__(self, anatomy: Anatomy, tokens: Sequence[int], rule: BatchRule, stages: Sequence[int]):
-        self.anatomy, self.tokens, self.rule, self.stages = anatomy, list(tokens), rule, list(stages)
-        self.cache = _PrefixCache(len(tokens))
+    def __init__(
+        self,
+        anatomy: Anatomy,
+        rows: Sequence[Sequence[int]],
+        rule: BatchRule,
+        parent: Prefix | None = None,
+        stays: bool = True,
+    ):
+        self.anatomy, self.rows, self.rule, self.parent, self.stays = anatomy, rows, rule, parent, stays
+        self.shared = 0 if parent is None else parent.lengths[0]  # tokens that the parent has of every row
+        self.longest = max(map(len, rows))
+        self.width = self.shared + self.longest
+        self.lengths = [self.shared + len(row) for row in rows]  # of whole rows, in tokens
         self.depth = 0
+        self.executed = 0  # block executions x tokens
+        self.stored: dict[int, tuple[Tensor, Tensor]] = {}
         self._hidden: Tensor | None = None
+        self._arguments: list[tuple[tuple, dict]] = []
+        self._cutter = ArgumentCutter(rule, len(rows))
+        self._kept = list(range(len(rows)))  # of those that stay no longer than the batch: the rows still needed
+
+    @property
+    def ragged(self) -> bool:
+        """Whether rows differ in length, so that shorter ones have padding in front."""
+        return min(self.lengths) < self.width
+
+    def mask(self, width: int) -> Tensor:
+        """[P, width], 0 at the padding in front of the rows still needed, 1 elsewhere."""
+        pads = torch.tensor([self.width - self.lengths[r] for r in self._kept])
+        return (torch.arange(width)[None] >= pads[:, None]).long()
 
     def require(self, k: int) -> None:
-        """Run the prefix's blocks up to the first stage that covers block k; the weights' hooks stay silent."""
-        if k <= self.depth:
+        """Run the blocks up to k that were not run yet; the hooks of these blocks stay silent."""
+        while self.depth < k:
+            if self.parent is not None:
+                self.parent.require(self.depth + 1)
+            if not self._arguments:
+                self._record()
+            if not self.stays:
+                self.stored.clear()
+            self.depth += 1
+            assert self._hidden is not None
+            args, kwargs = self._arguments[self.depth - 1]
+            if self._cutter.rows is not None:
+                args, kwargs = self._cutter.cut(self.depth, args, kwargs)
+            # as in the recording, the hidden states are what the first block got
+            hidden = self._hidden
+            args, kwargs = ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
+            self._hidden = hidden_of(self.anatomy.blocks[self.depth - 1].forward(*args, **kwargs))
+            self.executed += sum(len(self.rows[r]) for r in self._kept)
+            if self.depth == self.anatomy.n_blocks:
+                self._hidden, self._arguments = None, []
+
+    def keep(self, rows: list[int]) -> None:
+        """Forget all but some (by their place among those left) of the rows; only where nothing stays."""
+        index = torch.tensor(rows, dtype=torch.long)
+        self._kept = [self._kept[r] for r in rows]
+        self._cutter.keep(index)
+        for layer, pair in self.stored.items():
+            self.stored[layer] = (pair[0][index.to(pair[0].device)], pair[1][index.to(pair[1].device)])
+        if self._hidden is not None:
+            self._hidden = self._hidden[index.to(self._hidden.device)]
+        self._cache.owner = self._cache.owner[index]
+        if self._cache.slots is not None:
+            self._cache.slots = self._cache.slots[index]
+
+    def _record(self) -> None:
+        """Let the model make every block's arguments for these rows; no block is run."""
+        anatomy, ids = self.anatomy, torch.zeros(len(self.rows), self.longest, dtype=torch.long)
+        for r, row in enumerate(self.rows):
+            ids[r, self.longest - len(row) :] = torch.tensor(row, dtype=torch.long)
+        self._cache = _ContinuedCache(self.parent, torch.zeros(len(self.rows), dtype=torch.long), self.stored)
+        given: dict[str, Any] = {}
+        if self.ragged:
+            given["attention_mask"] = self.mask(self.width).to(anatomy.input_device)
+        pads = torch.tensor([self.width - n for n in self.lengths])[:, None]
+        positions = torch.arange(self.shared, self.width)[None] - pads
+        if self.shared and self.ragged:
+            # slots are padding, parent, own tokens; what is there are the parent and the padded tokens
+            slot = torch.arange(self.width)[None] - pads
+            own = torch.arange(self.width)[None].expand_as(slot)
+            self._cache.slots = torch.where(slot < self.shared, slot.clamp(min=0), own)
+        if anatomy.takes_position_ids:
+            given["position_ids"] = positions.clamp(min=0).to(anatomy.input_device)
+        with ExitStack() as stack:
+            for block in anatomy.blocks:
+                stack.enter_context(replaced_forward(block, self._note))
+            stack.enter_context(explicit_masks(self.shared > 0))
+            anatomy.model(
+                input_ids=ids.to(anatomy.input_device), past_key_values=self._cache, use_cache=True, **given
+            )
+        args, kwargs = self._arguments[0]
+        self._hidden = args[0] if args else kwargs["hidden_states"]
+        self._cutter.hidden = self._hidden
+
+    def _note(self, *args: Any, **kwargs: Any) -> Any:
+        self._arguments.append((args, kwargs))
+        hidden = args[0] if args else kwargs["hidden_states"]
+        return (hidden, None) if self.anatomy.blocks_return_tuples else hidden
+
+
+class Continued:
+    """Rows of one forward that continue a prefix: what :func:`forward.run_blocks` needs of it.
+
+    Args:
+        prefix: The prefix.
+        owner: Per row, the prefix row that it continues.
+    """
+
+    def __init__(self, prefix: Prefix, owner: Sequence[int]):
+        self.prefix, self.rule = prefix, prefix.rule
+        self.cache = _ContinuedCache(prefix, torch.tensor(owner, dtype=torch.long), None)
+
+    def arguments(self, ids: Tensor) -> dict[str, Any]:
+        """What the model is given besides the rows' own tokens [n, S]."""
+        prefix, given = self.prefix, {"use_cache": True, "past_key_values": self.cache}
+        owner, (n, width) = self.cache.owner, ids.shape
+        if prefix.ragged:
+            given["attention_mask"] = prefix.mask(prefix.width + width)[owner].to(ids.device)
+        if prefix.anatomy.takes_position_ids:
+            starts = torch.tensor(prefix.lengths)[owner]
+            given["position_ids"] = (starts[:, None] + torch.arange(width)).to(ids.device)
+        return given
+
+    def keep(self, rows: Tensor) -> None:
+        """Some of the rows (by their place among those in flow) go on; what no row needs any more goes too."""
+        self.cache.owner = self.cache.owner[rows.cpu()]
+        if self.prefix.stays:
             return
-        anatomy, first = self.anatomy, self.depth + 1
-        to = min(stage for stage in self.stages if stage >= k)
-        carried = self._hidden
+        used, self.cache.owner = self.cache.owner.unique(return_inverse=True)
+        if len(used) < len(self.prefix._kept):
+            self.prefix.keep(used.tolist())
 
-        def enter(module: Any, args: tuple, kwargs: dict) -> Any:
-            if carried is None:
-                return None
-            if args:
-                return (carried.to(args[0].device), *args[1:]), kwargs
-            return args, {**kwargs, "hidden_states": carried.to(kwargs["hidden_states"].device)}
 
-        def leave(module: Any, args: tuple, output: Any) -> None:
-            self._hidden = hidden_of(output)
-            raise AllRowsLeft
+class Load(NamedTuple):
+    """What documents come to once a prefix of ``skip`` tokens is run.
 
-        handles = [
-            anatomy.blocks[first - 1].register_forward_pre_hook(enter, with_kwargs=True),
-            anatomy.blocks[to - 1].register_forward_hook(leave),
-        ]
-        self.cache.filling = True
-        ids = torch.tensor([self.tokens], device=anatomy.input_device)
-        positions = torch.arange(len(self.tokens), device=ids.device)[None]
-        try:
-            with bypassed(anatomy, anatomy.blocks[: first - 1]):
-                anatomy.model(
-                    input_ids=ids,
-                    past_key_values=self.cache,
-                    use_cache=True,
-                    **({"position_ids": positions} if anatomy.takes_position_ids else {}),
-                )
-        except AllRowsLeft:
-            pass
-        finally:
-            self.cache.filling = False
-            for handle in handles:
-                handle.remove()
-        self.depth = to
-        if to == anatomy.n_blocks:
-            self._hidden = None
+    Attributes:
+        contexts: Distinct contexts; each but its last token can be run once for all rows that have it.
+        longest_context: Tokens of the longest of these, without the prefix.
+        rows: Rows.
+        longest_rest: Most tokens of a row behind its context but for the context's last.
+        longest_whole: Most tokens of a row behind the prefix.
+        shares: Whether running contexts once pays for some document.
+    """
+
+    contexts: int
+    longest_context: int
+    rows: int
+    longest_rest: int
+    longest_whole: int
+    shares: bool
+
+    @classmethod
+    def of(cls, document: Document, skip: int) -> Load:
+        """One document's."""
+        found, rows = contexts([document], skip)[0], document.rows
+        tokens = sum(len(row.tokens) - skip for row in rows)
+        saved = sum(row.decision - skip for row in rows) - sum(map(len, found))
+        return cls(
+            len(found),
+            max(map(len, found)),
+            len(rows),
+            max(row.scored for row in rows),
+            max(len(row.tokens) for row in rows) - skip,
+            saved >= _LEAST and 10 * saved >= tokens,
+        )
+
+    def and_also(self, other: Load) -> Load:
+        """Both together."""
+        return Load(
+            self.contexts + other.contexts,
+            max(self.longest_context, other.longest_context),
+            self.rows + other.rows,
+            max(self.longest_rest, other.longest_rest),
+            max(self.longest_whole, other.longest_whole),
+            self.shares or other.shares,
+        )
+
+    def fits(self, batch_size: int, longest: int, prefixed: bool) -> bool:
+        """Whether it is no more than ``batch_size`` rows of the longest: in rows or, where some tokens are run once,
+        in tokens at once."""
+        if self.rows <= batch_size:
+            return True
+        if self.shares:
+            return max(self.contexts * self.longest_context, self.rows * self.longest_rest) <= batch_size * longest
+        return prefixed and self.rows * self.longest_whole <= batch_size * longest
+
+
+def contexts(documents: Sequence[Document], skip: int) -> tuple[list[tuple[int, ...]], list[int]]:
+    """The distinct contexts of these documents' rows, but for their last tokens, behind ``skip`` tokens.
+
+    Returns:
+        The contexts; per row, in order, which of them it has.
+    """
+    number: dict[tuple[int, ...], int] = {}
+    owner = [
+        number.setdefault(tuple(row.tokens[skip : row.decision]), len(number)) for d in documents for row in d.rows
+    ]
+    return list(number), owner
 
 
 def groups(documents: Sequence[Document], rows: int, most: int) -> list[tuple[list[Document], list[int]]]:
@@ -152,31 +330,38 @@ def _common(lists: Sequence[list[int]]) -> list[int]:
 
 @torch.no_grad()
 def works(anatomy: Anatomy, rule: BatchRule) -> bool:
-    """Whether rows that continue a stored prefix get a plain forward's states after every block, leaving in between."""
-    ids = anatomy.probe_ids(3)
-    start, shared = 3, ids[:1, :3].expand(3, 3)
-    ids = torch.cat([shared, ids[:, start:]], dim=1)
-    n = anatomy.n_blocks
+    """Whether rows that continue a prefix that continues a prefix get a plain forward's states after every block.
+
+    Rows leave in between, and the second prefix has rows of different lengths.
+    """
+    probe = anatomy.probe_ids(3)
+    ids = torch.cat([probe[:1, :3].expand(3, 3), probe[:, 1:]], dim=1)  # 3 shared, 4 of their own
+    starts, n = [5, 4, 5], anatomy.n_blocks  # tokens that prefixes have of each row
     plain: list[Tensor] = []
 
     def record(state: BlockState) -> Tensor | None:
-        plain.append(state.hidden[:, -1].clone())
+        plain.append(state.hidden[:, 5:7].clone())
         return torch.empty(0, dtype=torch.long) if state.block == n else None
 
     run_blocks(anatomy, ids, record)
-    prefix = Prefix(anatomy, ids[0, :start].tolist(), rule, [max(1, n // 2), n])
+    first = Prefix(anatomy, [ids[0, :3].tolist()], rule)
+    second = Prefix(anatomy, [ids[r, 3 : starts[r]].tolist() for r in (1, 0, 2)], rule, first, stays=False)
+    rest = torch.zeros(3, 3, dtype=torch.long, device=ids.device)
+    for r, start in enumerate(starts):
+        rest[r, : 7 - start] = ids[r, start:]
     rows, good = [0, 1, 2], True
 
     def compare(state: BlockState) -> Tensor | None:
         nonlocal rows, good
+        found = torch.stack([state.hidden[i, 5 - starts[r] : 7 - starts[r]] for i, r in enumerate(rows)])
         expected = plain[state.block - 1][rows]
-        good = good and bool((state.hidden[:, -1] - expected).abs().max() <= tolerance(expected))
+        good = good and bool((found - expected).abs().max() <= tolerance(expected))
         keep = [i for i, row in enumerate(rows) if state.block < (n, 1, max(1, n - 1))[row]]
         rows = [rows[i] for i in keep]
         return torch.tensor(keep, dtype=torch.long)
 
     try:
-        run_blocks(anatomy, ids[:, start:], compare, prefix=prefix)
+        run_blocks(anatomy, rest, compare, prefix=Continued(second, [1, 0, 2]))
     except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError):
         return False
     return good

@@ -8,22 +8,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from lm_eval_adainfer import features
-from lm_eval_adainfer.anatomy import Anatomy
+from lm_eval_adainfer.anatomy import Anatomy, BatchRule
 from lm_eval_adainfer.answers import ExitTrace
 from lm_eval_adainfer.counting import FlopCounter
 from lm_eval_adainfer.errors import UnsupportedModelError
 from lm_eval_adainfer.forward import BlockState, run_blocks
+from lm_eval_adainfer.prefixes import Continued, Load, Prefix, contexts
 from lm_eval_adainfer.strategies.base import Schedule, Stopper
-
-if TYPE_CHECKING:
-    from lm_eval_adainfer.prefixes import Prefix
 
 CHUNK_ELEMENTS = 2**25  # logits held at once when scoring many positions (128 MiB in float32)
 
@@ -48,12 +46,14 @@ class Row:
         scored: How many positions at the end are scored (the continuation's length).
         context: Which of the document's distinct contexts it has (index into the deciders); -1 for an empty one.
         answers: The requests it answers; their continuations have ``scored`` tokens.
+        skip: How many of its first tokens a prefix has run.
     """
 
     tokens: list[int]
     scored: int
     context: int = -1
     answers: list[Answer] = field(default_factory=list)
+    skip: int = 0
 
     @property
     def decision(self) -> int:
@@ -121,6 +121,8 @@ class Engine:
         self._parts = features.needed_parts(stopper.features) if self.checked else []
         self._parts += [p for p in features.needed_parts(self.logged_features) if p not in self._parts]
         self.prefix: Prefix | None = None  # of the documents that are run next
+        self.rule: BatchRule | None = None  # set where rows can continue prefixes: then contexts are run once
+        self.prefix_tokens = 0  # tokens of which keys and values may stay
         self.head_rows = 0
         self.tokens = 0
         self.block_tokens = 0
@@ -128,36 +130,69 @@ class Engine:
 
     # ------------------------------------------------------------------ documents
     def run(self, documents: Sequence[Document], batch_size: int) -> None:
-        """Decide and score whole documents; they hold at most ``batch_size`` rows together, or are one larger one.
+        """Decide and score whole documents that are run together, or one that is larger than a batch.
 
         A larger one is decided first and scored second. Where its deciding rows fit one batch, they are scored in
         the pass that decides; else the deciding passes are counted on top.
         """
-        rows = sum(len(d.rows) for d in documents)
-        if rows <= batch_size:
-            self._forward(documents)
+        load = self.load(documents)
+        longest = max(d.longest for d in documents)
+        if len(documents) > 1 or load.fits(batch_size, longest, self.prefix is not None):
+            self._forward(documents, *self._shared(documents, load.shares, stays=False))
             return
         (document,) = documents
-        self.prefix = None
+        once = load.shares and load.contexts <= batch_size
+        once = once and load.contexts * load.longest_context <= self.prefix_tokens
+        prefix, owner = self._shared(documents, once, stays=True)
         order = [*document.deciders, *(i for i in range(len(document.rows)) if i not in document.deciders)]
         if len(document.deciders) > batch_size:
             self._decide_in_parts(document, batch_size)
-        for start in range(0, len(order), batch_size):
-            part = order[start : start + batch_size]
+        rows = max(1, batch_size * longest // load.longest_rest) if once else batch_size
+        for start in range(0, len(order), rows):
+            part = order[start : start + rows]
             deciders = list(range(len(document.deciders))) if start == 0 and document.exit_layer is None else []
             piece = Document([document.rows[i] for i in part], deciders, document.exit_layer)
-            self._forward([piece])
+            self._forward([piece], prefix, [owner[i] for i in part])
             document.exit_layer = piece.exit_layer
             document.head_rows += piece.head_rows
             document.decisions += piece.decisions
             document.logged += piece.logged
 
+    def load(self, documents: Sequence[Document]) -> Load:
+        """What these come to when they are run together."""
+        skip = 0 if self.prefix is None else self.prefix.lengths[0]
+        loads = [Load.of(d, skip) for d in documents]
+        total = loads[0]
+        for more in loads[1:]:
+            total = total.and_also(more)
+        return total if self.rule is not None else total._replace(shares=False)
+
+    def _shared(self, documents: Sequence[Document], once: bool, stays: bool) -> tuple[Prefix | None, list[int]]:
+        """What the rows of these documents continue, and which of its rows each; sets their ``skip``.
+
+        Args:
+            documents: They begin with ``self.prefix``.
+            once: Run every distinct context once.
+            stays: For several forwards.
+        """
+        skip = 0 if self.prefix is None else self.prefix.lengths[0]
+        rows = [row for d in documents for row in d.rows]
+        if not once:
+            for row in rows:
+                row.skip = skip
+            return self.prefix, [0] * len(rows)
+        assert self.rule is not None
+        found, owner = contexts(documents, skip)
+        for row in rows:
+            row.skip = row.decision
+        return Prefix(self.anatomy, found, self.rule, self.prefix, stays), owner
+
     @torch.no_grad()
-    def _forward(self, documents: Sequence[Document]) -> None:
+    def _forward(self, documents: Sequence[Document], prefix: Prefix | None, owner: Sequence[int]) -> None:
         """One forward over the rows of these documents; each leaves at its own block."""
         flow = [(d, i) for d in documents for i in range(len(d.rows))]
-        n_blocks, prefix, shared = self.anatomy.n_blocks, self.prefix, self._shared
-        ran = 0 if prefix is None else prefix.depth
+        n_blocks = self.anatomy.n_blocks
+        ran = _executed(prefix)
         for document in documents:
             document.logged = [{"layer": []} for _ in document.deciders] if self.logged_features else []
 
@@ -165,7 +200,7 @@ class Engine:
             nonlocal flow
             k = state.block
             self.block_calls += 1
-            self.block_tokens += sum(len(d.rows[i].tokens) - shared for d, i in flow)
+            self.block_tokens += sum(len(d.rows[i].tokens) - d.rows[i].skip for d, i in flow)
             at = {(id(d), i): r for r, (d, i) in enumerate(flow)}
             open_documents = list({id(d): d for d, _ in flow}.values())
             ready: dict[int, Tensor] = {}  # row in flow -> logits at its decision position
@@ -184,15 +219,11 @@ class Engine:
             return torch.tensor(keep, dtype=torch.long)
 
         self.tokens += sum(len(d.rows[i].tokens) for d, i in flow)
-        rows = self.pad([d.rows[i].tokens[shared:] for d, i in flow])
-        run_blocks(self.anatomy, rows, after_block, self._parts, prefix)
-        if prefix is not None:
-            self.block_tokens += (prefix.depth - ran) * shared
-
-    @property
-    def _shared(self) -> int:
-        """Tokens of the prefix, which the rows' forward does not run again."""
-        return 0 if self.prefix is None else len(self.prefix.tokens)
+        rows = self.pad([d.rows[i].tokens[d.rows[i].skip :] for d, i in flow])
+        run_blocks(
+            self.anatomy, rows, after_block, self._parts, None if prefix is None else Continued(prefix, owner)
+        )
+        self.block_tokens += _executed(prefix) - ran
 
     def pad(self, rows: Sequence[Sequence[int]]) -> Tensor:
         """[B, S] token ids, right-padded with 0 (causal attention never looks there)."""
@@ -212,7 +243,9 @@ class Engine:
         k = state.block
         asked = ask and k in self.checked and k < self.anatomy.n_blocks
         points = [
-            (d, j, at[id(d), i], d.rows[i].decision - self._shared) for d in documents for j, i in enumerate(d.deciders)
+            (d, j, at[id(d), i], d.rows[i].decision - d.rows[i].skip)
+            for d in documents
+            for j, i in enumerate(d.deciders)
         ]
         needs_head = asked and features.needs_head(self.stopper.features)
         logits = None
@@ -266,7 +299,7 @@ class Engine:
 
     def _score(self, state: BlockState, rows: Sequence[tuple[int, Document, Row]], ready: dict[int, Tensor]) -> None:
         """Score these rows at this block; a decision's logits are not computed twice."""
-        points = [(r, row.decision - self._shared + j, row, j) for r, _, row in rows for j in range(row.scored)]
+        points = [(r, row.decision - row.skip + j, row, j) for r, _, row in rows for j in range(row.scored)]
         known = [p for p in points if p[3] == 0 and p[0] in ready]
         fresh = [p for p in points if not (p[3] == 0 and p[0] in ready)]
         for _, document, row in rows:
@@ -451,6 +484,11 @@ class Engine:
             layers += exits
         mean = sum(layers) / len(layers)
         return ExitTrace(mean, count.n_whole, eq2 / len(layers), mean, flops, dense, fingerprint)
+
+
+def _executed(prefix: Prefix | None) -> int:
+    """Block executions x tokens of a prefix and of what it continues."""
+    return 0 if prefix is None else prefix.executed + _executed(prefix.parent)
 
 
 def available_features(anatomy: Anatomy) -> tuple[str, ...]:

@@ -25,12 +25,12 @@ def lm_of(model, tokenizer, **kwargs):
     return AdaInferLM(pretrained=model, tokenizer=tokenizer, **{"batch_size": 4, "max_length": 128, **kwargs})
 
 
-def asked(documents=9, shared=SHARED, seed=0):
+def asked(documents=9, shared=SHARED, seed=0, choices=(" x", " yz", " abc")):
     rng = random.Random(seed)
     found = []
     for doc in range(documents):
         text = shared + "".join(rng.choice("abcdef ") for _ in range(rng.randint(3, 20)))
-        found += [instance(text, choice, doc, idx=i) for i, choice in enumerate([" x", " yz", " abc"])]
+        found += [instance(text, choice, doc, idx=i) for i, choice in enumerate(choices)]
     return found
 
 
@@ -64,7 +64,7 @@ def test_a_prefix_is_run_no_deeper_than_needed(tokenizer):
     lm, requests = lm_of(model, tokenizer, stopper="fixed:2", batch_size=64), asked()
     calls = []
     handles = [
-        block.register_forward_hook(lambda m, a, out, k=k: calls.append((k, (out if torch.is_tensor(out) else out[0]).shape[1])))
+        block.mlp.register_forward_hook(lambda m, a, out, k=k: calls.append((k, out.shape[1])))
         for k, block in enumerate(lm.anatomy.blocks, 1)
     ]
     lm.loglikelihood(asked(seed=9), True)  # what can be shared is found out here
@@ -81,9 +81,8 @@ def test_shots_that_differ_are_not_shared(tokenizer):
     model = make_model("llama", vocab_size=257)
     requests = []
     for doc in range(6):
-        requests += asked(1, shared=f"{doc} shots of its own, no two alike. ", seed=doc)
-    for n, request in enumerate(requests):
-        request.doc_id = n // 3
+        requests += asked(1, shared=f"{doc} shots of its own, no two alike. ", seed=doc, choices=["x"])
+        requests[-1].doc_id = doc
     whole, once = lm_of(model, tokenizer, prefix_cache=0), lm_of(model, tokenizer)
     assert whole.loglikelihood(requests, True) == once.loglikelihood(requests, True)
     assert whole.engine.block_tokens == once.engine.block_tokens
@@ -99,6 +98,56 @@ def test_two_tasks_each_share_their_own(tokenizer):
     for x, y in zip(whole.loglikelihood(mixed, True), once.loglikelihood(mixed, True), strict=True):
         assert x[0] == pytest.approx(y[0], abs=2e-4)
     assert once.engine.block_tokens < 0.6 * whole.engine.block_tokens
+
+
+LONG = [" x and more than that", " yz or something else", " abc, which is the third of them", " d"]
+
+
+@pytest.mark.parametrize("shared", ["", SHARED])
+@pytest.mark.parametrize("batch_size", [1, 4, 64])
+@pytest.mark.parametrize("stopper", ["none", "fixed:2", "scripted"])
+def test_choices_of_several_tokens_share_their_context(shared, batch_size, stopper, tokenizer):
+    """Of every document alone, whatever the batch; and behind what the documents share."""
+    model = make_model("llama", vocab_size=257, max_position_embeddings=256)
+    spec = Scripted() if stopper == "scripted" else stopper
+    requests = asked(6, shared, choices=LONG)
+    for request in requests:
+        request.arguments = (request.args[0] + " and a context of its own", request.args[1])
+    whole = lm_of(model, tokenizer, stopper=spec, prefix_cache=0, batch_size=batch_size, max_length=256)
+    once = lm_of(model, tokenizer, stopper=spec, batch_size=batch_size, max_length=256)
+    for a, b in zip(whole.loglikelihood(requests, True), once.loglikelihood(requests, True), strict=True):
+        assert b[0] == pytest.approx(a[0], abs=2e-4) and b[1] == a[1]
+        assert b.trace == a.trace
+    assert once.engine.head_rows == whole.engine.head_rows
+    tokens = 0  # every distinct context once (but for its last token), and what follows it once per choice
+    contexts = {}
+    for request in requests:
+        context, continuation = once._encode_pair(*request.args)
+        contexts[tuple(context)] = len(context) - 1
+        tokens += len(continuation)
+    tokens += sum(contexts.values()) - (len(contexts) - 1) * len(shared)
+    if shared and batch_size == 64:  # a batch is not made smaller for a beginning that saves little
+        tokens += (len(contexts) - 1) * len(shared)
+    depth = {"none": 5, "fixed:2": 2}.get(stopper)
+    if depth is not None:
+        assert once.engine.block_tokens <= tokens * depth * 1.02  # the shared beginning may be a token shorter
+
+
+def test_documents_of_several_contexts_and_mixed_lengths(tokenizer):
+    """Contexts that differ by choice, with one or several continuations each, and documents that share nothing."""
+    model = make_model("llama", vocab_size=257)
+    rng, requests = random.Random(5), []
+    for doc in range(8):
+        stem = "".join(rng.choice("abcdef ") for _ in range(rng.randint(1, 40)))
+        contexts = [stem + end for end in (" he", " she")] if doc % 2 else [stem]
+        pairs = [(c, k) for c in contexts for k in LONG[: 1 + doc % 4]]
+        requests += [instance(c, k, doc, idx=i) for i, (c, k) in enumerate(pairs)]
+    for batch_size in (1, 2, 5, 64):
+        whole = lm_of(model, tokenizer, stopper=Scripted(), prefix_cache=0, batch_size=batch_size)
+        once = lm_of(model, tokenizer, stopper=Scripted(), batch_size=batch_size)
+        for a, b in zip(whole.loglikelihood(requests, True), once.loglikelihood(requests, True), strict=True):
+            assert b[0] == pytest.approx(a[0], abs=2e-4) and b[1] == a[1]
+            assert b.trace.exit_layer == a.trace.exit_layer
 
 
 def test_truncated_prompts_and_short_limits_stay_right(tokenizer):
