@@ -1,7 +1,7 @@
-"""Times ``--model adainfer`` against stock ``--model hf`` and against models physically cut to the exit's depth.
+"""Measures ``--model adainfer`` against stock ``--model hf`` and against models physically cut to the exit's depth.
 
-Every figure is a ratio of two *measured* wall-clock times, taken alternately in one run; the median of several
-repeats is reported with the lowest and the highest. Weights are random: speed does not depend on them.
+Times are ratios of two *measured* wall-clock times, taken alternately in one run; the median of several repeats is
+reported with the lowest and the highest. Weights are random: speed does not depend on them.
 """
 
 from __future__ import annotations
@@ -12,24 +12,24 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import decoding, prefill
+from benchmarks import decoding, memory, prefill, shared
 from benchmarks.models import SHAPES, about, make_model, table
 
-KINDS = {"prefill": prefill, "decoding": decoding}
+KINDS = {"prefill": prefill, "shared": shared, "memory": memory, "decoding": decoding}
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     """Run the benchmarks and write ``KIND-SHAPE-DTYPE-DEVICE`` as JSON and Markdown."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("kinds", nargs="*", default=list(KINDS), help="which: prefill, decoding (default: both)")
+    parser.add_argument("kinds", nargs="*", default=list(KINDS), help=f"which: {', '.join(KINDS)} (default: all)")
     parser.add_argument("--shape", default="llama-16x512", choices=SHAPES)
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--lengths", default="64,256", help="prompt tokens, separated by commas")
     parser.add_argument("--batch_sizes", default="1,8,16", help="separated by commas")
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--output", "-o", default="benchmarks/results", help="folder for JSON and Markdown")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     for kind in options.kinds:
         if kind not in KINDS:
             parser.error(f"kinds: {kind!r} is none of {', '.join(KINDS)}")
@@ -41,19 +41,22 @@ def main() -> None:
     for kind in options.kinds:
         rows: list[dict] = []
         for row in KINDS[kind].measure(model, lengths, batch_sizes, options.repeats):
+            print(json.dumps(row), flush=True)
             rows.append(row)  # written as they come: a benchmark takes long and is interrupted
             write(kind, rows, options, model.config.num_hidden_layers, folder)
 
 
 def write(kind: str, rows: list[dict], options: argparse.Namespace, n_blocks: int, folder: Path) -> None:
     """The rows so far, as JSON and Markdown."""
-    record = {**about(options.shape, options.dtype, options.device, options.repeats), "kind": kind, "rows": rows}
+    times = f"*measured* ratios of wall-clock times, taken alternately, median of {options.repeats} (lowest-highest)"
+    what = getattr(KINDS[kind], "WHAT", times)
+    found = about(options.shape, options.dtype, options.device, options.repeats)
+    record = {"kind": kind, "measured": what, **found, "rows": rows}
     name = f"{kind}-{options.shape}-{options.dtype}-{options.device.partition(':')[0]}"
     (folder / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
     head = (
-        f"{kind}: {options.shape} ({n_blocks} blocks), {options.dtype}, "
-        f"{record['machine']}, torch {record['torch']}, {record['date']}; *measured* ratios, median of "
-        f"{options.repeats} (lowest-highest). Half depth is block {n_blocks // 2}."
+        f"{kind}: {options.shape} ({n_blocks} blocks), {options.dtype}, {record['machine']}, torch {record['torch']}, "
+        f"{record['date']}; {what}. Half depth is block {n_blocks // 2}."
     )
     (folder / f"{name}.md").write_text(f"{head}\n\n{table(rows)}")
 

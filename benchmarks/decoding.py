@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 from collections import Counter
 from collections.abc import Iterator
@@ -171,5 +170,4 @@ def measure(model: LlamaForCausalLM, lengths: list[int], batch_sizes: list[int],
                     ),
                 }
             )
-            print(json.dumps(row), flush=True)
             yield row

@@ -10,10 +10,14 @@ from collections.abc import Callable
 from datetime import date
 
 import torch
+from lm_eval.api.instance import Instance
+from lm_eval.models.huggingface import HFLM
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from lm_eval_adainfer import __version__
+
+WARM_UP = 60  # seconds
 
 SHAPES = {
     "tiny": {"hidden_size": 128, "intermediate_size": 344, "num_hidden_layers": 8, "num_attention_heads": 4,
@@ -29,10 +33,19 @@ SHAPES = {
 
 def make_model(shape: str, dtype: torch.dtype, device: str) -> LlamaForCausalLM:
     """Random weights in a real shape, made on the device."""
-    config = LlamaConfig(**SHAPES[shape], max_position_embeddings=4096, dtype=dtype)
-    with torch.device(device):
-        torch.manual_seed(0)
-        return LlamaForCausalLM(config).to(dtype).eval()
+    return from_config(LlamaConfig(**SHAPES[shape], max_position_embeddings=4096, dtype=dtype), dtype, device)
+
+
+def from_config(config: LlamaConfig, dtype: torch.dtype, device: str) -> LlamaForCausalLM:
+    """Random weights, made on the device and in the dtype."""
+    usual = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device(device):
+            torch.manual_seed(0)
+            return LlamaForCausalLM(config).to(dtype).eval()
+    finally:
+        torch.set_default_dtype(usual)
 
 
 def cut(model: LlamaForCausalLM, blocks: int) -> LlamaForCausalLM:
@@ -75,6 +88,43 @@ def ratio(a: Callable[[], object], b: Callable[[], object], repeats: int) -> dic
     return summary(ratios)
 
 
+def alternately(sides: dict[str, Callable[[], object]], repeats: int) -> list[dict[str, float]]:
+    """Seconds of every side in every round; all sides take turns.
+
+    A round before them is the warm-up; where it took longer than ``WARM_UP`` seconds, it counts as the first.
+    """
+    first = {name: seconds(act) for name, act in sides.items()}
+    rounds = [first] if sum(first.values()) > WARM_UP else []
+    while len(rounds) < repeats:
+        rounds.append({name: seconds(act) for name, act in sides.items()})
+    return rounds
+
+
+def over(rounds: list[dict[str, float]], a: str, b: str) -> dict[str, float]:
+    """Time of side ``a`` over time of side ``b``."""
+    return summary([found[a] / found[b] for found in rounds])
+
+
+def asking(requests: list[Instance], batch_size: int) -> Callable[..., Callable[[], None]]:
+    """Makes sides that answer these requests: ``ask(HFLM, model)``, ``ask(AdaInferLM, model, stopper="gap:1")``.
+
+    With ``keep=[]`` the answers of the last call are put there.
+    """
+    tokenizer = make_tokenizer()
+
+    def ask(kind: type[HFLM], model: LlamaForCausalLM, keep: list | None = None, **arguments: object):
+        lm = kind(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, max_length=4096, **arguments)
+
+        def act() -> None:
+            found = lm.loglikelihood(requests, disable_tqdm=True)
+            if keep is not None:
+                keep[:] = found
+
+        return act
+
+    return ask
+
+
 def summary(values: list[float]) -> dict[str, float]:
     """Median, lowest and highest."""
     return {"median": statistics.median(values), "low": min(values), "high": max(values)}
@@ -84,7 +134,6 @@ def about(shape: str, dtype: str, device: str, repeats: int) -> dict:
     """What was measured, and on which machine."""
     machine = torch.cuda.get_device_name() if device.startswith("cuda") else platform.processor() or "CPU"
     return {
-        "measured": "wall-clock ratios, timed alternately in one run, median of several",
         "date": date.today().isoformat(),
         "machine": f"{machine}, {torch.get_num_threads()} threads",
         "torch": torch.__version__,
@@ -107,4 +156,6 @@ def cell(value: object) -> str:
     """A ratio with its range, or a plain value."""
     if isinstance(value, dict):
         return f"{value['median']:.2f} ({value['low']:.2f}-{value['high']:.2f})"
-    return f"{value:.2f}" if isinstance(value, float) else str(value)
+    if isinstance(value, float):
+        return f"{value:.1e}" if 0 < abs(value) < 0.01 else f"{value:.2f}"
+    return str(value)

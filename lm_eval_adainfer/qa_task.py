@@ -2,7 +2,8 @@
 
 lm-eval's own samplers draw from one running generator, so a document's shots depend on every document before it: on
 ``--limit``, on the number of processes, on the order. Exit layers depend on the shots, so a trace written in one run
-would not belong to the documents of another. Here each document seeds its own draw (task_configs/README.md).
+would not belong to the documents of another. Here each document seeds its own draw, or a task draws once for all of
+its documents (task_configs/README.md).
 """
 
 from __future__ import annotations
@@ -112,14 +113,35 @@ class DocumentSeededSampler(ContextSampler):
 
 
 class TaskSeededSampler(DocumentSeededSampler):
-    """Draws the shots once per task: every document gets the same ones, so that prompts share a long prefix.
+    """Draws the shots once for all documents of a task, so that their prompts share a long prefix.
 
-    Only a document that is among them itself gets the next one of the draw instead.
+    The draw depends on the seed and the pools alone. A document that is among the shots itself is left out of its own
+    prompt: the others keep their order, and the next of the draw comes last.
     """
 
     def draw_seed(self, eval_doc: Doc) -> int:
         """The same for every document."""
         return stable_hash("shots", self.seed)
+
+
+SAMPLERS: dict[str, type[DocumentSeededSampler]] = {
+    "per_document": DocumentSeededSampler,
+    "per_task": TaskSeededSampler,
+}
+
+
+def _with_sampler(config: dict[str, Any], shots: Any) -> dict[str, Any]:
+    """A task's ``fewshot_config`` with the sampler that ``metadata.shots`` asks for."""
+    fewshot = config.get("fewshot_config") or {}
+    found = fewshot.get("sampler", "default")
+    if shots not in SAMPLERS:
+        raise AdaInferError(f"metadata: shots={shots!r} is neither {' nor '.join(SAMPLERS)}")
+    if found not in SAMPLERS.values():
+        raise AdaInferError(
+            f"metadata: shots={shots} needs one of this package's samplers, but {config.get('task')} has {found!r}; "
+            "leave it out"
+        )
+    return {**fewshot, "sampler": SAMPLERS[shots]}
 
 
 def _draw(pool: Sequence[Doc], random: Random) -> Iterator[Doc]:
@@ -153,16 +175,25 @@ class QATask(ConfigurableTask):
     """A YAML task whose sampler always learns which document is evaluated.
 
     YAML: ``class: !function lm_eval_adainfer.qa_task.QATask`` with ``fewshot_config.sampler`` set to
-    :class:`DocumentSeededSampler` or :class:`TaskSeededSampler` (lm-eval's own samplers work, too). The text that
-    identifies a document is lm-eval's ``doc_to_decontamination_query``: a field's name or a template.
+    :class:`DocumentSeededSampler` (lm-eval's own samplers work, too). ``metadata.shots``, in the YAML or as
+    ``--metadata shots=per_task``, chooses between it and :class:`TaskSeededSampler`. The text that identifies a
+    document is lm-eval's ``doc_to_decontamination_query``: a field's name or a template.
 
-    Wherever the results hold the task's configuration, ``metadata.fewshot_sources`` says from where its shots came.
+    Wherever the results hold the task's configuration, ``metadata.shots`` says how its shots were drawn, and
+    ``metadata.fewshot_sources`` from where they came.
+
+    Raises:
+        AdaInferError: if ``metadata.shots`` is neither ``per_document`` nor ``per_task``, or the YAML's sampler none of
+            these two.
     """
 
     sampler: ContextSampler
 
     def __init__(self, config: dict[str, Any] | None = None, **kwargs: Any) -> None:
         config = {key: value for key, value in (config or {}).items() if key != "class"}
+        shots = (config.get("metadata") or {}).get("shots")
+        if shots is not None:
+            config["fewshot_config"] = _with_sampler(config, shots)
         super().__init__(config=config, **kwargs)
 
     def question(self, doc: Doc) -> str:
@@ -207,11 +238,12 @@ class QATask(ConfigurableTask):
             self.sampler = sampler
 
     def dump_config(self) -> dict[str, Any]:
-        """lm-eval's dump for ``results["configs"]``, with the sampler by name and the sources of the shots."""
+        """lm-eval's dump for ``results["configs"]``, with the sampler by name, how shots are drawn and from where."""
         config = super().dump_config()
         if isinstance(sampler := config["fewshot_config"].get("sampler"), type):
             config["fewshot_config"]["sampler"] = f"{sampler.__module__}.{sampler.__qualname__}"
         if self.config.num_fewshot and isinstance(self.sampler, DocumentSeededSampler):
             sources = self.fewshot_sources(self.config.num_fewshot)
-            config["metadata"] = {**config.get("metadata", {}), "fewshot_sources": sources}
+            drawn = "per_task" if isinstance(self.sampler, TaskSeededSampler) else "per_document"
+            config["metadata"] = {**config.get("metadata", {}), "shots": drawn, "fewshot_sources": sources}
         return config

@@ -110,7 +110,13 @@ def hub(shared, tmp_path_factory):
 @pytest.fixture
 def only_our_tasks(monkeypatch):
     """Looking through lm-eval's thousands of tasks takes five seconds per command; the demo's are ours."""
+    from functools import partial
+
     import lm_eval.tasks
 
-    manager = lm_eval.tasks.TaskManager(include_path=str(paths.task_configs()), include_defaults=False)
-    monkeypatch.setattr(lm_eval.tasks, "TaskManager", lambda *args, **kwargs: manager)
+    ours = partial(lm_eval.tasks.TaskManager, include_defaults=False)
+
+    def manager(*args, metadata=None, **kwargs):
+        return ours(include_path=str(paths.task_configs()), metadata=metadata)
+
+    monkeypatch.setattr(lm_eval.tasks, "TaskManager", manager)

@@ -274,17 +274,75 @@ def test_text_is_rendered_as_lm_eval_renders_it(manager, toy_data):
             assert task.doc_to_text(doc, "{{7}}") == ConfigurableTask.doc_to_text(task, doc, "{{7}}")
 
 
-def test_a_yaml_of_ones_own_can_draw_the_shots_once_per_task(manager, toy_data, tmp_path):
-    """The example of task_configs/README.md."""
-    example = (task_configs() / "README.md").read_text().split("```yaml\n")[1].split("```")[0]
-    (tmp_path / "mine.yaml").write_text(example.replace("/path/to/task_configs", str(task_configs())))
-    task = manager.load([str(tmp_path / "mine.yaml")])["tasks"]["my_sst2"]
-    task.set_fewshot_seed(1234)
+@pytest.fixture(scope="module")
+def once():
+    """What ``lm_eval --metadata shots=per_task`` makes."""
+    return TaskManager(include_path=str(task_configs()), include_defaults=False, metadata={"shots": "per_task"})
+
+
+@pytest.mark.parametrize("name", [*EXPECTED, "adainfer_squad_generate"])
+def test_shots_per_task_are_the_same_for_all_documents_and_follow_the_seed(name, once, toy_data):
+    task = load(once, name)
+    question = task.doc_to_text
+
+    def shots(n):
+        """The prompts without what is asked."""
+        task.set_config("num_fewshot", n)
+        contexts = [(task.fewshot_context(doc, num_fewshot=n), question(doc)) for doc in task.eval_docs]
+        assert all(context.endswith(asked) for context, asked in contexts)
+        return {context.removesuffix(asked) for context, asked in contexts}
+
+    (four,) = shots(4)
+    assert four.count("Q: ") == 4
+    assert {load(once, name).fewshot_context(task.eval_docs[0], num_fewshot=4).startswith(four)} == {True}
+    (five,) = shots(5)
+    assert five.startswith(four)
+    task.set_fewshot_seed(4321)
+    (others,) = shots(4)
+    assert others != four
+
+
+def test_mmlu_per_task_has_the_five_dev_examples_then_the_next_source(once, toy_data):
+    contexts = {context.rsplit("Q:", 1)[0] for context, _ in requests(load(once, "adainfer_mmlu_anatomy"), 7)}
+    (context,) = contexts
+    assert set(re.findall(r"Q: anatomy (dev \d)", context)) == {f"dev {i}" for i in range(5)}
+    assert context.count("Q: anatomy validation") == 2
+
+
+def test_per_task_a_document_among_the_shots_leaves_its_place_to_the_next_of_the_draw(once, toy_data):
+    task = load(once, "adainfer_sst2")
+    task.config.validation_split = task.config.training_split  # as where a task has one split only
+    drawn = TaskSeededSampler(list(task.eval_docs)).set_rnd(1234)
+    order = drawn.sample(8, {"sentence": "none of them"}, question=task.question)
+    prompts = {task.question(doc): task.fewshot_context(doc, num_fewshot=3) for doc in task.eval_docs}
+    for place, doc in enumerate(order):
+        expected = [shot for n, shot in enumerate(order[:4]) if n != place][:3]
+        shown = re.findall(r"Q: (.*)\nA: ", prompts[task.question(doc)])
+        assert shown == [task.question(shot) for shot in expected]
+
+
+@pytest.mark.parametrize("kind", ["yaml", "group"])
+def test_shots_can_be_set_in_a_group_or_a_yaml_of_ones_own(kind, manager, toy_data, tmp_path):
+    """The example of task_configs/README.md, and a group's override."""
+    if kind == "yaml":
+        example = (task_configs() / "README.md").read_text().split("```yaml\n")[1].split("```")[0]
+        (tmp_path / "mine.yaml").write_text(example.replace("/path/to/task_configs", str(task_configs())))
+        task = manager.load([str(tmp_path / "mine.yaml")])["tasks"]["my_sst2"]
+        task.set_fewshot_seed(1234)
+    else:
+        task = load(manager, "adainfer_sst2", metadata={"shots": "per_task"})
     assert len({context.rsplit("Q:", 1)[0] for context, _ in requests(task, 4)}) == 1
-    assert task.dump_config()["fewshot_config"]["sampler"] == "lm_eval_adainfer.qa_task.TaskSeededSampler"
+    assert task.dump_config()["metadata"]["shots"] == "per_task"
 
 
-@pytest.mark.parametrize("sampler", ["first_n", "default", TaskSeededSampler])
+def test_a_wrong_way_to_draw_shots_is_one_sentence(manager, toy_data):
+    with pytest.raises(AdaInferError, match=r"^metadata: shots='once' is neither per_document nor per_task$"):
+        load(manager, "adainfer_sst2", metadata={"shots": "once"})
+    with pytest.raises(AdaInferError, match=r"^metadata: shots=per_task needs .* adainfer_sst2 has 'first_n'; leave"):
+        load(manager, "adainfer_sst2", metadata={"shots": "per_task"}, fewshot_config={"sampler": "first_n"})
+
+
+@pytest.mark.parametrize("sampler", ["first_n", "default"])
 def test_other_samplers_work_too(sampler, manager, toy_data):
     task = load(manager, "adainfer_sst2", fewshot_config={"sampler": sampler})
     contexts = {context.rsplit("Q:", 1)[0] for context, _ in requests(task, 3)}
@@ -362,6 +420,7 @@ def test_the_results_file_says_where_shots_came_from_and_is_plain_json(manager, 
     assert configs["adainfer_sst2"]["metadata"]["fewshot_sources"] == {"train": 7}
     samplers = {config["fewshot_config"]["sampler"] for config in configs.values()}
     assert samplers == {"lm_eval_adainfer.qa_task.DocumentSeededSampler"}
+    assert {config["metadata"]["shots"] for config in configs.values()} == {"per_document"}
     assert all(results["n-shot"][name] == 7 and results["versions"][name] == 1.0 for name in EXPECTED)
 
 
