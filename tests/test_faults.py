@@ -114,3 +114,60 @@ def test_a_run_that_is_killed_while_the_cache_is_written_keeps_whole_documents(t
     rng = random.Random(2)
     moments = [("sql", rng.randint(steps["sql"] // 8, steps["sql"] // 3)) for _ in range(3)]
     assert killed_and_finished(str(tmp_path / "c.db"), moments, whole) > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(5))
+def test_a_run_that_is_killed_at_any_moment_loses_nothing(seed, tmp_path, whole):
+    """Moments are drawn, not counted: a kill lands wherever the process happens to be."""
+    rng, cache = random.Random(seed), str(tmp_path / "c.db")
+    for _ in range(8):
+        killed.child(killed.evaluate, cache, kill_after=rng.uniform(0.5, 2.5))
+    results, samples, _ = killed.evaluate(cache)
+    same(samples, whole[1])
+    same(results, whole[0])
+
+
+# ------------------------------------------------------------------------------------------------ killed traces
+
+
+@pytest.fixture(scope="module")
+def traces(tmp_path_factory):
+    """The files of an uninterrupted trace, and how often each kind of moment came."""
+    seen: Counter = Counter()
+    files = killed.trace(str(tmp_path_factory.mktemp("whole")), lambda what: seen.update([what]))
+    return files, seen
+
+
+def test_a_killed_trace_goes_on_and_comes_to_the_same_file(tmp_path, traces):
+    """Killed between forwards, in the middle of a file, before a rename and before the parts are removed."""
+    files, seen = traces
+    assert set(seen) == {"forward", "write", "replace", "rmtree"}
+    rng, parts = random.Random(3), 0
+    for what, number in [
+        ("forward", rng.randint(2, seen["forward"] // 4)),
+        ("write", 2),
+        ("replace", 2),
+        ("write", 3),  # the first file's last step
+        ("rmtree", 1),
+        ("write", 4),  # of the second file
+    ]:
+        assert killed.child(killed.run_trace, str(tmp_path), what, number) == -9
+        for file in tmp_path.glob("*.trace"):
+            assert file.read_bytes() == files[file.name], "a file that is there is whole"
+        assert len(list(tmp_path.rglob("*.part"))) >= parts or list(tmp_path.glob("*.trace"))
+        parts = len(list(tmp_path.rglob("*.part")))
+    again: Counter = Counter()
+    assert killed.trace(str(tmp_path), lambda what: again.update([what])) == files
+    assert 0 < again["forward"] < seen["forward"] // 2, "what was finished is not run again"
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted(files), "nothing else is left"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(3))
+def test_a_trace_that_is_killed_at_any_moment_comes_to_the_same_file(seed, tmp_path, traces):
+    rng = random.Random(seed)
+    for _ in range(8):
+        killed.child(killed.trace, str(tmp_path), kill_after=rng.uniform(0.3, 1.2))
+    assert killed.trace(str(tmp_path)) == traces[0]
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted(traces[0])
