@@ -9,16 +9,18 @@ import multiprocessing
 import os
 import shutil
 import signal
+import sys
 import tempfile
 from pathlib import Path
 
+import lm_eval.tasks
 from lm_eval import evaluator
 from lm_eval.api.model import CachingLM
 from sqlitedict import SqliteMultithread
 from test_replay import tiny_lm
 from test_tracing import KINDS, documents, make_task
 
-from lm_eval_adainfer import tracing
+from lm_eval_adainfer import cli, container, paths, tracing
 from lm_eval_adainfer.model import AdaInferLM
 
 STOPPER = "gap:0.3"
@@ -141,6 +143,50 @@ def trace(folder: str, count=lambda what: None) -> dict[str, bytes]:
 def run_trace(folder: str, what: str, number: int) -> None:
     """In a child: a trace that kills itself."""
     trace(folder, killer(what, number))
+
+
+def our_tasks():
+    return lm_eval.tasks.TaskManager(include_path=str(paths.task_configs()), include_defaults=False)
+
+
+def stopped_trace_command(folder: str, number: int) -> None:
+    """In a child: ``adainfer trace``, which gets a signal when its second part is written; what it shows is kept."""
+    manager = our_tasks()
+    lm_eval.tasks.TaskManager = lambda *args, **kwargs: manager
+    shown = os.open(f"{folder}/shown", os.O_WRONLY | os.O_CREAT)
+    for stream in (1, 2):
+        os.dup2(shown, stream)
+    write, tracing.PART_DOCUMENTS, made = container.write, 2, []
+
+    def watched(path, *rest):
+        write(path, *rest)
+        made.append(path)
+        if len(made) == 2:
+            os.kill(os.getpid(), number)
+
+    container.write = watched
+    arguments = ["trace", "-a", "pretrained=adainfer-demo,dtype=float32", "-t", "adainfer_demo_topic", "-L", "6"]
+    sys.exit(cli.main([*arguments, "--device", "cpu", "-o", folder]))
+
+
+def evaluate_topics(cache: str | None, dies: bool = False) -> tuple[list, int] | None:
+    """(document, acc, exit_layer) of 40 documents and the tokens run, on the main process; rank 1 may kill itself."""
+
+    class Watched(AdaInferLM):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            if dies and self.rank == 1:
+                count = killer("forward", 5)
+                self.anatomy.blocks[0].register_forward_pre_hook(lambda *_: count("forward"))
+
+    lm = Watched(pretrained="adainfer-demo", dtype="float32", stopper="gap:0.8", batch_size=4, device="cpu")
+    found = lm_eval.simple_evaluate(
+        model=lm, tasks=["adainfer_demo_topic"], limit=40, bootstrap_iters=0, use_cache=cache, task_manager=our_tasks()
+    )  # fmt: skip
+    if found is None:
+        return None
+    samples = sorted([s["doc_id"], s["acc"], s["exit_layer"]] for s in found["samples"]["adainfer_demo_topic"])
+    return samples, lm.run_totals["tokens_counted"]
 
 
 def child(target, *arguments, kill_after: float | None = None) -> int:
