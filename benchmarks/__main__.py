@@ -14,6 +14,7 @@ import torch
 
 from benchmarks import decoding, memory, prefill, shared
 from benchmarks.models import SHAPES, about, make_model, table
+from lm_eval_adainfer import container
 
 KINDS = {"prefill": prefill, "shared": shared, "memory": memory, "decoding": decoding}
 
@@ -53,12 +54,12 @@ def write(kind: str, rows: list[dict], options: argparse.Namespace, n_blocks: in
     found = about(options.shape, options.dtype, options.device, options.repeats)
     record = {"kind": kind, "measured": what, **found, "rows": rows}
     name = f"{kind}-{options.shape}-{options.dtype}-{options.device.partition(':')[0]}"
-    (folder / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
+    container.write_atomically(folder / f"{name}.json", (json.dumps(record, indent=1) + "\n").encode())
     head = (
         f"{kind}: {options.shape} ({n_blocks} blocks), {options.dtype}, {record['machine']}, torch {record['torch']}, "
         f"{record['date']}; {what}. Half depth is block {n_blocks // 2}."
     )
-    (folder / f"{name}.md").write_text(f"{head}\n\n{table(rows)}")
+    container.write_atomically(folder / f"{name}.md", f"{head}\n\n{table(rows)}".encode())
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from scipy.stats import binomtest
 
-from lm_eval_adainfer import fitting, outcomes, tracing
+from lm_eval_adainfer import container, fitting, outcomes, tracing
 from lm_eval_adainfer.features import FEATURES
 from lm_eval_adainfer.qa_task import stable_hash
 from lm_eval_adainfer.simulation import margins
@@ -283,7 +283,7 @@ def main() -> None:
     arguments = parser.parse_args()
     text = report(arguments.traces, list(CONTESTANTS))
     if arguments.output:
-        arguments.output.with_suffix(".md").write_text(text)
+        container.write_atomically(arguments.output.with_suffix(".md"), text.encode())
     print(text)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -19,14 +20,36 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     try:
-        return arguments.run(arguments) or 0
+        status = arguments.run(arguments) or 0
+        sys.stdout.flush()
+        return status
     except AdaInferError as error:
         print(f"adainfer: error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:  # a full disk, say, wherever it was met
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"adainfer: error: {where}{error.strerror or error}", file=sys.stderr)
+        try:
+            sys.stdout.flush()
+        except OSError:  # Python would try again when it ends
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 2
+    except (MemoryError, RuntimeError) as error:
+        if not _out_of_memory(error):
+            raise
+        found = f" ({str(error).splitlines()[0]:.120})" if str(error) else ""
+        print(f"adainfer: error: batch_size: there is not enough memory{found}; give a smaller one", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         kept = "; finished traces are kept, and the same command goes on" if arguments.command == "trace" else ""
         print(f"\nadainfer: interrupted{kept}", file=sys.stderr)  # behind the progress bar
         return 130
+
+
+def _out_of_memory(error: BaseException) -> bool:
+    """Whether this is what torch or Python raise where memory is short."""
+    words = ("out of memory", "can't allocate memory", "not enough memory")
+    return isinstance(error, MemoryError) or any(word in str(error) for word in words)
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter):

@@ -142,13 +142,20 @@ def decode(
             scores = logits
             if processors:
                 scores = processors(decoder.slots[:, : decoder.length].to(logits.device), logits)
+            best = torch.stack([scores.argmax(dim=-1), logits.amax(dim=-1).isfinite()])  # one reading of the device
+            chosen, finite = best.tolist()
+            for row, is_finite in zip(decoder.rows, finite, strict=True):
+                decoder.results[row].finite &= bool(is_finite)
+            if config.do_sample and not all(finite):
+                raise AdaInferError(
+                    "generation: the logits are NaN or infinite, so no token can be drawn; give a dtype that does not "
+                    "overflow, or do_sample=False"
+                )
             if config.do_sample:
                 odds = scores.softmax(dim=-1)
                 chosen = [
                     int(torch.multinomial(odds[n], 1, generator=generators[row])) for n, row in enumerate(decoder.rows)
                 ]
-            else:
-                chosen = scores.argmax(dim=-1).tolist()
             done = [
                 decoder.length + 1 >= max_length or finished([*decoder.results[row].tokens, token])
                 for row, token in zip(decoder.rows, chosen, strict=True)

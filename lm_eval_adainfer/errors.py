@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import sqlite3
 import sys
 from pathlib import Path
 
@@ -27,12 +29,19 @@ def report_errors_in_one_sentence() -> None:
     if not is_command or getattr(sys.excepthook, "adainfer", False):
         return
     previous = sys.excepthook
+    logging.getLogger("sqlitedict").setLevel(logging.CRITICAL)  # it logs two stacks, and then raises
 
     def hook(kind, error, traceback):
         if isinstance(error, AdaInferError):
             print(f"adainfer: error: {error}", file=sys.stderr)
         elif kind is ValueError and str(error).startswith("Tasks not found: "):  # lm-eval's words for a wrong --tasks
             print(f"adainfer: error: tasks: {error}; `lm_eval ls tasks` lists what there is", file=sys.stderr)
+        elif issubclass(kind, sqlite3.Error):
+            print(
+                f"adainfer: error: use_cache: its file can't be read or written ({error}); what it holds is kept, and "
+                "the same command goes on from there",
+                file=sys.stderr,
+            )
         else:
             previous(kind, error, traceback)
 

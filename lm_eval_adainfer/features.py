@@ -124,10 +124,13 @@ def depth(seen: Observation | Recorded) -> Tensor:
 
 
 def agreement(seen: Observation | Recorded) -> Tensor:
-    """How many of the blocks asked last, this one included, have this top token without a break; 1 at the first."""
+    """How many of the blocks asked last, this one included, have this top token without a break; 1 at the first.
+
+    NaN where the probabilities are: there is no top token then.
+    """
     assert seen.past is not None
     same = seen.past[:, 0] == seen.best_token + 1
-    return torch.where(same, seen.past[:, 1], 0.0) + 1
+    return torch.where(seen.best_prob.isnan(), torch.nan, torch.where(same, seen.past[:, 1], 0.0) + 1)
 
 
 def top_prob_change(seen: Observation | Recorded) -> Tensor:

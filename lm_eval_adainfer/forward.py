@@ -236,6 +236,22 @@ def run_blocks(
     raise RuntimeError("after_block let rows go on after the last block")
 
 
+def first_not_finite(anatomy: Anatomy, tokens: Sequence[int]) -> int | None:
+    """The first block whose output for a row of token ids holds NaN or infinity: 0 the embeddings, None no block."""
+    found: int | None = None
+
+    def look(state: BlockState) -> Tensor | None:
+        nonlocal found
+        for number, hidden in ((state.block - 1, state.before), (state.block, state.hidden)):
+            if found is None and not bool(torch.isfinite(hidden).all()):
+                found = number
+        ends = found is not None or state.block == anatomy.n_blocks
+        return torch.empty(0, dtype=torch.long) if ends else None
+
+    run_blocks(anatomy, torch.tensor([list(tokens)], device=anatomy.input_device), look)
+    return found
+
+
 @torch.no_grad()
 def verify(anatomy: Anatomy) -> None:
     """Check on a small batch that rows leaving at different blocks get, and leave others with, the right states.

@@ -53,6 +53,7 @@ class Decoded:
         head_rows: Head rows computed (checks and choices of tokens).
         screened: Logits computed of candidates alone.
         decisions: Times the stopper was asked.
+        finite: Whether the logits of all its tokens were.
     """
 
     tokens: list[int] = field(default_factory=list)
@@ -63,6 +64,7 @@ class Decoded:
     head_rows: int = 0
     screened: int = 0
     decisions: int = 0
+    finite: bool = True
 
     @property
     def executed(self) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import time
 from collections import defaultdict, deque
 from collections.abc import Iterator, Sequence
@@ -15,6 +16,7 @@ import torch
 from lm_eval import utils
 from lm_eval.api.model import CacheHook, hash_args
 from lm_eval.models.huggingface import HFLM
+from lm_eval.models.utils import normalize_gen_kwargs
 from tqdm import tqdm
 
 from lm_eval_adainfer import __version__, dropping, paths, prefixes, reporting
@@ -23,7 +25,7 @@ from lm_eval_adainfer.answers import ExitTrace, LogLikelihood, Rolling, Text
 from lm_eval_adainfer.decoding import Seeds, Stop, decode
 from lm_eval_adainfer.decoding import trace as decode_trace
 from lm_eval_adainfer.errors import AdaInferError, UnsupportedModelError, report_errors_in_one_sentence
-from lm_eval_adainfer.forward import verify
+from lm_eval_adainfer.forward import first_not_finite, verify
 from lm_eval_adainfer.generation import KV_POLICIES, prepare
 from lm_eval_adainfer.prefixes import Prefix
 from lm_eval_adainfer.scoring import Answer, Document, Engine, Row
@@ -39,6 +41,7 @@ eval_logger = logging.getLogger(__name__)
 DEMO = "adainfer-demo"
 SHORTLIST = 64  # candidates of head_check=shortlist
 _FINGERPRINT_KEY = "adainfer_fingerprint"
+_MOST_ROWS = 10_000  # answers in one statement: SQLite binds at most 32,766 values
 
 TokenRequest = tuple["tuple[str, str] | None", list[int], list[int]]
 
@@ -114,6 +117,10 @@ class AdaInferLM(HFLM):
             super().__init__(pretrained, **kwargs)
         except TypeError as error:  # HFLM hands unknown arguments on to the model's constructor
             raise AdaInferError(f"model_args: {str(error).splitlines()[0]}") from error
+        if self.prefix_token_id is None:
+            raise AdaInferError(
+                "tokenizer: it has neither a BOS nor an EOS token to begin a text with; give prefix_token_id=0, say"
+            )
         self._set_ranks()
         if strategy.removes_blocks and not isinstance(pretrained, str):
             self._model = dropping.copy_with_same_weights(self.model)  # the caller's model keeps its blocks
@@ -150,6 +157,7 @@ class AdaInferLM(HFLM):
         self.set_cache_hook(CacheHook(None))
         self.run_totals: dict[str, Any] = {}
         self._document_keys: list[Any] = []
+        self._warned_not_finite = False
         self._prefix_rule: BatchRule | Literal[False] | None = None  # watched when something is first shared
         self._windows: Windows | None = None  # watched when generation first exits early
         self.run_documents = self.engine.run  # tracing puts a dense pass that records every block here
@@ -228,9 +236,49 @@ class AdaInferLM(HFLM):
     def _dtype(self) -> torch.dtype:
         return next(self.model.parameters()).dtype
 
+    # ------------------------------------------------------------------ tokens
+    def tok_encode(self, string: str, *args: Any, **kwargs: Any) -> list[int]:
+        """As HFLM's, which encodes all requests before the model runs the first.
+
+        Raises:
+            AdaInferError: On text that is no Unicode, and on tokens that the model has no embedding for.
+        """
+        try:
+            string.encode()
+        except UnicodeEncodeError as error:  # which no tokenizer takes
+            near = string[max(0, error.start - 20) : error.end + 20]
+            raise AdaInferError(
+                f"request: the text {near!r} holds half a surrogate pair, which is no Unicode; repair the document"
+            ) from None
+        ids = super().tok_encode(string, *args, **kwargs)
+        known = self.model.get_input_embeddings().weight.shape[0]
+        if ids and max(ids) >= known:
+            raise AdaInferError(
+                f"tokenizer: it gives token {max(ids)}, but the model has embeddings for {known} tokens; give the "
+                "tokenizer that belongs to the model"
+            )
+        return ids
+
+
+    def _warn_not_finite(self, tokens: Sequence[int]) -> None:
+        """Say once that a row of tokens led to NaN, and where."""
+        if self._warned_not_finite:
+            return
+        self._warned_not_finite = True
+        with self._autocast():
+            block = first_not_finite(self.anatomy, tokens)
+        where = "the output head gives" if block is None else f"block {block} gives" if block else "the embeddings give"
+        eval_logger.warning(
+            f"dtype: {where} NaN or infinite numbers in {self._dtype()}, so a document of {len(tokens)} tokens (and "
+            "maybe others) runs all blocks and has NaN scores; another dtype may help"
+        )
+
     # ------------------------------------------------------------------ loglikelihood
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[Any]:
         """As HFLM's, every answer with its document's exit trace."""
+        for context, continuation in (r.args for r in requests):
+            if context == "" and not self.tok_encode(continuation, add_special_tokens=False):
+                raise _nothing_to_score(continuation)
         self._document_keys = [
             (r.task_name, r.doc_id) if r.task_name is not None and r.doc_id is not None else (None, r.args[0])
             for r in requests
@@ -254,24 +302,28 @@ class AdaInferLM(HFLM):
             disable=disable_tqdm or self.rank != 0,
             desc="Running loglikelihood requests",
         )
-        for batch, size, prefix in self._batches(documents, override_bs):
-            started = time.perf_counter()
-            self.engine.prefix = prefix
-            with self._autocast():
-                self.run_documents(batch, size)
-            self.seconds += time.perf_counter() - started
-            for document in batch:
-                trace = self.engine.trace(document, self.fingerprint)
-                finished = {}
-                for answer in (a for row in document.rows for a in row.answers):
-                    result = LogLikelihood(answer.logprob, answer.is_greedy, trace, answer.top1)
-                    results[answer.request] = result
-                    if (strings := requests[answer.request][0]) is not None:
-                        finished[hash_args("loglikelihood", strings)] = result
-                    progress.update(1)
-                self._remember(finished)
-        progress.close()
-        self.engine.prefix = None  # its keys and values are not kept
+        try:
+            for batch, size, prefix in self._batches(documents, override_bs):
+                started = time.perf_counter()
+                self.engine.prefix = prefix
+                with self._autocast():
+                    self.run_documents(batch, size)
+                self.seconds += time.perf_counter() - started
+                for document in batch:
+                    trace = self.engine.trace(document, self.fingerprint)
+                    finished = {}
+                    for row, answer in [(r, a) for r in document.rows for a in r.answers]:
+                        result = LogLikelihood(answer.logprob, answer.is_greedy, trace, answer.top1)
+                        results[answer.request] = result
+                        if (strings := requests[answer.request][0]) is not None:
+                            finished[hash_args("loglikelihood", strings)] = result
+                        if math.isnan(answer.logprob):
+                            self._warn_not_finite(row.tokens)
+                        progress.update(1)
+                    self._remember(finished)
+        finally:
+            progress.close()
+            self.engine.prefix = None  # its keys and values are not kept
         return results
 
     def documents(self, requests: Sequence[TokenRequest], keys: Sequence[Any]) -> list[Document]:
@@ -285,9 +337,11 @@ class AdaInferLM(HFLM):
         contexts: dict[Any, dict[tuple[int, ...], Any]] = {}  # document -> context -> key of the row that decides
         for n, ((strings, context, continuation), key) in enumerate(zip(requests, keys, strict=True)):
             if not continuation:
+                raise _nothing_to_score(strings[1] if strings else "")
+            if not context:
                 raise AdaInferError(
-                    f"request: the continuation {strings[1] if strings else ''!r} has no token of its own; "
-                    "give one of at least one token"
+                    f"request: the context {strings[0] if strings else ''!r} has no token; give one of at least one "
+                    "token, or an empty text"
                 )
             if len(continuation) > self.max_length:
                 raise AdaInferError(
@@ -379,6 +433,7 @@ class AdaInferLM(HFLM):
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[Any]:
         """As HFLM's, every token scored at its own exit block; the saving is counted as if it had been run."""
         windows: list[tuple[int, Row]] = []
+        open_windows = [0] * len(requests)
         for n, (text,) in enumerate([r.args for r in requests]):
             pairs = utils.get_rolling_token_windows(
                 token_list=self.tok_encode(text),
@@ -390,8 +445,14 @@ class AdaInferLM(HFLM):
                 row = Row((context + continuation)[:-1], len(continuation))
                 row.answers.append(Answer(n, continuation))
                 windows.append((n, row))
-        exits: list[list[int]] = [[] for _ in windows]
-        order = sorted(range(len(windows)), key=lambda w: -len(windows[w][1].tokens))
+                open_windows[n] += 1
+        by_request: list[list[tuple[Row, list[int]]]] = [[] for _ in requests]
+        results: list[Any] = [None if count else Rolling(0.0, self._dense_trace()) for count in open_windows]
+        # a text's windows stay together, so that it is finished, and kept, before many others are begun
+        longest = [0] * len(requests)
+        for n, row in windows:
+            longest[n] = max(longest[n], len(row.tokens))
+        order = sorted(range(len(windows)), key=lambda w: (-longest[windows[w][0]], windows[w][0]))
         size = self._detect_batch_size() if self.batch_size == "auto" else int(self.batch_size)
         progress = tqdm(total=len(windows), disable=disable_tqdm or self.rank != 0, desc="Running rolling windows")
         for start in range(0, len(order), size):
@@ -400,21 +461,22 @@ class AdaInferLM(HFLM):
             with self._autocast():
                 layers = self.engine.run_tokens([windows[w][1] for w in batch])
             self.seconds += time.perf_counter() - started
-            for w, found in zip(batch, layers, strict=True):
-                exits[w] = found
+            for (n, row), found in zip((windows[w] for w in batch), layers, strict=True):
+                by_request[n].append((row, found))
+                if len(by_request[n]) == open_windows[n]:
+                    results[n] = self._rolled(by_request[n])
+                    self._remember({hash_args("loglikelihood_rolling", requests[n].args): results[n]})
             progress.update(len(batch))
         progress.close()
-
-        by_request: list[list[tuple[Row, list[int]]]] = [[] for _ in requests]
-        for (n, row), found in zip(windows, exits, strict=True):
-            by_request[n].append((row, found))
-        results = []
-        for request, parts in zip(requests, by_request, strict=True):
-            logprob = sum(answer.logprob for row, _ in parts for answer in row.answers)
-            trace = self.engine.trace_tokens(parts, self.fingerprint) if parts else self._dense_trace()
-            results.append(Rolling(logprob, trace))
-            self._remember({hash_args("loglikelihood_rolling", request.args): results[-1]})
         return results
+
+    def _rolled(self, parts: Sequence[tuple[Row, list[int]]]) -> Rolling:
+        """The answer of a text from all its windows."""
+        for row, _ in parts:
+            if any(math.isnan(answer.logprob) for answer in row.answers):
+                self._warn_not_finite(row.tokens)
+        logprob = sum(answer.logprob for row, _ in parts for answer in row.answers)
+        return Rolling(logprob, self.engine.trace_tokens(parts, self.fingerprint))
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[Any]:
         """As HFLM's, every text with its exit trace.
@@ -423,6 +485,18 @@ class AdaInferLM(HFLM):
             UnsupportedModelError: Where the model's cache can't be driven block by block; ``generation=dense`` helps.
         """
         early = self.generation == "early"
+        if requests and self.eot_token_id is None:
+            raise AdaInferError("tokenizer: it has no EOS token, without which lm-eval can't generate; give it one")
+        for request in requests:
+            if not request.args[0].strip() and not self.tok_encode(request.args[0]):
+                raise AdaInferError(f"request: the prompt {request.args[0]!r} has no token; give one of at least one")
+        for options in {str(r.args[1]): r.args[1] for r in requests}.values():
+            most = normalize_gen_kwargs(options, self.max_gen_toks)["max_gen_toks"]
+            if not 0 < most < self.max_length:
+                raise AdaInferError(
+                    f"max_gen_toks: {most} new tokens don't fit a window of {self.max_length} with room for a prompt; "
+                    f"give 1 to {self.max_length - 1}, or a larger max_length"
+                )
         if requests and early and self._windows is None:
             with self._autocast():
                 self._windows = prepare(self.anatomy)
@@ -461,7 +535,9 @@ class AdaInferLM(HFLM):
                 self.anatomy, self.stopper, self.schedule, self._windows, context, mask, max_length,
                 self.tokenizer, stop, self._seeds, self.kv_policy, self.shortlist, **kwargs,
             )  # fmt: skip
-        for row, prompt in zip(rows, mask.sum(-1).tolist(), strict=True):
+        for row, prompt, slots in zip(rows, mask.sum(-1).tolist(), context.tolist(), strict=True):
+            if not row.finite:
+                self._warn_not_finite([*slots[len(slots) - int(prompt) :], *row.tokens[:-1]])
             self._traces.append(decode_trace(row, int(prompt), self.engine.counter, self.fingerprint))
             self.engine.head_rows += row.head_rows
             self.engine.block_tokens += row.executed
@@ -508,8 +584,15 @@ class AdaInferLM(HFLM):
     def _remember(self, finished: dict[str, Any]) -> None:
         """Store a whole document's answers in one transaction: a killed run leaves no half document behind."""
         answers = self.cache_hook.dbdict
-        if answers is not None and finished:
-            answers.update(finished)
+        if answers is None:
+            return
+        # dbdict.update would be a transaction per answer
+        pairs = [(answers.encode_key(key), answers.encode(value)) for key, value in finished.items()]
+        for some in (pairs[start : start + _MOST_ROWS] for start in range(0, len(pairs), _MOST_ROWS)):
+            rows = ", ".join(["(?, ?)"] * len(some))
+            answers.conn.execute(
+                f'REPLACE INTO "{answers.tablename}" (key, value) VALUES {rows}', [x for pair in some for x in pair]
+            )
 
     # ------------------------------------------------------------------ the run's record
     def get_model_info(self) -> dict[str, Any]:
@@ -569,6 +652,12 @@ class _TextHook(CacheHook):
 
     def add_partial(self, attr: str, req: Any, res: Any) -> None:
         super().add_partial(attr, req, self._lm.note_text(req, res) if attr == "generate_until" else res)
+
+
+def _nothing_to_score(continuation: str) -> AdaInferError:
+    return AdaInferError(
+        f"request: the continuation {continuation!r} has no token of its own; give one of at least one token"
+    )
 
 
 def _check_numbers(options: dict[str, Any]) -> None:

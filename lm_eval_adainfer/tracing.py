@@ -50,12 +50,19 @@ if TYPE_CHECKING:
     from lm_eval_adainfer.model import AdaInferLM
 
 VERSION = 2
+# N decisions, L blocks, F features, at most C requests per context; "f" floats, "i" integers
+SHAPES = {
+    "features": ("NLF", "f"), "top_token": ("NL", "i"), "scores": ("NLC", "f"), "greedy": ("NLC", "i"),
+    "request": ("NC", "i"), "right": ("NC", "i"), "gold": ("N", "i"), "gold_token": ("N", "i"),
+    "prompt_tokens": ("N", "i"), "position": ("N", "i"), "doc_id": ("N", "i"),
+}  # fmt: skip
 # what every reader needs
 ARRAYS = ("features", "top_token", "gold_token", "prompt_tokens", "position")
 META = (
     "model", "n_blocks", "head_hash", "task", "num_fewshot", "split", "documents", "features", "output_type",
     "hidden_size", "vocab_size", "block_weights",
 )  # fmt: skip
+_NUMBERS = ("n_blocks", "num_fewshot", "documents", "hidden_size", "vocab_size")
 SPLITS = ("train", "test")
 OUTPUT_TYPES = ("loglikelihood", "multiple_choice", "generate_until")
 PART_DOCUMENTS = 128  # a killed run loses at most so many finished ones
@@ -268,6 +275,7 @@ def trace(
                             f"{found.get(different[0])!r}, not {identity[different[0]]!r}); give another folder"
                         )
                     _logger.info("%s is there already, made with the same settings", path)
+                    shutil.rmtree(_parts_folder(path), ignore_errors=True)
                     continue
                 arrays = _in_parts(lm, task, name, path, identity, doc_ids)
             meta = {
@@ -277,7 +285,9 @@ def trace(
                 "block_hidden_size": lm.anatomy.block_hidden_size,
                 "version": __version__,
             }
-            container.write(path, "trace", VERSION, meta, arrays)
+            whole = _parts_folder(path) / "whole"  # there, what a kill leaves half written is removed with the parts
+            container.write(whole, "trace", VERSION, meta, arrays)
+            whole.replace(path)
             shutil.rmtree(_parts_folder(path), ignore_errors=True)
     return files
 
@@ -295,6 +305,7 @@ def _in_parts(
         by_document[instance.doc_id].append(instance)
     order = list(by_document)
     parts: list[dict[str, np.ndarray]] = []
+    warned = False
     with tqdm(total=len(order), desc=f"Tracing {path.stem}", unit="doc", disable=lm.rank != 0) as progress:
         for start in range(0, len(order), PART_DOCUMENTS):
             chosen = order[start : start + PART_DOCUMENTS]
@@ -309,6 +320,14 @@ def _in_parts(
                 progress.update(len(chosen))
             if len(found["top_token"]):
                 parts.append(found)
+                odd = ~np.isfinite(found["features"]).all(axis=(0, 2))
+                if odd.any() and not warned:
+                    warned = True
+                    _logger.warning(
+                        "traces: %s will hold NaN or infinite features (from block %d on), and fit, calibrate and "
+                        "replay refuse such a trace; trace in a dtype that does not overflow",
+                        path, odd.argmax() + 1,
+                    )  # fmt: skip
     if not parts:
         why = "generated no token" if task.OUTPUT_TYPE == "generate_until" else "has no document with a context"
         raise AdaInferError(f"tasks: {name} {why}, so there is no decision to trace")
@@ -395,7 +414,34 @@ def read(path: str | Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     missing = [f"array {n}" for n in ARRAYS if n not in arrays] + [n for n in META if n not in meta]
     if missing:
         raise AdaInferError(f"traces: {path} is incomplete: it has no {missing[0]}; make it again with adainfer trace")
+    if wrong := _wrong(meta, arrays):
+        raise AdaInferError(f"traces: {path} is no trace that adainfer wrote ({wrong}); make it again")
     return meta, arrays
+
+
+def _wrong(meta: dict[str, Any], arrays: dict[str, np.ndarray]) -> str | None:
+    """What does not fit together in a trace; a file may say anything, and no reader should have to ask."""
+    for name in META:
+        wanted = int if name in _NUMBERS else list if name in ("features", "block_weights") else str
+        if not isinstance(meta[name], wanted) or isinstance(meta[name], bool):
+            return f"{name} is {meta[name]!r:.60}"
+    if not all(isinstance(name, str) for name in meta["features"]):
+        return "features are no names"
+    if not all(isinstance(n, (int, float)) for n in meta["block_weights"]):
+        return "block_weights are no numbers"
+    if meta["n_blocks"] != len(meta["block_weights"]) or meta["n_blocks"] < 1:
+        return f"{meta['n_blocks']} blocks, but weights of {len(meta['block_weights'])}"
+    sizes = {"L": meta["n_blocks"], "F": len(meta["features"])}
+    for name, (letters, kind) in SHAPES.items():
+        if name not in arrays:
+            continue
+        array = arrays[name]
+        expected = tuple(
+            sizes.setdefault(letter, size) for letter, size in zip(letters, array.shape, strict=False)
+        )
+        if len(letters) != array.ndim or array.shape != expected or (array.dtype.kind == "f") != (kind == "f"):
+            return f"{name} is {array.dtype} of shape {array.shape}"
+    return None
 
 
 def require_finite(path: str | Path, features: np.ndarray) -> None:

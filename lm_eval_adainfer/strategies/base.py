@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from lm_eval_adainfer.errors import AdaInferError
@@ -54,7 +55,7 @@ class Stopper(ABC):
         return (PAST if needs_past(self.features) else 0) + self.memory
 
     def ask(self, seen: Observation | Recorded, values: Tensor, carried: Tensor | None) -> Tensor:
-        """:meth:`margin`, with what is carried from block to block.
+        """:meth:`margin`, with what is carried from block to block; never positive where a feature is not finite.
 
         Args:
             seen: What is seen after the block; its ``past`` is a view of ``carried``.
@@ -65,7 +66,7 @@ class Stopper(ABC):
         margins = self.margin(seen.block, values, memory)
         if seen.past is not None:
             remember(seen)
-        return margins
+        return margins.masked_fill(~values.isfinite().all(dim=-1).to(margins.device), -torch.inf)
 
     def wants(self, block: int) -> bool:
         """Whether this strategy can stop after ``block`` at all; blocks it never stops at are not checked."""
