@@ -91,10 +91,10 @@ class Prefix:
         stays: bool = True,
     ):
         self.anatomy, self.rows, self.rule, self.parent, self.stays = anatomy, rows, rule, parent, stays
-        self.shared = 0 if parent is None else parent.lengths[0]  # tokens that the parent has of every row
+        self.shared: int = 0 if parent is None else parent.lengths[0]  # tokens that the parent has of every row
         self.longest = max(map(len, rows))
         self.width = self.shared + self.longest
-        self.lengths = [self.shared + len(row) for row in rows]  # of whole rows, in tokens
+        self.lengths: list[int] = [self.shared + len(row) for row in rows]  # of whole rows, in tokens
         self.depth = 0
         self.executed = 0  # block executions x tokens
         self.stored: dict[int, tuple[Tensor, Tensor]] = {}
@@ -198,7 +198,7 @@ class Continued:
     def arguments(self, ids: Tensor) -> dict[str, Any]:
         """What the model is given besides the rows' own tokens [n, S]."""
         prefix, given = self.prefix, {"use_cache": True, "past_key_values": self.cache}
-        owner, (n, width) = self.cache.owner, ids.shape
+        owner, width = self.cache.owner, ids.shape[1]
         if prefix.ragged:
             given["attention_mask"] = prefix.mask(prefix.width + width)[owner].to(ids.device)
         if prefix.anatomy.takes_position_ids:
@@ -262,8 +262,7 @@ class Load(NamedTuple):
         )
 
     def fits(self, batch_size: int, longest: int, prefixed: bool) -> bool:
-        """Whether it is no more than ``batch_size`` rows of the longest: in rows or, where some tokens are run once,
-        in tokens at once."""
+        """Whether it is no more than ``batch_size`` rows of the longest: in rows, or in tokens where some run once."""
         if self.rows <= batch_size:
             return True
         if self.shares:

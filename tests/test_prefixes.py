@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 
 import pytest
-import torch
 from conftest import FAMILIES, make_model
 from reference import instance, score
 from test_model import Scripted
