@@ -279,7 +279,7 @@ class Anatomy:
         """Load the final norm and the head for good where accelerate offloads them: every check reads them."""
         head = self.model.get_output_embeddings()
         for module in (m for part in (*self._tail, head) if part is not None for m in part.modules()):
-            hook = getattr(module, "_hf_hook", None)
+            hook: Any = getattr(module, "_hf_hook", None)
             if getattr(hook, "offload", False):
                 hook.pre_forward(module)
                 hook.offload = False

@@ -104,8 +104,8 @@ class AdaInferLM(HFLM):
             raise AdaInferError("backend: seq2seq is not supported; adainfer needs a decoder-only model")
         if kwargs.get("tp_plan") is not None:
             raise AdaInferError(
-                f"tp_plan: {kwargs['tp_plan']!r} is not supported; split the model with parallelize=True, or the documents "
-                "among processes with accelerate launch"
+                f"tp_plan: {kwargs['tp_plan']!r} is not supported; split the model with parallelize=True, or the "
+                "documents among processes with accelerate launch"
             )
         if pretrained == DEMO:
             if not paths.demo_model().is_dir():
@@ -120,8 +120,8 @@ class AdaInferLM(HFLM):
         except TypeError as error:  # HFLM hands unknown arguments on to the model's constructor
             raise AdaInferError(f"model_args: {str(error).splitlines()[0]}") from error
         self._set_ranks()
-        if self._device.type == "meta":  # a model object whose weights are offloaded
-            self._device = input_device(self.model)
+        if self.device.type == "meta":  # a model object whose weights are offloaded
+            self._device: torch.device = input_device(self.model)
         if strategy.removes_blocks and not isinstance(pretrained, str):
             self._model = dropping.copy_with_same_weights(self.model)  # the caller's model keeps its blocks
         self.anatomy = self._taken_apart()
