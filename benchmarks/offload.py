@@ -1,4 +1,4 @@
-"""How much loading an early exit saves where weights lie on disk: ``python -m benchmarks.offload`` (measured, one core).
+"""What an early exit saves where weights lie on disk: ``python -m benchmarks.offload`` (measured, one core).
 
 A freshly initialised Llama (16 blocks, hidden size 1024, float32), offloaded by accelerate but for its embeddings; one
 document of 32 tokens at a time. All variants take turns; medians.

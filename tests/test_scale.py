@@ -72,7 +72,7 @@ def assert_same(found, expected, abs=1e-4):
 
 
 def test_processes_share_the_documents_and_give_the_results_of_one(folder, tmp_path):
-    """Seven documents: one process has fewer than the other, and lm-eval pads it. tests/test_reporting.py has torchrun."""
+    """Seven documents: one process has fewer than the other, and lm-eval pads it."""
     (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in TEXTS))
     (tmp_path / "rolling.yaml").write_text(ROLLING.replace("DATA", json.dumps(str(tmp_path / "texts.jsonl"))))
     options = f"pretrained={folder},dtype=float32,stopper=gap:0.3"
@@ -82,13 +82,12 @@ def test_processes_share_the_documents_and_give_the_results_of_one(folder, tmp_p
         task_manager=TaskManager(include_path=[str(paths.task_configs()), str(tmp_path)], include_defaults=False),
     )  # fmt: skip
     command = [
-        sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1",
-        "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "29532", "-m", "lm_eval_adainfer",
+        sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29531", "-m", "lm_eval_adainfer",
         "--model", "adainfer", "--model_args", options, "--tasks", ",".join(TASKS), "--include_path", tmp_path,
         "--limit", "7", "--batch_size", "4", "--device", "cpu", "--gen_kwargs", "max_gen_toks=5",
         "--output_path", tmp_path / "two", "--log_samples",
     ]  # fmt: skip
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1"}
+    env = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1"}
     done = subprocess.run([str(c) for c in command], env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
     (file,) = (tmp_path / "two").rglob("results_*.json")
