@@ -186,9 +186,8 @@ class Anatomy:
 
     @property
     def input_device(self) -> torch.device:
-        """Where token ids go: the device of the embeddings, or of the model where that is offloaded."""
-        device = self.model.get_input_embeddings().weight.device
-        return device if device.type != "meta" else torch.device(getattr(self.model, "device", "cpu"))
+        """Where token ids go."""
+        return input_device(self.model)
 
     @cached_property
     def takes_position_ids(self) -> bool:
@@ -276,6 +275,15 @@ class Anatomy:
                 stack.enter_context(replaced_forward(head, lambda y: _candidate_logits(head, y, candidates)))
             return self.model(input_ids=ids, use_cache=False).logits[:, -1, :]
 
+    def keep_head_loaded(self) -> None:
+        """Load the final norm and the head for good where accelerate offloads them: every check reads them."""
+        head = self.model.get_output_embeddings()
+        for module in (m for part in (*self._tail, head) if part is not None for m in part.modules()):
+            hook: Any = getattr(module, "_hf_hook", None)
+            if getattr(hook, "offload", False):
+                hook.pre_forward(module)
+                hook.offload = False
+
     def require_candidates(self) -> None:
         """Check that logits of a few candidates alone are those of the full head.
 
@@ -301,11 +309,11 @@ class Anatomy:
         """A short hash of the output head, which ties a stopper to the model it was fitted on.
 
         At most 256 rows, evenly spread and rounded to bfloat16, so that it is quick and does not depend on the dtype
-        that the model was loaded in. ``""`` where the weights are not at hand (offloaded).
+        that the model was loaded in. ``""`` where the head has no weights in a floating-point dtype.
         """
         head = self.model.get_output_embeddings()
-        weight = getattr(head, "weight", None)
-        if weight is None or weight.device.type == "meta" or not weight.is_floating_point():
+        weight = None if head is None else values_of(head, "weight")
+        if weight is None or not weight.is_floating_point():
             return ""
         rows = weight.detach()[:: max(1, weight.shape[0] // 256)].to(torch.bfloat16).float().cpu()
         digest = hashlib.sha256(repr(tuple(weight.shape)).encode())
@@ -315,11 +323,13 @@ class Anatomy:
     def weights_hash(self) -> str:
         """A short hash of a few values of every parameter, adapters included: it tells fine-tunes apart."""
         digest = hashlib.sha256()
-        for name, parameter in self.model.named_parameters():
-            digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
-            if parameter.device.type != "meta" and parameter.numel():
-                values = parameter.detach().flatten()[:: max(1, parameter.numel() // 64)]
-                digest.update(values.float().cpu().numpy().tobytes())
+        for path, module in self.model.named_modules():
+            for name, parameter in module.named_parameters(recurse=False):
+                digest.update(f"{path}.{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
+                values = values_of(module, name)
+                if values is not None and values.numel():
+                    some = values.flatten()[:: max(1, values.numel() // 64)]
+                    digest.update(some.float().cpu().numpy().tobytes())
         return digest.hexdigest()[:16]
 
     def part(self, block: nn.Module, which: str) -> nn.Module:
@@ -384,6 +394,30 @@ class Anatomy:
 def tolerance(reference: Tensor) -> float:
     """How far two computations of ``reference`` in its dtype may differ: rounding, not structure."""
     return 1e-4 + 8 * torch.finfo(reference.dtype).eps * reference.abs().max().item()
+
+
+def input_device(model: Any) -> torch.device:
+    """Where token ids go: the device that the embeddings run on, also where they are offloaded."""
+    embeddings = model.get_input_embeddings()
+    if embeddings.weight.device.type != "meta":
+        return embeddings.weight.device
+    return torch.empty(0, device=getattr(embeddings._hf_hook, "execution_device", None)).device
+
+
+@torch.no_grad()
+def values_of(module: Any, name: str) -> Tensor | None:
+    """A module's parameter, whole: read where it is offloaded, unpacked where it is quantised.
+
+    None where there is no such parameter, or its values are not at hand.
+    """
+    value: Any = getattr(module, name, None)
+    if isinstance(value, Tensor) and value.device.type == "meta":
+        stored = getattr(getattr(module, "_hf_hook", None), "weights_map", None)
+        value = None if stored is None else stored[name]
+    if not isinstance(value, Tensor):
+        return None
+    value = value.detach()
+    return value if type(value) is Tensor or isinstance(value, nn.Parameter) else value.dequantize()
 
 
 def is_linear(module: nn.Module) -> bool:

@@ -149,6 +149,7 @@ class Packed(_Layout):
     def covers(self, base: int) -> None:
         """A forward over the slots from ``base`` on begins."""
         super().covers(base)
+        self._tokens, self._groups = None, []  # their places in the window, which is another one now
         self._masks.clear()
 
     def fits(self, tokens: Tokens) -> bool:

@@ -20,7 +20,7 @@ from lm_eval.models.utils import normalize_gen_kwargs
 from tqdm import tqdm
 
 from lm_eval_adainfer import __version__, dropping, paths, prefixes, reporting
-from lm_eval_adainfer.anatomy import Anatomy, BatchRule
+from lm_eval_adainfer.anatomy import Anatomy, BatchRule, input_device
 from lm_eval_adainfer.answers import ExitTrace, LogLikelihood, Rolling, Text
 from lm_eval_adainfer.decoding import Seeds, Stop, decode
 from lm_eval_adainfer.decoding import trace as decode_trace
@@ -105,6 +105,11 @@ class AdaInferLM(HFLM):
         _check_numbers(kwargs)
         if kwargs.get("backend") == "seq2seq":
             raise AdaInferError("backend: seq2seq is not supported; adainfer needs a decoder-only model")
+        if kwargs.get("tp_plan") is not None:
+            raise AdaInferError(
+                f"tp_plan: {kwargs['tp_plan']!r} is not supported; split the model with parallelize=True, or the "
+                "documents among processes with accelerate launch"
+            )
         if pretrained == DEMO:
             if not paths.demo_model().is_dir():
                 raise AdaInferError(
@@ -122,6 +127,8 @@ class AdaInferLM(HFLM):
                 "tokenizer: it has neither a BOS nor an EOS token to begin a text with; give prefix_token_id=0, say"
             )
         self._set_ranks()
+        if self.device.type == "meta":  # a model object whose weights are offloaded
+            self._device: torch.device = input_device(self.model)
         if strategy.removes_blocks and not isinstance(pretrained, str):
             self._model = dropping.copy_with_same_weights(self.model)  # the caller's model keeps its blocks
         self.anatomy = self._taken_apart()
@@ -136,6 +143,8 @@ class AdaInferLM(HFLM):
         artifact.warn_if_foreign(strategy, self._model_name(), self.n_blocks, self.anatomy.head_hash())
         if strategy.removes_blocks:
             self._drop_blocks()
+        if self.schedule.blocks:
+            self.anatomy.keep_head_loaded()
         self.engine = Engine(self.anatomy, strategy, self.schedule, self.softmax_dtype, self._log_features)
         self.generation = generation if self.schedule.blocks else "dense"
         self.kv_policy = kv_policy
@@ -348,15 +357,16 @@ class AdaInferLM(HFLM):
                     f"max_length: a continuation of {len(continuation)} tokens does not fit the window of "
                     f"{self.max_length}; give a larger max_length or a shorter continuation"
                 )
-            row_key = (tuple(context), tuple(continuation[:-1]), None if self.logits_cache else n)
+            before = tuple(context)
+            row_key = (before, tuple(continuation[:-1]), None if self.logits_cache else n)
             rows = grouped.setdefault(key, {})
             if row_key not in rows:
                 rows[row_key] = Row(self._window(context, continuation), len(continuation))
             rows[row_key].answers.append(Answer(n, continuation))
             if strings is None or strings[0] != "":  # an empty context has no decision
                 known = contexts.setdefault(key, {})
-                known.setdefault(tuple(context), row_key)
-                rows[row_key].context = list(known).index(tuple(context))
+                known.setdefault(before, row_key)
+                rows[row_key].context = list(known).index(before)
         documents = []
         for key, rows in grouped.items():
             order = list(rows)
@@ -380,7 +390,10 @@ class AdaInferLM(HFLM):
         """Whole documents, longest first, as many as have at most ``batch_size`` rows together; and their prefix."""
         together = self._sharing(documents, fixed)
         parts = [sorted(p, key=lambda d: (-d.longest, max(row.tokens for row in d.rows))) for p, _ in together]
-        shapes = [(None, row.tokens[: row.decision + 1], [0] * row.scored) for p in parts for d in p for row in d.rows]
+        shapes: list[Any] = []  # only the automatic batch size reads them: a second copy of every prompt
+        if fixed is None and self.batch_size == "auto":
+            rows_of = (row for p in parts for d in p for row in d.rows)
+            shapes = [(None, row.tokens[: row.decision + 1], [0] * row.scored) for row in rows_of]
         self.batch_sizes: dict[int, int] = {}
         position = 0
         for ordered, (_, tokens) in zip(parts, together, strict=True):
@@ -670,8 +683,13 @@ def _check_numbers(options: dict[str, Any]) -> None:
         raise AdaInferError(f"max_length: {length!r} is no number of 1 or more")
     for name in ("dtype", "softmax_dtype", "mixed_precision_dtype"):
         value = options.get(name)
-        if isinstance(value, str) and value != "auto" and not isinstance(getattr(torch, value, None), torch.dtype):
+        dtype = getattr(torch, value, None) if isinstance(value, str) else value
+        if value in (None, "auto"):
+            continue
+        if not isinstance(dtype, torch.dtype):
             raise AdaInferError(f"{name}: {value!r} is no dtype of torch; give float32, bfloat16 or float16, say")
+        if not dtype.is_floating_point or dtype.itemsize < 2:
+            raise AdaInferError(f"{name}: no forward can be computed in {value}; give float32, bfloat16 or float16")
 
 
 def _shortlist(head_check: Any) -> int:

@@ -104,7 +104,8 @@ class _Watch:
     def metrics(self, doc: Any) -> dict[str, float]:
         """The current document's exit statistics, from its responses (filters build new strings)."""
         instances = self.instances()
-        traces = [self._trace_of(response) for i in instances for response in i.resps]
+        # lm-eval pads processes to equal numbers of requests; what it asked twice it appends
+        traces = [self._trace_of(response) for i in instances for response in i.resps[: i.repeats]]
         layers = {t.exit_layer for t in traces}
         if instances[0].request_type == "loglikelihood" and len(layers) > 1:
             raise AdaInferError(

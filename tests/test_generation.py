@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,8 +14,9 @@ from test_model import Scripted
 
 from lm_eval_adainfer.anatomy import Anatomy
 from lm_eval_adainfer.errors import AdaInferError, UnsupportedModelError
-from lm_eval_adainfer.generation import Decoder, prepare
+from lm_eval_adainfer.generation import Decoder, _Script, prepare
 from lm_eval_adainfer.model import AdaInferLM
+from lm_eval_adainfer.slots import watch_windows
 from lm_eval_adainfer.strategies.artifact import parse
 from lm_eval_adainfer.strategies.base import Schedule
 from lm_eval_adainfer.strategies.rules import NoStopper
@@ -185,3 +187,20 @@ def test_a_decoding_step_sees_the_features_of_a_plain_forward(family, tokenizer)
         [instance(t, {"until": [], "max_gen_toks": 1}, n, kind="generate_until") for n, t in enumerate(texts)], True
     )
     assert [g.trace.layers[0] for g in generated] == [d.trace.exit_layer for d in documents]
+
+
+def test_a_second_forward_of_a_step_has_masks_of_its_own():
+    """The row that misses the long prompt in deep blocks leaves first: the window of the others then gets shorter."""
+    model = make_model("llama")
+    anatomy = Anatomy(model)
+    stopper = _Script([[3, 5], [1, 5], [2, 5], [5, 5]])
+    windows = replace(watch_windows(anatomy), layout="packed")
+    prompts = [[(7 * n + 1) % 101 for n in range(100)], [(5 * n + 2) % 101 for n in range(90)]]
+    decoder = Decoder(anatomy, stopper, Schedule(5, stopper), windows, prompts, 4)
+    for step in range(4):
+        logits = decoder.step()
+        whole = torch.tensor([[*prompts[1], *decoder.results[1].tokens]])
+        with torch.no_grad():
+            assert (logits[1] - model(input_ids=whole).logits[0, -1]).abs().max() < 1e-3
+        decoder.append([3 + step, 9 + step], [False, False])
+    assert decoder.results[0].layers == [3, 1, 2, 5]
