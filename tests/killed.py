@@ -151,6 +151,7 @@ def our_tasks():
 
 def stopped_trace_command(folder: str, number: int) -> None:
     """In a child: ``adainfer trace``, which gets a signal when its second part is written; what it shows is kept."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job's children ignore it
     manager = our_tasks()
     lm_eval.tasks.TaskManager = lambda *args, **kwargs: manager
     shown = os.open(f"{folder}/shown", os.O_WRONLY | os.O_CREAT)
