@@ -445,9 +445,9 @@ def _wrong(meta: dict[str, Any], arrays: dict[str, np.ndarray]) -> str | None:
     if meta["output_type"] not in OUTPUT_TYPES or (meta["output_type"] != "generate_until" and sizes.get("C") == 0):
         return f"{meta['output_type']} without requests"
     most = int(arrays["request"].max(initial=0)) + 1 if "request" in arrays else 1
-    if sizes["N"] * sizes["L"] * most > _MOST_SCORES and "doc_id" in arrays:
-        if len(np.unique(arrays["doc_id"])) * sizes["L"] * most > _MOST_SCORES:
-            return f"documents of {most} requests"
+    documents = len(np.unique(arrays["doc_id"])) if "doc_id" in arrays else 0
+    if documents * sizes["L"] * most > _MOST_SCORES:
+        return f"documents of {most} requests"
     return None
 
 
