@@ -49,11 +49,14 @@ def outcomes(meta: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> Outco
     """The decisions of a trace.
 
     Raises:
-        AdaInferError: Where it is empty or a score is NaN.
+        AdaInferError: Where it is empty, lacks an array, or a score is NaN.
     """
     top = arrays["top_token"]
     if len(top) == 0:
         raise AdaInferError(f"traces: the trace of {meta['task']} holds no document; trace some")
+    needed = ["doc_id"] + ["request", "scores", "gold"] * (meta["output_type"] == "multiple_choice")
+    if missing := [name for name in needed if name not in arrays]:
+        raise AdaInferError(f"traces: the trace of {meta['task']} has no array {missing[0]}; make it again")
     if meta["output_type"] == "generate_until":
         unknown = np.full(len(top), -1)
         return Outcomes(top, unknown, arrays["doc_id"], np.arange(len(top)), np.zeros(top.shape, dtype=bool))

@@ -27,7 +27,6 @@ from lm_eval_adainfer.strategies.rules import FixedStopper, GapStopper
 ORACLES = ("oracle:stable", "oracle:first")
 RESAMPLES = 1000
 SWEEP_POINTS = 20
-_MOST_SCORES = 2**30  # documents x blocks x requests: 8 GiB
 _CONFIDENCE_Z = 1.959963984540054  # of a two-sided 95% interval
 _logger = logging.getLogger(__name__)
 
@@ -163,9 +162,6 @@ def load(files: Sequence[str | Path], split: str | None = None) -> list[Trace]:
             raise AdaInferError(f"traces: {file} is incomplete: it has no array {missing[0]}; trace again")
         if np.isnan(arrays["scores"].transpose(0, 2, 1)[arrays["request"] >= 0]).any():
             raise AdaInferError(f"traces: {file} holds NaN scores; trace in a dtype that does not overflow")
-        most = int(arrays["request"].max(initial=0)) + 1
-        if len(np.unique(arrays["doc_id"])) * meta["n_blocks"] * most > _MOST_SCORES:
-            raise AdaInferError(f"traces: {file} is damaged (a document of {most} requests); make it again")
         if meta["output_type"] == "generate_until":
             doc_ids, document = arrays["doc_id"], np.arange(len(arrays["top_token"]))
         else:

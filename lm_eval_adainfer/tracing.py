@@ -67,6 +67,7 @@ SPLITS = ("train", "test")
 OUTPUT_TYPES = ("loglikelihood", "multiple_choice", "generate_until")
 PART_DOCUMENTS = 128  # a killed run loses at most so many finished ones
 _FIT_PERCENT = 30
+_MOST_SCORES = 2**30  # documents x blocks x requests that readers lay out: 8 GiB
 _logger = logging.getLogger(__name__)
 
 
@@ -441,7 +442,11 @@ def _wrong(meta: dict[str, Any], arrays: dict[str, np.ndarray]) -> str | None:
         )
         if len(letters) != array.ndim or array.shape != expected or (array.dtype.kind == "f") != (kind == "f"):
             return f"{name} is {array.dtype} of shape {array.shape}"
-    return None
+    if meta["output_type"] not in OUTPUT_TYPES or (meta["output_type"] != "generate_until" and sizes.get("C") == 0):
+        return f"{meta['output_type']} without requests"
+    most = int(arrays["request"].max(initial=0)) + 1 if "request" in arrays else 1
+    documents = len(np.unique(arrays["doc_id"])) if "doc_id" in arrays else 0
+    return f"documents of {most} requests" if documents * sizes["L"] * most > _MOST_SCORES else None
 
 
 def require_finite(path: str | Path, features: np.ndarray) -> None:
