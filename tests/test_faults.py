@@ -138,6 +138,26 @@ def test_a_documents_answers_are_written_all_or_none(tmp_path):
     assert len(left) - start > 50
 
 
+def test_rolling_texts_are_kept_one_by_one(tmp_path):
+    """Also those of several windows: a text's windows are not put off until all others have had their first."""
+    lm = killed.make_lm()
+    model = CachingLM(lm, str(tmp_path / "c.db"))
+    asked = [instance(f"{n} " * 300, None, n, kind="loglikelihood_rolling") for n in range(9)]  # two windows each
+    batches, run = [], lm.engine.run_tokens
+
+    def stops(rows):
+        if len(batches) == 3:
+            raise KeyboardInterrupt
+        batches.append(len(rows))
+        return run(rows)
+
+    lm.engine.run_tokens = stops
+    with pytest.raises(KeyboardInterrupt):
+        model.loglikelihood_rolling(asked)
+    model.dbdict.close()
+    assert kept(tmp_path / "c.db") == sum(batches) // 2 == 6
+
+
 def test_a_run_that_is_killed_while_the_cache_is_written_keeps_whole_documents(tmp_path, whole, steps):
     rng = random.Random(2)
     moments = [("sql", rng.randint(steps["sql"] // 8, steps["sql"] // 3)) for _ in range(3)]
