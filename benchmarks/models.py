@@ -82,10 +82,8 @@ def seconds(act: Callable[[], object]) -> float:
 
 
 def ratio(a: Callable[[], object], b: Callable[[], object], repeats: int) -> dict[str, float]:
-    """Time of ``a`` over time of ``b``, alternating, after one warm-up each."""
-    a(), b()
-    ratios = [seconds(a) / seconds(b) for _ in range(repeats)]
-    return summary(ratios)
+    """Time of ``a`` over time of ``b``, taken :func:`alternately`."""
+    return over(alternately({"a": a, "b": b}, repeats), "a", "b")
 
 
 def alternately(sides: dict[str, Callable[[], object]], repeats: int) -> list[dict[str, float]]:

@@ -73,10 +73,17 @@ def explicit_masks(active: bool = True) -> Iterator[None]:
 
 
 @contextmanager
-def bypassed(anatomy: Anatomy, blocks: Iterable[nn.Module]) -> Iterator[None]:
-    """Let these blocks hand their hidden states on, in the form in which the family's blocks do."""
+def bypassed(
+    anatomy: Anatomy, blocks: Iterable[nn.Module], note: Callable[[tuple, dict], None] | None = None
+) -> Iterator[None]:
+    """Let these blocks hand their hidden states on, in the form in which the family's blocks do.
+
+    ``note`` is told of every call's arguments.
+    """
 
     def forward(*args: Any, **kwargs: Any) -> Any:
+        if note is not None:
+            note(args, kwargs)
         hidden = args[0] if args else kwargs["hidden_states"]
         return (hidden, None) if anatomy.blocks_return_tuples else hidden
 

@@ -268,7 +268,6 @@ class AdaInferLM(HFLM):
             )
         return ids
 
-
     def _warn_not_finite(self, tokens: Sequence[int]) -> None:
         """Say once that a row of tokens led to NaN, and where."""
         if self._warned_not_finite:
@@ -312,9 +311,8 @@ class AdaInferLM(HFLM):
             desc="Running loglikelihood requests",
         )
         try:
-            for batch, size, prefix in self._batches(documents, override_bs):
+            for batch, size in self._batches(documents, override_bs):
                 started = time.perf_counter()
-                self.engine.prefix = prefix
                 with self._autocast():
                     self.run_documents(batch, size)
                 self.seconds += time.perf_counter() - started
@@ -384,10 +382,8 @@ class AdaInferLM(HFLM):
             )
         return (context + continuation)[-(self.max_length + 1) :][:-1]
 
-    def _batches(
-        self, documents: Sequence[Document], fixed: int | None
-    ) -> Iterator[tuple[list[Document], int, Prefix | None]]:
-        """Whole documents, longest first, as many as have at most ``batch_size`` rows together; and their prefix."""
+    def _batches(self, documents: Sequence[Document], fixed: int | None) -> Iterator[tuple[list[Document], int]]:
+        """Whole documents, longest first, as many as fit the batch size, and that size; sets the engine's prefix."""
         together = self._sharing(documents, fixed)
         parts = [sorted(p, key=lambda d: (-d.longest, max(row.tokens for row in d.rows))) for p, _ in together]
         shapes: list[Any] = []  # only the automatic batch size reads them: a second copy of every prompt
@@ -412,8 +408,8 @@ class AdaInferLM(HFLM):
                     if not more.fits(size, ordered[start].longest, prefix is not None):
                         break
                     load, end = more, end + 1
-                yield ordered[start:end], size, prefix
-                start, position = end, position + sum(len(d.rows) for d in ordered[start:end])
+                yield ordered[start:end], size
+                start, position = end, position + load.rows
 
     def _sharing(self, documents: Sequence[Document], fixed: int | None) -> list[tuple[list[Document], list[int]]]:
         """Documents by the prefix that they share, where that pays and the model allows it."""
@@ -445,8 +441,7 @@ class AdaInferLM(HFLM):
     # ------------------------------------------------------------------ rolling and generation
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[Any]:
         """As HFLM's, every token scored at its own exit block; the saving is counted as if it had been run."""
-        windows: list[tuple[int, Row]] = []
-        open_windows = [0] * len(requests)
+        texts: list[list[Row]] = [[] for _ in requests]  # their windows
         for n, (text,) in enumerate([r.args for r in requests]):
             pairs = utils.get_rolling_token_windows(
                 token_list=self.tok_encode(text),
@@ -457,27 +452,24 @@ class AdaInferLM(HFLM):
             for context, continuation in map(utils.make_disjoint_window, pairs):
                 row = Row((context + continuation)[:-1], len(continuation))
                 row.answers.append(Answer(n, continuation))
-                windows.append((n, row))
-                open_windows[n] += 1
-        by_request: list[list[tuple[Row, list[int]]]] = [[] for _ in requests]
-        results: list[Any] = [None if count else Rolling(0.0, self._dense_trace()) for count in open_windows]
+                texts[n].append(row)
+        finished: list[list[tuple[Row, list[int]]]] = [[] for _ in requests]
+        results: list[Any] = [None if windows else Rolling(0.0, self._dense_trace()) for windows in texts]
         # a text's windows stay together, so that it is finished, and kept, before many others are begun
-        longest = [0] * len(requests)
-        for n, row in windows:
-            longest[n] = max(longest[n], len(row.tokens))
-        order = sorted(range(len(windows)), key=lambda w: (-longest[windows[w][0]], windows[w][0]))
+        order = sorted(range(len(texts)), key=lambda n: -max((len(row.tokens) for row in texts[n]), default=0))
+        windows = [(n, row) for n in order for row in texts[n]]
         size = self._detect_batch_size() if self.batch_size == "auto" else int(self.batch_size)
         progress = tqdm(total=len(windows), disable=disable_tqdm or self.rank != 0, desc="Running rolling windows")
-        for start in range(0, len(order), size):
-            batch = order[start : start + size]
+        for start in range(0, len(windows), size):
+            batch = windows[start : start + size]
             started = time.perf_counter()
             with self._autocast():
-                layers = self.engine.run_tokens([windows[w][1] for w in batch])
+                layers = self.engine.run_tokens([row for _, row in batch])
             self.seconds += time.perf_counter() - started
-            for (n, row), found in zip((windows[w] for w in batch), layers, strict=True):
-                by_request[n].append((row, found))
-                if len(by_request[n]) == open_windows[n]:
-                    results[n] = self._rolled(by_request[n])
+            for (n, row), found in zip(batch, layers, strict=True):
+                finished[n].append((row, found))
+                if len(finished[n]) == len(texts[n]):
+                    results[n] = self._rolled(finished[n])
                     self._remember({hash_args("loglikelihood_rolling", requests[n].args): results[n]})
             progress.update(len(batch))
         progress.close()

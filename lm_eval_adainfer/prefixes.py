@@ -7,15 +7,14 @@ block by block, no deeper than the rows that continue it, and these read its key
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from lm_eval_adainfer.anatomy import Anatomy, BatchRule, hidden_of, replaced_forward, tolerance
-from lm_eval_adainfer.forward import ArgumentCutter, BlockState, explicit_masks, run_blocks
+from lm_eval_adainfer.anatomy import Anatomy, BatchRule, hidden_of, tolerance
+from lm_eval_adainfer.forward import ArgumentCutter, BlockState, bypassed, explicit_masks, run_blocks
 
 if TYPE_CHECKING:
     from lm_eval_adainfer.scoring import Document
@@ -28,11 +27,16 @@ class _ContinuedCache(DynamicCache):
 
     Args:
         source: The prefix; None for rows that continue nothing.
-        owner: [rows], the prefix row that each continues.
+        owner: [rows], the prefix row that each continues; None where it has one row.
         store: Where to put what attention reads, by layer; None to forget it.
     """
 
-    def __init__(self, source: Prefix | None, owner: Tensor, store: dict[int, tuple[Tensor, Tensor]] | None) -> None:
+    def __init__(
+        self,
+        source: Prefix | None,
+        owner: Tensor | None = None,
+        store: dict[int, tuple[Tensor, Tensor]] | None = None,
+    ) -> None:
         super().__init__()
         self.source, self.owner, self.store = source, owner, store
         self.slots: Tensor | None = None  # [rows, slots], an order that puts the padding in front; None: as it is
@@ -63,6 +67,7 @@ class _ContinuedCache(DynamicCache):
         if old.shape[0] == 1:
             old = old.expand(new.shape[0], -1, -1, -1)
         else:
+            assert self.owner is not None
             old = old.index_select(0, self.owner.to(old.device))
         whole = torch.cat([old.to(new.device), new], dim=-2)
         if self.slots is None:
@@ -144,7 +149,6 @@ class Prefix:
             self.stored[layer] = (pair[0][index.to(pair[0].device)], pair[1][index.to(pair[1].device)])
         if self._hidden is not None:
             self._hidden = self._hidden[index.to(self._hidden.device)]
-        self._cache.owner = self._cache.owner[index]
         if self._cache.slots is not None:
             self._cache.slots = self._cache.slots[index]
 
@@ -153,7 +157,7 @@ class Prefix:
         anatomy, ids = self.anatomy, torch.zeros(len(self.rows), self.longest, dtype=torch.long)
         for r, row in enumerate(self.rows):
             ids[r, self.longest - len(row) :] = torch.tensor(row, dtype=torch.long)
-        self._cache = _ContinuedCache(self.parent, torch.zeros(len(self.rows), dtype=torch.long), self.stored)
+        self._cache = _ContinuedCache(self.parent, store=self.stored)
         given: dict[str, Any] = {}
         if self.ragged:
             given["attention_mask"] = self.mask(self.width).to(anatomy.input_device)
@@ -166,10 +170,7 @@ class Prefix:
             self._cache.slots = torch.where(slot < self.shared, slot.clamp(min=0), own)
         if anatomy.takes_position_ids:
             given["position_ids"] = positions.clamp(min=0).to(anatomy.input_device)
-        with ExitStack() as stack:
-            for block in anatomy.blocks:
-                stack.enter_context(replaced_forward(block, self._note))
-            stack.enter_context(explicit_masks(self.shared > 0))
+        with bypassed(anatomy, anatomy.blocks, self._note), explicit_masks(self.shared > 0):
             anatomy.model(
                 input_ids=ids.to(anatomy.input_device), past_key_values=self._cache, use_cache=True, **given
             )
@@ -177,10 +178,8 @@ class Prefix:
         self._hidden = args[0] if args else kwargs["hidden_states"]
         self._cutter.hidden = self._hidden
 
-    def _note(self, *args: Any, **kwargs: Any) -> Any:
+    def _note(self, args: tuple, kwargs: dict) -> None:
         self._arguments.append((args, kwargs))
-        hidden = args[0] if args else kwargs["hidden_states"]
-        return (hidden, None) if self.anatomy.blocks_return_tuples else hidden
 
 
 class Continued:
@@ -193,7 +192,7 @@ class Continued:
 
     def __init__(self, prefix: Prefix, owner: Sequence[int]):
         self.prefix, self.rule = prefix, prefix.rule
-        self.cache = _ContinuedCache(prefix, torch.tensor(owner, dtype=torch.long), None)
+        self.cache = _ContinuedCache(prefix, torch.tensor(owner, dtype=torch.long))
 
     def arguments(self, ids: Tensor) -> dict[str, Any]:
         """What the model is given besides the rows' own tokens [n, S]."""
@@ -208,6 +207,7 @@ class Continued:
 
     def keep(self, rows: Tensor) -> None:
         """Some of the rows (by their place among those in flow) go on; what no row needs any more goes too."""
+        assert self.cache.owner is not None
         self.cache.owner = self.cache.owner[rows.cpu()]
         if self.prefix.stays:
             return
@@ -220,20 +220,20 @@ class Load(NamedTuple):
     """What documents come to once a prefix of ``skip`` tokens is run.
 
     Attributes:
+        rows: Rows.
         contexts: Distinct contexts; each but its last token can be run once for all rows that have it.
         longest_context: Tokens of the longest of these, without the prefix.
-        rows: Rows.
         longest_rest: Most tokens of a row behind its context but for the context's last.
         longest_whole: Most tokens of a row behind the prefix.
         shares: Whether running contexts once pays for some document.
     """
 
-    contexts: int
-    longest_context: int
     rows: int
-    longest_rest: int
-    longest_whole: int
-    shares: bool
+    contexts: int = 0
+    longest_context: int = 0
+    longest_rest: int = 0
+    longest_whole: int = 0
+    shares: bool = False
 
     @classmethod
     def of(cls, document: Document, skip: int) -> Load:
@@ -242,9 +242,9 @@ class Load(NamedTuple):
         tokens = sum(len(row.tokens) - skip for row in rows)
         saved = sum(row.decision - skip for row in rows) - sum(map(len, found))
         return cls(
+            len(rows),
             len(found),
             max(map(len, found)),
-            len(rows),
             max(row.scored for row in rows),
             max(len(row.tokens) for row in rows) - skip,
             saved >= _LEAST and 10 * saved >= tokens,
@@ -253,9 +253,9 @@ class Load(NamedTuple):
     def and_also(self, other: Load) -> Load:
         """Both together."""
         return Load(
+            self.rows + other.rows,
             self.contexts + other.contexts,
             max(self.longest_context, other.longest_context),
-            self.rows + other.rows,
             max(self.longest_rest, other.longest_rest),
             max(self.longest_whole, other.longest_whole),
             self.shares or other.shares,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import reduce
 from typing import Any
 
 import torch
@@ -159,13 +160,15 @@ class Engine:
             document.logged += piece.logged
 
     def load(self, documents: Sequence[Document]) -> Load:
-        """What these come to when they are run together."""
-        skip = 0 if self.prefix is None else self.prefix.lengths[0]
-        loads = [Load.of(d, skip) for d in documents]
-        total = loads[0]
-        for more in loads[1:]:
-            total = total.and_also(more)
-        return total if self.rule is not None else total._replace(shares=False)
+        """What these come to when they are run together: their rows alone, where nothing can be run once."""
+        if self.rule is None:
+            return Load(sum(len(d.rows) for d in documents))
+        return reduce(Load.and_also, (Load.of(d, self._skip) for d in documents))
+
+    @property
+    def _skip(self) -> int:
+        """Tokens of the documents' prefix."""
+        return 0 if self.prefix is None else self.prefix.lengths[0]
 
     def _shared(self, documents: Sequence[Document], once: bool, stays: bool) -> tuple[Prefix | None, list[int]]:
         """What the rows of these documents continue, and which of its rows each; sets their ``skip``.
@@ -175,14 +178,13 @@ class Engine:
             once: Run every distinct context once.
             stays: For several forwards.
         """
-        skip = 0 if self.prefix is None else self.prefix.lengths[0]
         rows = [row for d in documents for row in d.rows]
         if not once:
             for row in rows:
-                row.skip = skip
+                row.skip = self._skip
             return self.prefix, [0] * len(rows)
         assert self.rule is not None
-        found, owner = contexts(documents, skip)
+        found, owner = contexts(documents, self._skip)
         for row in rows:
             row.skip = row.decision
         return Prefix(self.anatomy, found, self.rule, self.prefix, stays), owner

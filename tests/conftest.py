@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import os
+import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+from lm_eval.tasks import TaskManager
 
 from lm_eval_adainfer import paths
 from lm_eval_adainfer.registration import install
@@ -87,6 +91,35 @@ def tokenizer():
 
 
 @pytest.fixture(scope="session")
+def folder(tmp_path_factory, tokenizer):
+    """A tiny model on disk, as a user would name it."""
+    where = tmp_path_factory.mktemp("model")
+    make_model("llama", vocab_size=257, max_position_embeddings=1024).save_pretrained(where)
+    tokenizer.save_pretrained(where)
+    return where
+
+
+def in_two_processes(*command, **environment) -> subprocess.CompletedProcess:
+    """A script or ``-m module`` with its arguments, on CPUs, through the launcher that people use."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", port]
+    return subprocess.run(
+        [str(c) for c in (*launcher, *command)],
+        env={**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", **environment},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def our_tasks(metadata: dict | None = None) -> TaskManager:
+    """The packaged tasks without lm-eval's thousands, through which it looks for five seconds."""
+    return TaskManager(include_path=str(paths.task_configs()), include_defaults=False, metadata=metadata)
+
+
+@pytest.fixture(scope="session")
 def shared() -> Path:
     """The folder with real data and a small real model; tests that need it skip without it."""
     if not SHARED.is_dir():
@@ -109,14 +142,5 @@ def hub(shared, tmp_path_factory):
 
 @pytest.fixture
 def only_our_tasks(monkeypatch):
-    """Looking through lm-eval's thousands of tasks takes five seconds per command; the demo's are ours."""
-    from functools import partial
-
-    import lm_eval.tasks
-
-    ours = partial(lm_eval.tasks.TaskManager, include_defaults=False)
-
-    def manager(*args, metadata=None, **kwargs):
-        return ours(include_path=str(paths.task_configs()), metadata=metadata)
-
-    monkeypatch.setattr(lm_eval.tasks, "TaskManager", manager)
+    """Commands know no other tasks."""
+    monkeypatch.setattr("lm_eval.tasks.TaskManager", lambda *args, metadata=None, **kwargs: our_tasks(metadata))

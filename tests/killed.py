@@ -11,16 +11,18 @@ import shutil
 import signal
 import sys
 import tempfile
+from contextlib import contextmanager
 from pathlib import Path
 
 import lm_eval.tasks
+from conftest import our_tasks
 from lm_eval import evaluator
 from lm_eval.api.model import CachingLM
 from sqlitedict import SqliteMultithread
 from test_replay import tiny_lm
 from test_tracing import KINDS, documents, make_task
 
-from lm_eval_adainfer import cli, container, paths, tracing
+from lm_eval_adainfer import cli, container, tracing
 from lm_eval_adainfer.model import AdaInferLM
 
 STOPPER = "gap:0.3"
@@ -58,25 +60,32 @@ def make_tasks() -> dict:
     }
 
 
-def evaluate(cache: str | None, count=lambda what: None) -> tuple[dict, dict, int]:
-    """(results, samples by task and document, tokens that were run); ``count`` is told of forwards and of SQL steps."""
+@contextmanager
+def every_sql_step(act):
+    """Connections that are opened meanwhile call ``act()`` at every step of SQLite's."""
     connect = SqliteMultithread._connect
 
     def watched(self):
         connection, cursor = connect(self)
-        connection.set_progress_handler(lambda: count("sql"), 1)
+        connection.set_progress_handler(act, 1)
         return connection, cursor
 
-    lm = make_lm()
-    lm.anatomy.blocks[0].register_forward_pre_hook(lambda *_: count("forward"))
     SqliteMultithread._connect = watched
     try:
+        yield
+    finally:
+        SqliteMultithread._connect = connect
+
+
+def evaluate(cache: str | None, count=lambda what: None) -> tuple[dict, dict, int]:
+    """(results, samples by task and document, tokens that were run); ``count`` is told of forwards and of SQL steps."""
+    lm = make_lm()
+    lm.anatomy.blocks[0].register_forward_pre_hook(lambda *_: count("forward"))
+    with every_sql_step(lambda: count("sql")):
         model = CachingLM(lm, cache) if cache else lm
         found = evaluator.evaluate(model, make_tasks(), bootstrap_iters=0, log_samples=True)
         if cache:
             model.dbdict.close()
-    finally:
-        SqliteMultithread._connect = connect
     samples = {
         task: {
             sample["doc_id"]: {k: v for k, v in sample.items() if k not in ("arguments", "doc", "resps")}
@@ -143,10 +152,6 @@ def trace(folder: str, count=lambda what: None) -> dict[str, bytes]:
 def run_trace(folder: str, what: str, number: int) -> None:
     """In a child: a trace that kills itself."""
     trace(folder, killer(what, number))
-
-
-def our_tasks():
-    return lm_eval.tasks.TaskManager(include_path=str(paths.task_configs()), include_defaults=False)
 
 
 def stopped_trace_command(folder: str, number: int) -> None:

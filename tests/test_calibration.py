@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from conftest import our_tasks
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import binom, binomtest
@@ -181,13 +182,11 @@ def test_calibration_counts_what_the_calibrated_stopper_does(tmp_path):
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory):
     """Real traces: 200 documents of two tasks of the demo model, and an SVM fitted on training documents."""
-    from lm_eval.tasks import TaskManager
 
-    from lm_eval_adainfer import paths
     from lm_eval_adainfer.model import AdaInferLM
 
     folder = tmp_path_factory.mktemp("demo")
-    manager = TaskManager(include_path=str(paths.task_configs()), include_defaults=False)
+    manager = our_tasks()
     lm = AdaInferLM(pretrained="adainfer-demo", dtype="float32", device="cpu", batch_size=32)
     names = ["adainfer_demo_plural", "adainfer_demo_fact"]
     train = tracing.trace(lm, manager.load(names)["tasks"], folder, num_fewshot=1, limit=40)

@@ -9,9 +9,9 @@ import shutil
 
 import numpy as np
 import pytest
+from conftest import our_tasks
 from lm_eval import simple_evaluate
 from lm_eval.loggers import EvaluationTracker
-from lm_eval.tasks import TaskManager
 from synthetic_runs import DATE, flips, sample, sha, write
 
 from lm_eval_adainfer import paths
@@ -26,7 +26,7 @@ TASKS = ["adainfer_demo_fact", "adainfer_demo_topic"]
 def real(tmp_path_factory):
     """Runs of the demo model on disk, as the lm_eval command writes them: hf, stopper=none and svm."""
     where = tmp_path_factory.mktemp("runs")
-    manager = TaskManager(include_path=str(paths.task_configs()), include_defaults=False)
+    manager = our_tasks()
     for name, model, args in (
         ("hf", "hf", {"pretrained": str(paths.demo_model())}),
         ("none", "adainfer", {"pretrained": "adainfer-demo", "stopper": "none"}),

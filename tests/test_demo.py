@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import pytest
+from conftest import our_tasks
 from lm_eval import simple_evaluate
-from lm_eval.tasks import TaskManager
 
-from lm_eval_adainfer import paths
 from lm_eval_adainfer.demo import data
 
 CHANCE = {"sentiment": 1 / 2, "topic": 1 / 4, "odd_one_out": 1 / 4, "fact": 1 / 8, "plural": 0.0, "odd_of_six": 1 / 6}
@@ -14,7 +13,7 @@ CHANCE = {"sentiment": 1 / 2, "topic": 1 / 4, "odd_one_out": 1 / 4, "fact": 1 / 
 
 @pytest.fixture(scope="module")
 def runs():
-    manager = TaskManager(include_path=str(paths.task_configs()), include_defaults=False)
+    manager = our_tasks()
     return {
         stopper: simple_evaluate(
             model="adainfer",

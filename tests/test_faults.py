@@ -14,9 +14,7 @@ import random
 import resource
 import shutil
 import signal
-import socket
 import sqlite3
-import subprocess
 import sys
 import tempfile
 from collections import Counter
@@ -27,13 +25,12 @@ import killed
 import numpy as np
 import pytest
 import torch
-from conftest import make_model
+from conftest import in_two_processes, make_model
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from lm_eval.api.model import CachingLM
 from lm_eval.models.huggingface import HFLM
 from reference import instance
-from sqlitedict import SqliteMultithread
 from test_model import lm_of
 from test_tracing import make_task, write_trace
 
@@ -112,13 +109,6 @@ def test_a_run_that_is_killed_between_batches_loses_nothing_that_was_finished(tm
 def test_a_documents_answers_are_written_all_or_none(tmp_path):
     """What lies on the disk after every step of SQLite's is what a kill at that moment leaves behind."""
     lm, cache, left = killed.make_lm(), tmp_path / "c.db", []
-    connect = SqliteMultithread._connect
-
-    def watched(self):
-        connection, cursor = connect(self)
-        connection.set_progress_handler(snapshot, 1)
-        return connection, cursor
-
     def snapshot():
         folder = tmp_path / str(len(left))
         folder.mkdir()
@@ -126,8 +116,7 @@ def test_a_documents_answers_are_written_all_or_none(tmp_path):
             shutil.copy(file, folder)
         left.append(folder / "c.db")
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(SqliteMultithread, "_connect", watched)
+    with killed.every_sql_step(snapshot):
         model = CachingLM(lm, str(cache))
     model.dbdict.commit()
     start = len(left)
@@ -238,17 +227,9 @@ def test_a_rank_that_dies_ends_the_run_and_the_rerun_reuses_what_both_had_finish
     (tmp_path / "run.py").write_text(RANKS)
 
     def launch(cache, how):
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = str(free.getsockname()[1])
-        command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", port]
-        environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-        return subprocess.run(
-            [*command, str(tmp_path / "run.py"), str(here), str(tmp_path / cache), how],
-            env={**environment, "PYTHONPATH": os.pathsep.join([str(here), str(here.parent)])},
-            capture_output=True,
-            text=True,
-            timeout=300,
+        path = os.pathsep.join([str(here), str(here.parent)])
+        return in_two_processes(
+            tmp_path / "run.py", here, tmp_path / cache, how, HF_HUB_OFFLINE="1", PYTHONPATH=path
         )
 
     def found(done):

@@ -12,14 +12,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import make_model
+from conftest import make_model, our_tasks
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from lm_eval.tasks import TaskManager
 from test_model import lm_of
 from test_tracing import KINDS, documents, make_task, refused
 
-from lm_eval_adainfer import cli, container, fitting, paths, replay, tables, tracing
+from lm_eval_adainfer import cli, container, fitting, replay, tables, tracing
 from lm_eval_adainfer.model import AdaInferLM
 from lm_eval_adainfer.strategies import artifact
 from lm_eval_adainfer.strategies.rules import GapStopper, NoStopper
@@ -105,7 +104,7 @@ def test_replay_is_the_real_run_of_every_document(kind, options, model, tokenize
 
 @pytest.mark.parametrize("name", ["sentiment", "fact", "odd_of_six"])
 def test_replay_is_the_real_run_of_the_demo_model(name, tmp_path):
-    manager = TaskManager(include_path=str(paths.task_configs()), include_defaults=False)
+    manager = our_tasks()
     task = cli.load_tasks(manager, [f"adainfer_demo_{name}"])[f"adainfer_demo_{name}"]
     options = {"pretrained": "adainfer-demo", "dtype": "float32", "batch_size": 16, "device": "cpu"}
     (path,) = tracing.trace(AdaInferLM(**options), {task.config.task: task}, tmp_path, split="test", limit=40)
@@ -121,7 +120,7 @@ def test_replay_is_the_real_run_of_a_small_real_model(name, shared, hub, tmp_pat
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(Path(hub["HF_HOME"]) / "datasets"))
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
     monkeypatch.setenv("ADAINFER_DATA", str(shared / "hf" / "function_vectors"))
-    manager = TaskManager(include_path=str(paths.task_configs()), include_defaults=False)
+    manager = our_tasks()
     task = cli.load_tasks(manager, [name])[name]
     options = {"pretrained": str(shared / "models" / "llama-16x128"), "batch_size": 16, "device": "cpu"}
     lm = AdaInferLM(**options)
@@ -385,7 +384,7 @@ KILLED = """
 import os, signal, sys
 sys.path.insert(0, sys.argv[1])
 import test_replay, test_tracing
-from conftest import make_model
+from conftest import make_model, our_tasks
 from lm_eval_adainfer import container, tracing
 
 write, made = container.write, []

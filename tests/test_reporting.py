@@ -3,17 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from conftest import make_model
+from conftest import in_two_processes, our_tasks
 from lm_eval import simple_evaluate
-from lm_eval.tasks import TaskManager
 
-from lm_eval_adainfer import paths
 from lm_eval_adainfer.errors import AdaInferError
 from lm_eval_adainfer.model import AdaInferLM
 
@@ -22,17 +17,8 @@ MEANS = ["exit_layer", "pruning_ratio", "flops_ratio", "flops_ratio_total", "lay
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory, tokenizer):
-    """A tiny model on disk, as a user would name it."""
-    where = tmp_path_factory.mktemp("model")
-    make_model("llama", vocab_size=257, max_position_embeddings=1024).save_pretrained(where)
-    tokenizer.save_pretrained(where)
-    return where
-
-
-@pytest.fixture(scope="module")
 def manager():
-    return TaskManager(include_path=str(paths.task_configs()), include_defaults=False)
+    return our_tasks()
 
 
 def evaluate(folder, manager, stopper="gap:0.3", model="adainfer", tasks=TASKS, limit=9, extra="", **kwargs):
@@ -207,15 +193,12 @@ def test_an_interrupted_run_keeps_whole_documents(folder, manager, run, tmp_path
 
 def test_two_processes_give_the_same_numbers(folder, run, tmp_path):
     """A real two-process run on CPUs, through the launcher that people use."""
-    command = [
-        sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29517",
+    done = in_two_processes(
         "-m", "lm_eval_adainfer", "--model", "adainfer",
         "--model_args", f"pretrained={folder},dtype=float32,stopper=gap:0.3",
         "--tasks", ",".join(TASKS), "--limit", "9", "--num_fewshot", "1", "--batch_size", "4", "--device", "cpu",
         "--output_path", str(tmp_path), "--log_samples",
-    ]  # fmt: skip
-    env = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
     (file,) = Path(tmp_path).rglob("results_*.json")
     found = json.loads(file.read_text())

@@ -11,7 +11,7 @@ from collections import Counter
 
 import pytest
 import torch
-from conftest import make_model
+from conftest import in_two_processes, make_model, our_tasks
 from lm_eval import simple_evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
@@ -36,14 +36,6 @@ TASKS = ["adainfer_demo_topic", "adainfer_demo_fact_generate", "rolling"]
 TEXTS = ["a cat", "deer and a fox", "x", "hi goat! no way", "e.", "one more of them", "the last"]
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory, tokenizer):
-    where = tmp_path_factory.mktemp("model")
-    make_model("llama", vocab_size=257, max_position_embeddings=1024).save_pretrained(where)
-    tokenizer.save_pretrained(where)
-    return where
-
-
 def of(folder, **kwargs):
     return AdaInferLM(**{"pretrained": str(folder), "device": "cpu", "dtype": "float32", "batch_size": 4, **kwargs})
 
@@ -53,10 +45,13 @@ def texts(kind="generate_until"):
     return [instance(text, *more, n, kind=kind) if more else instance(text, None, n, kind=kind) for n, text in enumerate(TEXTS)]
 
 
+def with_shots():
+    return [instance("many shots " * 6 + r.args[0], r.args[1], r.doc_id, idx=r.idx) for r in requests()]
+
+
 def everything(lm):
     """(answer, exit layer, exits per token) of shared-prefix documents, rolling and generated texts."""
-    shared = [instance("many shots " * 6 + r.args[0], r.args[1], r.doc_id, idx=r.idx) for r in requests()]
-    found = [*lm.loglikelihood(requests(), True), *lm.loglikelihood(shared, True)]
+    found = [*lm.loglikelihood(requests(), True), *lm.loglikelihood(with_shots(), True)]
     found = [(a[0], a.trace.exit_layer, None) for a in found]
     found += [(float(a), a.trace.exit_layer, None) for a in lm.loglikelihood_rolling(texts("loglikelihood_rolling"), True)]
     return found + [(str(a), a.trace.exit_layer, a.trace.layers) for a in lm.generate_until(texts(), True)]
@@ -81,14 +76,12 @@ def test_processes_share_the_documents_and_give_the_results_of_one(folder, tmp_p
         gen_kwargs="max_gen_toks=5",
         task_manager=TaskManager(include_path=[str(paths.task_configs()), str(tmp_path)], include_defaults=False),
     )  # fmt: skip
-    command = [
-        sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29531", "-m", "lm_eval_adainfer",
+    done = in_two_processes(
+        "-m", "lm_eval_adainfer",
         "--model", "adainfer", "--model_args", options, "--tasks", ",".join(TASKS), "--include_path", tmp_path,
         "--limit", "7", "--batch_size", "4", "--device", "cpu", "--gen_kwargs", "max_gen_toks=5",
-        "--output_path", tmp_path / "two", "--log_samples",
-    ]  # fmt: skip
-    env = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run([str(c) for c in command], env=env, capture_output=True, text=True, timeout=300)
+        "--output_path", tmp_path / "two", "--log_samples", HF_HOME=str(tmp_path / "hf"), HF_HUB_OFFLINE="1",
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
     (file,) = (tmp_path / "two").rglob("results_*.json")
     two = json.loads(file.read_text())
@@ -161,11 +154,11 @@ def blocks_read(reads):
 def test_blocks_behind_the_exit_are_never_loaded(where, folder, tmp_path, read_from_disk):
     lm = of(folder, stopper="fixed:3", parallelize=True, device_map=MAPS[where], offload_folder=str(tmp_path))
     lm.generate_until(texts()[:1], True)  # what it finds out about the model it finds out now
-    lm.loglikelihood([instance("many shots " * 6 + r.args[0], *r.args[1:], r.doc_id) for r in requests()], True)
+    lm.loglikelihood(with_shots(), True)
     first = {"deep blocks and head": 2, "everything": 1}[where]
     for ask in (
         lambda: lm.loglikelihood(requests(), True),
-        lambda: lm.loglikelihood([instance("many shots " * 6 + r.args[0], *r.args[1:], r.doc_id) for r in requests()], True),
+        lambda: lm.loglikelihood(with_shots(), True),
         lambda: lm.loglikelihood_rolling(texts("loglikelihood_rolling"), True),
         lambda: lm.generate_until(texts(), True),
     ):
@@ -284,8 +277,9 @@ def test_tensor_parallelism_is_refused(folder):
 
 
 def test_python_takes_a_model_object_or_a_dictionary_of_arguments(folder, tokenizer):
-    manager = TaskManager(include_path=str(paths.task_configs()), include_defaults=False)
-    options = {"tasks": ["adainfer_demo_topic"], "limit": 6, "num_fewshot": 1, "bootstrap_iters": 0, "task_manager": manager}
+    options = {
+        "tasks": ["adainfer_demo_topic"], "limit": 6, "num_fewshot": 1, "bootstrap_iters": 0, "task_manager": our_tasks(),
+    }  # fmt: skip
     ours = {"stopper": "gap:0.3", "batch_size": 4}
     model = make_model("llama", vocab_size=257, max_position_embeddings=1024)
     by_object = simple_evaluate(model=AdaInferLM(pretrained=model, tokenizer=tokenizer, **ours), **options)

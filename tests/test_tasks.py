@@ -12,6 +12,7 @@ import huggingface_hub
 import lm_eval.tasks
 import pytest
 import yaml
+from conftest import our_tasks
 from hypothesis import given
 from hypothesis import strategies as st
 from lm_eval import simple_evaluate
@@ -176,7 +177,7 @@ def toy_data(monkeypatch, tmp_path):
 
 @pytest.fixture(scope="module")
 def manager():
-    return TaskManager(include_path=str(task_configs()), include_defaults=False)
+    return our_tasks()
 
 
 def changed(name, overrides):
@@ -277,7 +278,7 @@ def test_text_is_rendered_as_lm_eval_renders_it(manager, toy_data):
 @pytest.fixture(scope="module")
 def once():
     """What ``lm_eval --metadata shots=per_task`` makes."""
-    return TaskManager(include_path=str(task_configs()), include_defaults=False, metadata={"shots": "per_task"})
+    return our_tasks({"shots": "per_task"})
 
 
 @pytest.mark.parametrize("name", [*EXPECTED, "adainfer_squad_generate"])
