@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import lm_eval.tasks
+import pytest
 from conftest import our_tasks
 from lm_eval import evaluator
 from lm_eval.api.model import CachingLM
@@ -198,9 +199,10 @@ def evaluate_topics(cache: str | None, dies: bool = False) -> tuple[list, int] |
 def child(target, *arguments, kill_after: float | None = None) -> int:
     """The exit code of a function in a process of its own; negative: the signal that ended it."""
     here = Path(__file__).parent
-    os.environ["PYTHONPATH"] = os.pathsep.join([str(here), str(here.parent), os.environ.get("PYTHONPATH", "")])
     process = _processes.Process(target=target, args=arguments)
-    process.start()
+    with pytest.MonkeyPatch.context() as patch:  # for the fork server, and not for whatever other tests start
+        patch.setenv("PYTHONPATH", os.pathsep.join([str(here), str(here.parent)]), prepend=os.pathsep)
+        process.start()
     process.join(kill_after)
     if process.exitcode is None:
         process.kill()

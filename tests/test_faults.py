@@ -6,6 +6,7 @@ Each fault is told in one sentence, and what was finished is neither lost nor ch
 from __future__ import annotations
 
 import errno
+import io
 import json
 import logging
 import math
@@ -18,7 +19,7 @@ import sqlite3
 import sys
 import tempfile
 from collections import Counter
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import killed
@@ -251,12 +252,16 @@ def test_a_rank_that_dies_ends_the_run_and_the_rerun_reuses_what_both_had_finish
 
 @contextmanager
 def small_disk(size):
-    """No file of this process may grow beyond ``size`` bytes, as on a disk that is full."""
+    """No file of this process may grow beyond ``size`` bytes, as on a disk that is full.
+
+    What it prints is kept from the files that pytest catches it in: they may be larger already.
+    """
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
     try:
-        yield
+        with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+            yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
         signal.signal(signal.SIGXFSZ, handler)
