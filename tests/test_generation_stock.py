@@ -253,7 +253,7 @@ install()
 found = simple_evaluate(
     model="adainfer", model_args="pretrained=adainfer-demo,dtype=float32,stopper=gap:0.6,check_layers=every:3",
     tasks=["{TASK}"], limit=150, batch_size=2, device="cpu", bootstrap_iters=0, use_cache=sys.argv[1] if sys.argv[1:] else None,
-    task_manager=our_tasks(),
+    task_manager=TaskManager(include_path=str(paths.task_configs()), include_defaults=False),
 )
 keys = ("doc_id", "resps", "exact_match", "exit_layer", "exit_layers", "layers_run", "flops_ratio_total")
 documents = sorted([sample[key] for key in keys] for sample in found["samples"]["{TASK}"])
