@@ -219,7 +219,7 @@ def test_chat_templates_are_applied_as_by_stock(model, tokenizer, monkeypatch):
     assert all("<assistant>" in prompt and "be brief" in prompt for prompt, _ in ours)
 
 
-@pytest.mark.parametrize("which", ["adainfer-demo", pytest.param("llama-16x128", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("which", ["adainfer-demo", "llama-16x128"])
 def test_trained_models_generate_what_stock_does(which):
     """Where answers end by themselves, at every batch size and under every option."""
     folder = paths.demo_model() if which == "adainfer-demo" else SHARED / "models" / which

@@ -114,7 +114,6 @@ def test_replay_is_the_real_run_of_the_demo_model(name, tmp_path):
         assert clear > 35
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", ["adainfer_sst2", "adainfer_ag_news", "adainfer_word_landmark_country"])
 def test_replay_is_the_real_run_of_a_small_real_model(name, shared, hub, tmp_path, monkeypatch):
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(Path(hub["HF_HOME"]) / "datasets"))
@@ -384,7 +383,7 @@ KILLED = """
 import os, signal, sys
 sys.path.insert(0, sys.argv[1])
 import test_replay, test_tracing
-from conftest import make_model, our_tasks
+from conftest import make_model
 from lm_eval_adainfer import container, tracing
 
 write, made = container.write, []
