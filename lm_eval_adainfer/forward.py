@@ -1,13 +1,14 @@
-"""The early-exit prefill: the model's own forward, watched block by block, that rows can leave.
+"""The early-exit prefill: the model's own blocks, called one by one, that rows can leave.
 
-A pre-hook and a post-hook on every decoder block are all there is. The post-hook shows the block's output to a
-callback, which says which rows go on; those alone are returned (batch compaction). The pre-hook cuts the next
-block's batch-sized arguments (masks, position ids, ...) to these rows. When no row is left, a private exception
-leaves the model's forward. The weights and the code of the model stay as they are.
+The model's own forward makes what its blocks are given (embeddings, masks, position ids, rotary embeddings), with the
+blocks bypassed; then the blocks are called one after the other with that. Between two blocks rows can leave: whatever
+follows the batch is cut to the rows that go on (batch compaction). Because a batch can be stopped between blocks,
+several batches can go through the blocks together. The weights and the code of the model stay as they are.
 """
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers import masking_utils
 
-from lm_eval_adainfer.anatomy import Anatomy, BatchRule, hidden_of, replaced_forward, tolerance, walk, with_hidden
+from lm_eval_adainfer.anatomy import Anatomy, BatchRule, hidden_of, replaced_forward, tolerance, walk
 from lm_eval_adainfer.errors import UnsupportedModelError
 
 if TYPE_CHECKING:
@@ -42,12 +43,39 @@ class BlockState:
     parts: dict[str, Tensor] = field(default_factory=dict)
     parts_before: dict[str, Tensor] = field(default_factory=dict)
 
+    @classmethod
+    def at(cls, states: Sequence[BlockState], points: Sequence[tuple[int, int, int]]) -> BlockState:
+        """Some tokens of several batches after the same block, as n rows of one token.
+
+        Args:
+            states: The batches' states.
+            points: n of (batch, row, position); those of a batch stand together, batches in order.
+        """
+
+        def gather(of: Callable[[BlockState], Tensor]) -> Tensor:
+            found = []
+            for n, state in enumerate(states):
+                if mine := [p for p in points if p[0] == n]:
+                    whole = of(state)
+                    _, rows, positions = torch.tensor(mine, device=whole.device).T
+                    found.append(whole[rows, positions])
+            return torch.cat(found)[:, None]
+
+        first = states[0]
+        return cls(
+            first.block,
+            gather(lambda s: s.hidden),
+            gather(lambda s: s.before),
+            {name: gather(lambda s, name=name: s.parts[name]) for name in first.parts},
+            {name: gather(lambda s, name=name: s.parts_before[name]) for name in first.parts_before},
+        )
+
 
 AfterBlock = Callable[[BlockState], "Tensor | None"]
 
 
 class AllRowsLeft(Exception):  # noqa: N818 - control flow, never seen by users
-    """Leaves the model's forward when no row needs the next block."""
+    """Leaves the model's forward when nothing is needed of what follows."""
 
 
 def part_output(output: Any, block_input: Tensor) -> Tensor:
@@ -91,6 +119,22 @@ def bypassed(
         for block in blocks:
             stack.enter_context(replaced_forward(block, forward))
         yield
+
+
+@contextmanager
+def _without_hooks(modules: Sequence[nn.Module]) -> Iterator[None]:
+    """Somebody's hooks on the blocks see real calls only, not those that find out what the blocks are given."""
+    names = ("_forward_pre_hooks", "_forward_hooks")
+    before = [{name: getattr(module, name) for name in names} for module in modules]
+    try:
+        for module in modules:
+            for name in names:
+                setattr(module, name, OrderedDict())
+        yield
+    finally:
+        for module, hooks in zip(modules, before, strict=True):
+            for name, value in hooks.items():
+                setattr(module, name, value)
 
 
 class BlockHooks(Protocol):
@@ -141,7 +185,6 @@ class ArgumentCutter:
     def __init__(self, rule: BatchRule, batch: int):
         self.rule, self.batch = rule, batch
         self.rows: Tensor | None = None  # indices into the batch of the rows in flow; None while that is all of them
-        self.hidden: Tensor | None = None  # not to be cut: it is compact already
         self._cut: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}  # (id, factor) -> (whole, cut); whole kept alive
 
     def keep(self, rows: Tensor) -> None:
@@ -151,12 +194,12 @@ class ArgumentCutter:
 
     def cut(self, k: int, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         """Block k's arguments."""
+        if self.rows is None:
+            return args, kwargs
         new_args, new_kwargs = walk([list(args), kwargs], lambda path, x: self._select(k, path, x))
         return tuple(new_args), new_kwargs
 
     def _select(self, k: int, path: str, value: Tensor) -> Tensor:
-        if value is self.hidden:
-            return value
         key = (id(value), self.rule.factors.get((k, path), -1))
         if key not in self._cut:  # blocks share most arguments: cut each once, until rows leave again
             assert self.rows is not None
@@ -164,55 +207,89 @@ class ArgumentCutter:
         return self._cut[key][1]
 
 
-class _Run:
-    """One forward's hooks and their bookkeeping."""
+class Forward:
+    """A batch on its way through the blocks.
 
-    def __init__(self, anatomy: Anatomy, batch: int, after_block: AfterBlock, prefix: Continued | None):
-        self.anatomy, self.after_block, self.prefix = anatomy, after_block, prefix
-        self.cutter = ArgumentCutter(anatomy.batch_rule if prefix is None else prefix.rule, batch)
-        self.paused = False  # while the prefix runs the same blocks
-        self.before: Tensor | None = None
-        self.parts: dict[str, Tensor] = {}
-        self.parts_before: dict[str, Tensor] = {}
+    Args:
+        anatomy: The model.
+        input_ids: [B, S], right-padded; no mask is needed because attention is causal.
+        capture: Which parts' outputs to keep for ``state.parts``: of ``"attn"``, ``"mlp"``.
+        prefix: What the rows continue; ``input_ids`` are what follows.
+        rule: How the blocks' arguments follow the batch; None for what ``anatomy`` or the prefix says.
+        given: What the model is given besides; None for what ``anatomy`` or the prefix needs.
+        masks: Whether transformers has to build every mask.
+    """
 
-    def pre_hook(self, k: int, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-        """Before block k: remember its input, cut its other arguments to the rows in flow."""
-        if self.paused:
-            return None
-        if self.prefix is not None:
-            self.paused = True
-            try:
-                self.prefix.prefix.require(k)
-            finally:
-                self.paused = False
-        self.before = self.cutter.hidden = args[0] if args else kwargs["hidden_states"]
-        return (args, kwargs) if self.cutter.rows is None else self.cutter.cut(k, args, kwargs)
-
-    def part_hook(self, which: str, output: Any) -> None:
-        """After the attention or feed-forward part of a block."""
-        if self.paused:
+    @torch.no_grad()
+    def __init__(
+        self,
+        anatomy: Anatomy,
+        input_ids: Tensor,
+        capture: Sequence[str] = (),
+        prefix: Continued | None = None,
+        rule: BatchRule | None = None,
+        given: dict[str, Any] | None = None,
+        masks: bool = False,
+    ):
+        self.anatomy, self.capture, self.prefix = anatomy, capture, prefix
+        if given is None:
+            given = {"use_cache": False} if prefix is None else prefix.arguments(input_ids)
+        self._cutter = ArgumentCutter(rule or (anatomy.batch_rule if prefix is None else prefix.rule), len(input_ids))
+        self._arguments: list[tuple[tuple, dict]] = []
+        self._parts_before: dict[str, Tensor] = {}
+        self.block = 0
+        try:
+            with (
+                _without_hooks(anatomy.blocks),
+                bypassed(anatomy, anatomy.blocks, self._note),
+                explicit_masks(masks or prefix is not None),
+            ):
+                anatomy.model(input_ids=input_ids, **given)
+        except AllRowsLeft:
             return
-        assert self.before is not None
-        self.parts[which] = part_output(output, self.before)
+        raise RuntimeError("the model's forward did not call all of its blocks")
 
-    def post_hook(self, k: int, output: Any) -> Any:
-        """After block k: ask which rows go on, and let only those."""
-        if self.paused:
-            return None
-        assert self.before is not None
-        hidden = hidden_of(output)
-        keep = self.after_block(BlockState(k, hidden, self.before, self.parts, self.parts_before))
-        self.parts_before, self.parts = self.parts, {}
-        if keep is None:
-            return output
-        if keep.numel() == 0:
+    def _note(self, args: tuple, kwargs: dict) -> None:
+        """Keep what a block is given besides the hidden states; behind the last block nothing is needed."""
+        if not self._arguments:
+            self.hidden: Tensor = args[0] if args else kwargs["hidden_states"]
+        self._arguments.append(((None, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": None}))
+        if len(self._arguments) == self.anatomy.n_blocks:
             raise AllRowsLeft
-        if self.prefix is not None and len(keep) < len(hidden):
-            self.prefix.keep(keep)
-        keep = keep.to(hidden.device)
-        self.cutter.keep(keep)
-        self.parts_before = {name: x[keep.to(x.device)] for name, x in self.parts_before.items()}
-        return with_hidden(output, hidden[keep])
+
+    @torch.no_grad()
+    def advance(self) -> BlockState:
+        """Run the next block for the rows in flow."""
+        self.block += 1
+        k, before, parts = self.block, self.hidden, {}
+        if self.prefix is not None:
+            self.prefix.prefix.require(k)
+        args, kwargs = self._cutter.cut(k, *self._arguments[k - 1])
+        args, kwargs = ((before, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": before})
+        block, handles = self.anatomy.blocks[k - 1], []
+        try:
+            for which in self.capture:
+                handles.append(
+                    self.anatomy.part(block, which).register_forward_hook(
+                        lambda m, a, output, which=which: parts.update({which: part_output(output, before)})
+                    )
+                )
+            self.hidden = hidden_of(block(*args, **kwargs))
+        finally:
+            for handle in handles:
+                handle.remove()
+        state = BlockState(k, self.hidden, before, parts, self._parts_before)
+        self._parts_before = parts
+        return state
+
+    def keep(self, rows: Tensor) -> None:
+        """Some of the rows in flow ([m], by their place among them) go on."""
+        if self.prefix is not None and len(rows) < len(self.hidden):
+            self.prefix.keep(rows)
+        rows = rows.to(self.hidden.device)
+        self._cutter.keep(rows)
+        self.hidden = self.hidden[rows]
+        self._parts_before = {name: x[rows.to(x.device)] for name, x in self._parts_before.items()}
 
 
 @torch.no_grad()
@@ -223,23 +300,23 @@ def run_blocks(
     capture: Sequence[str] = (),
     prefix: Continued | None = None,
 ) -> None:
-    """Run the model's own forward over ``input_ids`` until the callback lets no row go on.
+    """Run one batch through the blocks until the callback lets no row go on.
 
     Args:
         anatomy: The model.
-        input_ids: [B, S], right-padded; no mask is needed because attention is causal.
+        input_ids: As :class:`Forward`'s, and so are ``capture`` and ``prefix``.
         after_block: Called after each block with its :class:`BlockState`; returns the indices (into the rows of
             ``state.hidden``) that go on, empty to stop, or None for all. After block L it must return an empty one.
-        capture: Which parts' outputs to keep for ``state.parts``: of ``"attn"``, ``"mlp"``.
-        prefix: What the rows continue; ``input_ids`` are what follows.
+        capture: Which parts' outputs to keep.
+        prefix: What the rows continue.
     """
-    run = _Run(anatomy, input_ids.shape[0], after_block, prefix)
-    given = {"use_cache": False} if prefix is None else prefix.arguments(input_ids)
-    try:
-        with hooked(anatomy, run, capture), explicit_masks(prefix is not None):
-            anatomy.model(input_ids=input_ids, **given)
-    except AllRowsLeft:
-        return
+    forward = Forward(anatomy, input_ids, capture, prefix)
+    for _ in anatomy.blocks:
+        keep = after_block(forward.advance())
+        if keep is not None:
+            if keep.numel() == 0:
+                return
+            forward.keep(keep)
     raise RuntimeError("after_block let rows go on after the last block")
 
 
@@ -263,18 +340,23 @@ def first_not_finite(anatomy: Anatomy, tokens: Sequence[int]) -> int | None:
 def verify(anatomy: Anatomy) -> None:
     """Check on a small batch that rows leaving at different blocks get, and leave others with, the right states.
 
+    The right ones are those of the model's own forward, whose blocks call each other's successors.
+
     Raises:
         UnsupportedModelError: Where they don't: then no number of an early exit could be trusted.
     """
     n, batch = anatomy.n_blocks, 3
     ids = anatomy.probe_ids(batch)
     dense: list[Tensor] = []
-
-    def record(state: BlockState) -> Tensor | None:
-        dense.append(state.hidden[:, -1].detach().clone())
-        return torch.empty(0, dtype=torch.long) if state.block == n else None
-
-    run_blocks(anatomy, ids, record)
+    handles = [
+        block.register_forward_hook(lambda m, a, output: dense.append(hidden_of(output)[:, -1].detach().clone()))
+        for block in anatomy.blocks
+    ]
+    try:
+        anatomy.model(input_ids=ids, use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
 
     exits = [n, 1, max(1, n // 2)]  # the first to leave is not the last row, so order matters
     rows = list(range(batch))
@@ -292,5 +374,6 @@ def verify(anatomy: Anatomy) -> None:
     run_blocks(anatomy, ids, scripted)
     if worst > 1:
         raise UnsupportedModelError(
-            f"pretrained: {anatomy.name} is not supported for early exit: rows of a batch change when others leave it"
+            f"pretrained: {anatomy.name} is not supported for early exit: rows of a batch change when others leave it, "
+            "or a block reads more of earlier blocks than their hidden states"
         )

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from lm_eval_adainfer.anatomy import Anatomy, BatchRule, hidden_of, tolerance
-from lm_eval_adainfer.forward import ArgumentCutter, BlockState, bypassed, explicit_masks, run_blocks
+from lm_eval_adainfer.anatomy import Anatomy, BatchRule, tolerance
+from lm_eval_adainfer.forward import BlockState, Forward, run_blocks
 
 if TYPE_CHECKING:
     from lm_eval_adainfer.scoring import Document
@@ -103,9 +103,7 @@ class Prefix:
         self.depth = 0
         self.executed = 0  # block executions x tokens
         self.stored: dict[int, tuple[Tensor, Tensor]] = {}
-        self._hidden: Tensor | None = None
-        self._arguments: list[tuple[tuple, dict]] = []
-        self._cutter = ArgumentCutter(rule, len(rows))
+        self._forward: Forward | None = None
         self._kept = list(range(len(rows)))  # of those that stay no longer than the batch: the rows still needed
 
     @property
@@ -119,46 +117,38 @@ class Prefix:
         return (torch.arange(width)[None] >= pads[:, None]).long()
 
     def require(self, k: int) -> None:
-        """Run the blocks up to k that were not run yet; the hooks of these blocks stay silent."""
+        """Run the blocks up to k that were not run yet."""
         while self.depth < k:
             if self.parent is not None:
                 self.parent.require(self.depth + 1)
-            if not self._arguments:
-                self._record()
+            if self._forward is None:
+                self._forward = self._begun()
             if not self.stays:
                 self.stored.clear()
             self.depth += 1
-            assert self._hidden is not None
-            args, kwargs = self._arguments[self.depth - 1]
-            if self._cutter.rows is not None:
-                args, kwargs = self._cutter.cut(self.depth, args, kwargs)
-            # as in the recording, the hidden states are what the first block got
-            hidden = self._hidden
-            args, kwargs = ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
-            self._hidden = hidden_of(self.anatomy.blocks[self.depth - 1].forward(*args, **kwargs))
+            self._forward.advance()
             self.executed += sum(len(self.rows[r]) for r in self._kept)
             if self.depth == self.anatomy.n_blocks:
-                self._hidden, self._arguments = None, []
+                self._forward = None
 
     def keep(self, rows: list[int]) -> None:
         """Forget all but some (by their place among those left) of the rows; only where nothing stays."""
         index = torch.tensor(rows, dtype=torch.long)
         self._kept = [self._kept[r] for r in rows]
-        self._cutter.keep(index)
         for layer, pair in self.stored.items():
             self.stored[layer] = (pair[0][index.to(pair[0].device)], pair[1][index.to(pair[1].device)])
-        if self._hidden is not None:
-            self._hidden = self._hidden[index.to(self._hidden.device)]
+        if self._forward is not None:
+            self._forward.keep(index)
         if self._cache.slots is not None:
             self._cache.slots = self._cache.slots[index]
 
-    def _record(self) -> None:
-        """Let the model make every block's arguments for these rows; no block is run."""
+    def _begun(self) -> Forward:
+        """These rows before the first block."""
         anatomy, ids = self.anatomy, torch.zeros(len(self.rows), self.longest, dtype=torch.long)
         for r, row in enumerate(self.rows):
             ids[r, self.longest - len(row) :] = torch.tensor(row, dtype=torch.long)
         self._cache = _ContinuedCache(self.parent, store=self.stored)
-        given: dict[str, Any] = {}
+        given: dict[str, Any] = {"past_key_values": self._cache, "use_cache": True}
         if self.ragged:
             given["attention_mask"] = self.mask(self.width).to(anatomy.input_device)
         pads = torch.tensor([self.width - n for n in self.lengths])[:, None]
@@ -170,16 +160,7 @@ class Prefix:
             self._cache.slots = torch.where(slot < self.shared, slot.clamp(min=0), own)
         if anatomy.takes_position_ids:
             given["position_ids"] = positions.clamp(min=0).to(anatomy.input_device)
-        with bypassed(anatomy, anatomy.blocks, self._note), explicit_masks(self.shared > 0):
-            anatomy.model(
-                input_ids=ids.to(anatomy.input_device), past_key_values=self._cache, use_cache=True, **given
-            )
-        args, kwargs = self._arguments[0]
-        self._hidden = args[0] if args else kwargs["hidden_states"]
-        self._cutter.hidden = self._hidden
-
-    def _note(self, args: tuple, kwargs: dict) -> None:
-        self._arguments.append((args, kwargs))
+        return Forward(anatomy, ids.to(anatomy.input_device), rule=self.rule, given=given, masks=self.shared > 0)
 
 
 class Continued:
