@@ -61,7 +61,7 @@ def main() -> None:
                 row = Row([(7 * n) % 32000 for n in range(32)], 1, 0, [Answer(0, [5])])
                 reads.clear()
                 started = time.perf_counter()
-                engine.run([Document([row], [0])], 1)
+                engine.run([[Document([row], [0])]], 1)
                 seconds[name].append(time.perf_counter() - started)
                 loaded[name] = sum(reads)
     dense = statistics.median(seconds["dense"])

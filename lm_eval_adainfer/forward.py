@@ -51,23 +51,22 @@ class BlockState:
             states: The batches' states.
             points: n of (batch, row, position); those of a batch stand together, batches in order.
         """
+        index = {n: torch.tensor([p[1:] for p in points if p[0] == n]).T for n in {p[0] for p in points}}
 
-        def gather(of: Callable[[BlockState], Tensor]) -> Tensor:
+        def gather(tensors: Sequence[Tensor]) -> Tensor:
             found = []
-            for n, state in enumerate(states):
-                if mine := [p for p in points if p[0] == n]:
-                    whole = of(state)
-                    _, rows, positions = torch.tensor(mine, device=whole.device).T
-                    found.append(whole[rows, positions])
+            for n in sorted(index):
+                rows, positions = index[n] = index[n].to(tensors[n].device)
+                found.append(tensors[n][rows, positions])
             return torch.cat(found)[:, None]
 
         first = states[0]
         return cls(
             first.block,
-            gather(lambda s: s.hidden),
-            gather(lambda s: s.before),
-            {name: gather(lambda s, name=name: s.parts[name]) for name in first.parts},
-            {name: gather(lambda s, name=name: s.parts_before[name]) for name in first.parts_before},
+            gather([state.hidden for state in states]),
+            gather([state.before for state in states]),
+            {name: gather([state.parts[name] for state in states]) for name in first.parts},
+            {name: gather([state.parts_before[name] for state in states]) for name in first.parts_before},
         )
 
 

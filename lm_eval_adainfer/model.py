@@ -311,12 +311,12 @@ class AdaInferLM(HFLM):
             desc="Running loglikelihood requests",
         )
         try:
-            for batch, size in self._batches(documents, override_bs):
+            for batches, size in self._batches(documents, override_bs):
                 started = time.perf_counter()
                 with self._autocast():
-                    self.run_documents(batch, size)
+                    self.run_documents(batches, size)
                 self.seconds += time.perf_counter() - started
-                for document in batch:
+                for document in (document for batch in batches for document in batch):
                     trace = self.engine.trace(document, self.fingerprint)
                     finished = {}
                     for row, answer in [(r, a) for r in document.rows for a in r.answers]:
@@ -382,8 +382,11 @@ class AdaInferLM(HFLM):
             )
         return (context + continuation)[-(self.max_length + 1) :][:-1]
 
-    def _batches(self, documents: Sequence[Document], fixed: int | None) -> Iterator[tuple[list[Document], int]]:
-        """Whole documents, longest first, as many as fit the batch size, and that size; sets the engine's prefix."""
+    def _batches(self, documents: Sequence[Document], fixed: int | None) -> Iterator[tuple[list[list[Document]], int]]:
+        """Batches that are run together, and their batch size; sets the engine's prefix.
+
+        Whole documents, longest first, as many to a batch as fit the batch size.
+        """
         together = self._sharing(documents, fixed)
         parts = [sorted(p, key=lambda d: (-d.longest, max(row.tokens for row in d.rows))) for p, _ in together]
         shapes: list[Any] = []  # only the automatic batch size reads them: a second copy of every prompt
@@ -392,9 +395,10 @@ class AdaInferLM(HFLM):
             shapes = [(None, row.tokens[: row.decision + 1], [0] * row.scored) for row in rows_of]
         self.batch_sizes: dict[int, int] = {}
         position = 0
-        for ordered, (_, tokens) in zip(parts, together, strict=True):
-            prefix = Prefix(self.anatomy, [tokens], self._prefix_rule) if tokens and self._prefix_rule else None
-            self.engine.prefix, start = prefix, 0
+
+        def cut(ordered: list[Document]) -> Iterator[tuple[list[Document], int]]:
+            nonlocal position
+            start = 0
             while start < len(ordered):
                 if fixed is not None:
                     size = fixed
@@ -405,11 +409,16 @@ class AdaInferLM(HFLM):
                 load, end = self.engine.load(ordered[start : start + 1]), start + 1
                 while end < len(ordered):
                     more = load.and_also(self.engine.load(ordered[end : end + 1]))
-                    if not more.fits(size, ordered[start].longest, prefix is not None):
+                    if not more.fits(size, ordered[start].longest, self.engine.prefix is not None):
                         break
                     load, end = more, end + 1
                 yield ordered[start:end], size
                 start, position = end, position + load.rows
+
+        for ordered, (_, tokens) in zip(parts, together, strict=True):
+            shared = bool(tokens) and self._prefix_rule
+            self.engine.prefix = Prefix(self.anatomy, [tokens], shared) if shared else None
+            yield from self.engine.together(cut(ordered))
 
     def _sharing(self, documents: Sequence[Document], fixed: int | None) -> list[tuple[list[Document], list[int]]]:
         """Documents by the prefix that they share, where that pays and the model allows it."""

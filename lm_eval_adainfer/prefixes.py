@@ -242,6 +242,12 @@ class Load(NamedTuple):
             self.shares or other.shares,
         )
 
+    def tokens(self, longest: int) -> int:
+        """Tokens that go through a block, padding included; ``longest`` are those of the longest row."""
+        if self.shares:
+            return self.contexts * self.longest_context + self.rows * self.longest_rest
+        return self.rows * (self.longest_whole or longest)
+
     def fits(self, batch_size: int, longest: int, prefixed: bool) -> bool:
         """Whether it is no more than ``batch_size`` rows of the longest: in rows, or in tokens where some run once."""
         if self.rows <= batch_size:

@@ -6,7 +6,7 @@ of its distinct contexts (docs/numbers.md, "One decision per document").
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import reduce
 from typing import Any
@@ -20,11 +20,13 @@ from lm_eval_adainfer.anatomy import Anatomy, BatchRule
 from lm_eval_adainfer.answers import ExitTrace
 from lm_eval_adainfer.counting import FlopCounter
 from lm_eval_adainfer.errors import UnsupportedModelError
-from lm_eval_adainfer.forward import BlockState, run_blocks
+from lm_eval_adainfer.forward import BlockState, Forward, run_blocks
 from lm_eval_adainfer.prefixes import Continued, Load, Prefix, contexts
 from lm_eval_adainfer.strategies.base import Schedule, Stopper
 
 CHUNK_ELEMENTS = 2**25  # logits held at once when scoring many positions (128 MiB in float32)
+TOGETHER_ROWS = 64  # of batches that go through the blocks together: a check costs little more than one of few rows
+TOGETHER_TOKENS = 2**14  # of these batches, which bounds the memory that their hidden states take
 
 
 @dataclass
@@ -95,6 +97,28 @@ class Document:
         return max(len(row.tokens) for row in self.rows)
 
 
+@dataclass
+class _Batch:
+    """Documents that are run as one batch, and what their rows continue.
+
+    Attributes:
+        documents: Whole documents, or a piece of one.
+        prefix: What the rows continue.
+        owner: Per row, which of the prefix's rows.
+        flow: The rows that have not left, with their documents.
+        forward: Their way through the blocks.
+    """
+
+    documents: Sequence[Document]
+    prefix: Prefix | None
+    owner: Sequence[int]
+    flow: list[tuple[Document, Row]] = field(init=False)
+    forward: Forward = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.flow = [(d, row) for d in self.documents for row in d.rows]
+
+
 class Engine:
     """Runs documents through the early-exit forward.
 
@@ -130,21 +154,47 @@ class Engine:
         self.block_calls = 0
 
     # ------------------------------------------------------------------ documents
-    def run(self, documents: Sequence[Document], batch_size: int) -> None:
-        """Decide and score whole documents that are run together, or one that is larger than a batch.
-
-        A larger one is decided first and scored second. Where its deciding rows fit one batch, they are scored in
-        the pass that decides; else the deciding passes are counted on top.
-        """
-        load = self.load(documents)
-        longest = max(d.longest for d in documents)
-        if len(documents) > 1 or load.fits(batch_size, longest, self.prefix is not None):
-            self._forward(documents, *self._shared(documents, load.shares, stays=False))
+    def run(self, batches: Sequence[Sequence[Document]], batch_size: int) -> None:
+        """Decide and score batches of whole documents that go through the blocks together (see :meth:`together`)."""
+        first = batches[0]
+        whole = self.load(first).fits(batch_size, max(d.longest for d in first), self.prefix is not None)
+        if len(batches) == len(first) == 1 and not whole:
+            self._run_in_pieces(first[0], batch_size)
             return
-        (document,) = documents
+        self._run([_Batch(b, *self._shared(b, self.load(b).shares, stays=False)) for b in batches])
+
+    def together(self, batches: Iterable[tuple[list[Document], int]]) -> Iterator[tuple[list[list[Document]], int]]:
+        """Put neighbouring batches (with the batch size that they were made for) together, as far as this pays.
+
+        A check reads the whole output head, whether for one row or for many; batches that go through the blocks side
+        by side read it once. So it pays until a check has enough rows, and only where its cost can be seen at all.
+        """
+        found: list[list[Document]] = []
+        rows = tokens = last = 0
+        for batch, size in batches:
+            load, longest = self.load(batch), batch[0].longest
+            whole = load.fits(size, longest, self.prefix is not None)
+            more = load.tokens(longest)
+            if found and (not whole or rows + load.rows > TOGETHER_ROWS or tokens + more > TOGETHER_TOKENS):
+                yield found, last
+                found, rows, tokens = [], 0, 0
+            if not whole:
+                yield [batch], size
+                continue
+            found, rows, tokens, last = [*found, batch], rows + load.rows, tokens + more, size
+        if found:
+            yield found, last
+
+    def _run_in_pieces(self, document: Document, batch_size: int) -> None:
+        """A document that is larger than a batch is decided first and scored second.
+
+        Where its deciding rows fit one batch, they are scored in the pass that decides; else the deciding passes are
+        counted on top.
+        """
+        load, longest = self.load([document]), document.longest
         once = load.shares and load.contexts <= batch_size
         once = once and load.contexts * load.longest_context <= self.prefix_tokens
-        prefix, owner = self._shared(documents, once, stays=True)
+        prefix, owner = self._shared([document], once, stays=True)
         order = [*document.deciders, *(i for i in range(len(document.rows)) if i not in document.deciders)]
         if len(document.deciders) > batch_size:
             self._decide_in_parts(document, batch_size)
@@ -153,7 +203,7 @@ class Engine:
             part = order[start : start + rows]
             deciders = list(range(len(document.deciders))) if start == 0 and document.exit_layer is None else []
             piece = Document([document.rows[i] for i in part], deciders, document.exit_layer)
-            self._forward([piece], prefix, [owner[i] for i in part])
+            self._run([_Batch([piece], prefix, [owner[i] for i in part])])
             document.exit_layer = piece.exit_layer
             document.head_rows += piece.head_rows
             document.decisions += piece.decisions
@@ -190,42 +240,44 @@ class Engine:
         return Prefix(self.anatomy, found, self.rule, self.prefix, stays), owner
 
     @torch.no_grad()
-    def _forward(self, documents: Sequence[Document], prefix: Prefix | None, owner: Sequence[int]) -> None:
-        """One forward over the rows of these documents; each leaves at its own block."""
-        flow = [(d, i) for d in documents for i in range(len(d.rows))]
-        n_blocks = self.anatomy.n_blocks
-        ran = _executed(prefix)
-        for document in documents:
-            document.logged = [{"layer": []} for _ in document.deciders] if self.logged_features else []
-
-        def after_block(state: BlockState) -> Tensor | None:
-            nonlocal flow
-            k = state.block
-            self.block_calls += 1
-            self.block_tokens += sum(len(d.rows[i].tokens) - d.rows[i].skip for d, i in flow)
-            at = {(id(d), i): r for r, (d, i) in enumerate(flow)}
-            open_documents = list({id(d): d for d, _ in flow}.values())
-            ready: dict[int, Tensor] = {}  # row in flow -> logits at its decision position
-            for document in open_documents:
-                if k == n_blocks:
+    def _run(self, batches: Sequence[_Batch]) -> None:
+        """Take batches through the blocks side by side; every document leaves at its own block."""
+        anatomy, n_blocks = self.anatomy, self.anatomy.n_blocks
+        prefixes = {id(p): p for batch in batches for p in _lineage(batch.prefix)}.values()
+        ran = sum(p.executed for p in prefixes)
+        for batch in batches:
+            self.tokens += sum(len(row.tokens) for _, row in batch.flow)
+            ids = self.pad([row.tokens[row.skip :] for _, row in batch.flow])
+            continued = None if batch.prefix is None else Continued(batch.prefix, batch.owner)
+            batch.forward = Forward(anatomy, ids, self._parts, continued)
+            for document in batch.documents:
+                document.logged = [{"layer": []} for _ in document.deciders] if self.logged_features else []
+        for k in range(1, n_blocks + 1):
+            states = [batch.forward.advance() for batch in batches]
+            self.block_calls += len(batches)
+            self.block_tokens += sum(len(row.tokens) - row.skip for batch in batches for _, row in batch.flow)
+            at = {id(row): (n, r) for n, batch in enumerate(batches) for r, (_, row) in enumerate(batch.flow)}
+            documents = list({id(d): d for batch in batches for d, _ in batch.flow}.values())
+            ready: dict[int, Tensor] = {}  # id of a row -> logits at its decision position
+            undecided = [d for d in documents if d.exit_layer is None or (self.logged_features and k == n_blocks)]
+            if k == n_blocks:
+                for document in documents:
                     document.exit_layer = n_blocks
-            undecided = [d for d in open_documents if d.exit_layer is None or (self.logged_features and k == n_blocks)]
             if undecided and (k in self.checked or self.logged_features):
-                ready = self._check(state, undecided, at)
-            leaving = {id(d) for d in open_documents if d.exit_layer == k}
+                ready = self._check(states, undecided, at)
+            leaving = {id(d) for d in documents if d.exit_layer == k}
             if not leaving:
-                return None
-            self._score(state, [(r, d, d.rows[i]) for r, (d, i) in enumerate(flow) if id(d) in leaving], ready)
-            keep = [r for r, (d, _) in enumerate(flow) if id(d) not in leaving]
-            flow = [flow[r] for r in keep]
-            return torch.tensor(keep, dtype=torch.long)
-
-        self.tokens += sum(len(d.rows[i].tokens) for d, i in flow)
-        rows = self.pad([d.rows[i].tokens[d.rows[i].skip :] for d, i in flow])
-        run_blocks(
-            self.anatomy, rows, after_block, self._parts, None if prefix is None else Continued(prefix, owner)
-        )
-        self.block_tokens += _executed(prefix) - ran
+                continue
+            self._score(states, [d for d in documents if id(d) in leaving], at, ready)
+            for batch in batches:
+                keep = [r for r, (d, _) in enumerate(batch.flow) if id(d) not in leaving]
+                if keep and len(keep) < len(batch.flow):
+                    batch.forward.keep(torch.tensor(keep, dtype=torch.long))
+                batch.flow = [batch.flow[r] for r in keep]
+            batches = [batch for batch in batches if batch.flow]
+            if not batches:
+                break
+        self.block_tokens += sum(p.executed for p in prefixes) - ran
 
     def pad(self, rows: Sequence[Sequence[int]]) -> Tensor:
         """[B, S] token ids, right-padded with 0 (causal attention never looks there)."""
@@ -234,30 +286,38 @@ class Engine:
             ids[i, : len(row)] = torch.tensor(row, dtype=torch.long)
         return ids.to(self.anatomy.input_device)
 
-    def _check(self, state: BlockState, documents: Sequence[Document], at: dict, ask: bool = True) -> dict[int, Tensor]:
+    def _check(
+        self,
+        states: Sequence[BlockState],
+        documents: Sequence[Document],
+        at: dict[int, tuple[int, int]],
+        ask: bool = True,
+    ) -> dict[int, Tensor]:
         """Ask the stopper for every decider of ``documents``; set ``exit_layer`` of those that stop.
 
-        With ``ask=False`` features are only logged.
+        Args:
+            states: Of the batches, after the same block.
+            documents: Batch by batch.
+            at: Id of a row -> (batch, row in flow).
+            ask: Else features are only logged.
 
         Returns:
-            Logits at the decision positions, by row in flow, for scoring to use again.
+            Logits at the decision positions, by id of the row, for scoring to use again.
         """
-        k = state.block
+        k = states[0].block
         asked = ask and k in self.checked and k < self.anatomy.n_blocks
-        points = [
-            (d, j, at[id(d), i], d.rows[i].decision - d.rows[i].skip)
-            for d in documents
-            for j, i in enumerate(d.deciders)
-        ]
+        points = [(d, j, d.rows[i]) for d in documents for j, i in enumerate(d.deciders)]
         needs_head = asked and features.needs_head(self.stopper.features)
         logits = None
         stops: list[bool] = []
         if points and ((asked and self.stopper.features) or self.logged_features):
-            rows = torch.tensor([p[2] for p in points], device=state.hidden.device)
-            positions = torch.tensor([p[3] for p in points], device=state.hidden.device)
+            state = BlockState.at(states, [(*at[id(row)], row.decision - row.skip) for _, _, row in points])
+            device = state.hidden.device
+            rows = torch.arange(len(points), device=device)
+            positions = torch.zeros_like(rows)
             if needs_head or self.logged_features:
-                logits = self.anatomy.logits(state.hidden[rows, positions])
-            carried = self._carried(points, state.hidden.device) if asked else None
+                logits = self.anatomy.logits(state.hidden[:, 0])
+            carried = self._carried(points, device) if asked else None
             n_blocks = self.anatomy.n_blocks
             seen = features.observe(self.stopper.features, state, rows, positions, logits, n_blocks, carried)
             if self.logged_features:
@@ -284,7 +344,7 @@ class Engine:
                 document.exit_layer = k
         if not needs_head or logits is None:
             return {}
-        return {p[2]: logits[n] for n, p in enumerate(points)}
+        return {id(row): logits[n] for n, (_, _, row) in enumerate(points)}
 
     def _carried(self, points: Sequence[Any], device: torch.device) -> Tensor | None:
         """[points, carries] of what the stopper keeps from block to block; None where it keeps nothing."""
@@ -299,27 +359,38 @@ class Engine:
             for name, value in zip(self.logged_features, row, strict=True):
                 document.logged[j].setdefault(name, []).append(value)
 
-    def _score(self, state: BlockState, rows: Sequence[tuple[int, Document, Row]], ready: dict[int, Tensor]) -> None:
-        """Score these rows at this block; a decision's logits are not computed twice."""
-        points = [(r, row.decision - row.skip + j, row, j) for r, _, row in rows for j in range(row.scored)]
-        known = [p for p in points if p[3] == 0 and p[0] in ready]
-        fresh = [p for p in points if not (p[3] == 0 and p[0] in ready)]
-        for _, document, row in rows:
-            document.head_rows += row.scored
-        for r, document, _ in rows:
-            document.head_rows -= r in ready
+    def _score(
+        self,
+        states: Sequence[BlockState],
+        documents: Sequence[Document],
+        at: dict[int, tuple[int, int]],
+        ready: dict[int, Tensor],
+    ) -> None:
+        """Score the rows in flow of these documents; a decision's logits are not computed twice."""
+        rows = [(d, row) for d in documents for row in d.rows if id(row) in at]
+        known = [row for _, row in rows if id(row) in ready]
+        fresh = [(row, j) for _, row in rows for j in range(row.scored) if j > 0 or id(row) not in ready]
+        for document, row in rows:
+            document.head_rows += row.scored - (id(row) in ready)
         self.head_rows += len(fresh)
         if known:
-            score_points(torch.stack([ready[p[0]] for p in known]), known, self.softmax_dtype)
-        self.score_fresh(state, fresh)
+            score_points(
+                torch.stack([ready[id(row)] for row in known]), [(row, 0) for row in known], self.softmax_dtype
+            )
+        self.score_fresh(states, [(*at[id(row)], row.decision - row.skip + j, row, j) for row, j in fresh])
 
-    def score_fresh(self, state: BlockState, points: Sequence[tuple[int, int, Row, int]]) -> None:
-        """Score positions at this block: the head's logits of all of them, so many at a time as memory allows."""
+    def score_fresh(self, states: Sequence[BlockState], points: Sequence[tuple[int, int, int, Row, int]]) -> None:
+        """Score positions after this block: the head's logits of all of them, so many at a time as memory allows.
+
+        Args:
+            states: Of the batches.
+            points: (batch, row in flow, position, row, index among its scored positions), batch by batch.
+        """
         size = max(1, CHUNK_ELEMENTS // self.anatomy.vocab_size)
         for start in range(0, len(points), size):
             chunk = points[start : start + size]
-            hidden = state.hidden[[p[0] for p in chunk], [p[1] for p in chunk]]
-            score_points(self.anatomy.logits(hidden), chunk, self.softmax_dtype)
+            hidden = BlockState.at(states, [p[:3] for p in chunk]).hidden[:, 0]
+            score_points(self.anatomy.logits(hidden), [p[3:] for p in chunk], self.softmax_dtype)
 
     @torch.no_grad()
     def _decide_in_parts(self, document: Document, batch_size: int) -> None:
@@ -350,7 +421,7 @@ class Engine:
 
     def _stopping_blocks(self, document: Document, candidates: Sequence[int]) -> list[int]:
         """Of the candidate blocks, those after which every decider of the document says stop."""
-        at = {(id(document), i): i for i in range(len(document.rows))}
+        at = {id(row): (0, r) for r, row in enumerate(document.rows)}
         found: list[int] = []
         depth = candidates[-1] if candidates else 0  # what deciding needs; logging goes on to the end
         end = self.anatomy.n_blocks if self.logged_features else depth
@@ -360,7 +431,7 @@ class Engine:
             self.block_tokens += sum(len(row.tokens) for row in document.rows)
             asks = state.block in candidates or bool(self.stopper.carries and state.block in self.checked)
             if asks or self.logged_features:
-                self._check(state, [document], at, ask=asks)
+                self._check([state], [document], at, ask=asks)
                 if document.exit_layer == state.block and state.block in candidates:
                     found.append(state.block)
                 document.exit_layer = None
@@ -445,12 +516,12 @@ class Engine:
                 if done and logits is None:
                     score_points(
                         self.anatomy.logits(state.hidden[at[done], positions[done]]),
-                        [chunk[n] for n in done],
+                        [chunk[n][2:] for n in done],
                         self.softmax_dtype,
                     )
                 elif done:
                     assert logits is not None
-                    score_points(logits[done], [chunk[n] for n in done], self.softmax_dtype)
+                    score_points(logits[done], [chunk[n][2:] for n in done], self.softmax_dtype)
                 for n in done:
                     exits[number[id(chunk[n][2])]][chunk[n][3]] = state.block
                 left += [p for p, stop in zip(chunk, stops, strict=True) if not stop]
@@ -488,9 +559,11 @@ class Engine:
         return ExitTrace(mean, count.n_whole, eq2 / len(layers), mean, flops, dense, fingerprint)
 
 
-def _executed(prefix: Prefix | None) -> int:
-    """Block executions x tokens of a prefix and of what it continues."""
-    return 0 if prefix is None else prefix.executed + _executed(prefix.parent)
+def _lineage(prefix: Prefix | None) -> Iterator[Prefix]:
+    """A prefix and what it continues."""
+    while prefix is not None:
+        yield prefix
+        prefix = prefix.parent
 
 
 def available_features(anatomy: Anatomy) -> tuple[str, ...]:
@@ -507,25 +580,23 @@ def available_features(anatomy: Anatomy) -> tuple[str, ...]:
     return tuple(names)
 
 
-def score_points(
-    logits: Tensor, points: Sequence[tuple[int, int, Row, int]], softmax_dtype: torch.dtype | None
-) -> None:
+def score_points(logits: Tensor, points: Sequence[tuple[Row, int]], softmax_dtype: torch.dtype | None) -> None:
     """Add the log-probabilities at some scored positions to their rows' answers.
 
     Args:
         logits: [n, V].
-        points: n of (row in flow, position, row, index among the row's scored positions).
+        points: n of (row, index among the row's scored positions).
         softmax_dtype: Of the log-softmax; None keeps the logits' dtype (as HFLM).
     """
     if not points:
         return
     logprobs = F.log_softmax(logits, dim=-1, dtype=softmax_dtype)
-    pairs = [(n, a, a.continuation[j]) for n, (_, _, row, j) in enumerate(points) for a in row.answers]
+    pairs = [(n, a, a.continuation[j]) for n, (row, j) in enumerate(points) for a in row.answers]
     index = torch.tensor([[n, token] for n, _, token in pairs], device=logits.device)
     values = logprobs[index[:, 0], index[:, 1]].tolist()
     top = logits.argmax(dim=-1).tolist()
     for (n, answer, token), value in zip(pairs, values, strict=True):
         answer.logprob += value
         answer.is_greedy = answer.is_greedy and top[n] == token
-        if points[n][3] == 0:
+        if points[n][1] == 0:
             answer.top1 = top[n] == token

@@ -82,8 +82,9 @@ class Recorder:
         self.records: dict[int, dict[str, Any]] = {}  # id of a document's first request -> its record
 
     @torch.no_grad()
-    def run(self, documents: Sequence[Document], batch_size: int) -> None:
+    def run(self, batches: Sequence[Sequence[Document]], batch_size: int) -> None:
         """Run documents; rows go in pieces of ``batch_size``, since a dense pass needs no common decision."""
+        documents = [document for batch in batches for document in batch]
         for document in documents:
             document.exit_layer = self.engine.anatomy.n_blocks
         rows = [(document, i) for document in documents for i in range(len(document.rows))]
@@ -116,7 +117,7 @@ class Recorder:
                     for row in rows
                 ]
             self.engine.score_fresh(
-                state, [(r, row.decision + j, row, j) for r, row in enumerate(rows) for j in range(row.scored)]
+                [state], [(0, r, row.decision + j, row, j) for r, row in enumerate(rows) for j in range(row.scored)]
             )
             for (document, _), row in zip(flow, rows, strict=True):
                 for answer in row.answers:
