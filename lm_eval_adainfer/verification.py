@@ -6,11 +6,13 @@ nothing with the early-exit engine but the list of blocks. Prompts are random to
 
 from __future__ import annotations
 
+import json
 import logging
+import math
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -105,7 +107,9 @@ class _Plain:
     def __init__(self, lm: AdaInferLM):
         self.lm, self.anatomy = lm, lm.anatomy
         dtypes = {p.dtype for p in lm.model.parameters() if p.is_floating_point()} | {lm.mixed_precision_dtype}
-        self.eps = max(torch.finfo(d).eps for d in dtypes if isinstance(d, torch.dtype))
+        eps = max(torch.finfo(d).eps for d in dtypes if isinstance(d, torch.dtype))
+        # by how much of its size rounding may move a number: at the head, and in every block in its own direction
+        self.rounding = max(2e-6, eps * (1 + self.anatomy.n_blocks**0.5))
 
     @torch.no_grad()
     def _logits(self, tokens: Sequence[int]) -> Tensor:
@@ -154,12 +158,9 @@ class _Plain:
         return found
 
     def allowed(self, logprobs: Tensor) -> float:
-        """How far rounding may move a sum of n positions' log-probabilities ([n, V]).
-
-        1e-4, and of their size 2e-6 in float32 or 8 of the dtype's units of rounding in a coarser one.
-        """
+        """How far rounding may move the sum of n positions' log-probabilities ([n, V]): 1e-4, and by their size."""
         size = logprobs.where(logprobs > -1e4, 0).abs().amax(-1).sum().item()  # some models mask tokens
-        return 1e-4 + max(2e-6, 8 * self.eps) * size
+        return 1e-4 + self.rounding * size
 
     def top(self, logprobs: Tensor) -> int | None:
         """The top token of [V]; None where the second is too near to tell."""
@@ -271,14 +272,14 @@ class _Verifier:
         for a, answer, k in zip(asked, answers, exits, strict=True):
             n = len(a.continuation)
             expected = self.plain.logprobs(a.row, k)[-n:]
-            where = f"of {len(a.context)} + {n} tokens that left after block {k}, the log-probability"
+            where = f"of {n} tokens after {len(a.context)} that left after block {k}"
             total = expected[range(n), list(a.continuation)].sum()
-            tally.number(answer[0], total, self.plain.allowed(expected), where)
+            tally.number(answer[0], total, self.plain.allowed(expected), f"the log-probability {where}")
             tops = [self.plain.top(x) for x in expected]
             # one token that is surely not the top one settles it
             surely = any(top is not None and top != t for top, t in zip(tops, a.continuation, strict=True))
             greedy = False if surely else None if None in tops else True
-            tally.same(answer[1], greedy, f"{where[: -len('log-probability')]}is_greedy flag")
+            tally.same(answer[1], greedy, f"the greedy flag {where}")
         return exits
 
     # ------------------------------------------------------------------ checks
@@ -379,10 +380,10 @@ class _Verifier:
         for together in steps:  # without the decoder's hooks
             for text, k, logits, token in together:
                 expected = self.plain.logprobs(text, k)[-1:]
-                where = f"with {len(together)} rows, of the token at position {len(text)} that left after block {k},"
+                where = f"after {len(text)} tokens, left after block {k} with {len(together)} rows in the batch,"
                 allowed = self.plain.allowed(expected)
-                tally.number(logits.log_softmax(-1), expected[0], allowed, f"{where} a log-probability")
-                tally.same(token, self.plain.top(expected[0]), f"{where} the choice")
+                tally.number(logits.log_softmax(-1), expected[0], allowed, f"a log-probability {where}")
+                tally.same(token, self.plain.top(expected[0]), f"the token {where}")
         layers = {k for together in steps for _, k, *_ in together}
         return tally.finding("generation", f"tokens that left after blocks {_listed(layers)} are as without a cache")
 
@@ -408,7 +409,7 @@ class _Verifier:
         names = stopper.features
         if not names:  # it asks nothing, and leaves after its one block
             return asked[0] if asked else self.n
-        little = 1e-4 + 8 * self.plain.eps  # features are of the order of 1
+        little = 1e-4 + self.plain.rounding  # features are of the order of 1
         moves = torch.diag(torch.tensor([0.0 if name in ("depth", "agreement") else little for name in names]))
         moves = torch.cat([torch.zeros(1, len(names)), moves, -moves])  # depth and agreement are whole numbers
         n = len(moves)
@@ -438,6 +439,9 @@ def verify_model(lm: AdaInferLM, disable_tqdm: bool = False) -> list[Finding]:
     Args:
         lm: The model; its stopper is checked where it has one.
         disable_tqdm: Show no progress.
+
+    Tolerances are 1e-4 plus a share of the log-probabilities' size: 2e-6 in float32, (1 + the root of the number of
+    blocks) units of rounding in a coarser dtype.
 
     Returns:
         A finding per check: ``structure``, ``dense``, ``exits``, ``compaction``, ``prefix``, ``generation`` and, for a
@@ -471,12 +475,21 @@ def render(findings: Sequence[Finding]) -> str:
     missing = [f.check for f in findings if f.status == NOT_SUPPORTED]
     count = sum(f.comparisons for f in findings)
     if failed:
-        verdict = f"FAILED: {', '.join(failed)}; don't trust early exit on this model"
+        verdict = f"FAILED: {', '.join(failed)}: early exit gives other answers than this model"
     else:
         verdict = f"ok: {count} comparisons with plain forwards, none differs" + (
             f" (not supported: {', '.join(missing)})" if missing else ""
         )
     return "\n".join([*lines, "", verdict])
+
+
+def as_json(findings: Sequence[Finding]) -> str:
+    """The findings as a list of objects; an error that is not finite is null, as JSON has no such number."""
+    rows = [asdict(f) for f in findings]
+    for row in rows:
+        if row["largest_error"] is not None and not math.isfinite(row["largest_error"]):
+            row["largest_error"] = None
+    return json.dumps(rows, indent=1) + "\n"
 
 
 def spread(n_blocks: int) -> list[int]:
