@@ -65,6 +65,7 @@ class _Tally:
     skipped: int = 0
     error: float | None = None
     allowed: float = 0.0
+    share: float = 0.0  # error / allowed
     wrong: list[str] = field(default_factory=list)
 
     def number(self, found: Tensor | float, expected: Tensor | float, allowed: float, where: str) -> None:
@@ -73,8 +74,9 @@ class _Tally:
         # masked tokens may be at minus infinity on both sides
         error = torch.where(found == expected, torch.zeros(()), (found - expected).abs()).max().item()
         self.comparisons += 1
-        if self.error is None or not error / allowed <= self.error / self.allowed:
-            self.error, self.allowed = error, allowed
+        share = error / allowed if error == error else math.inf
+        if self.error is None or share > self.share:
+            self.error, self.allowed, self.share = error, allowed, share
         if not error <= allowed:
             self.wrong.append(f"{where} is off by {error:.2g}, with a tolerance of {allowed:.2g}")
 
@@ -319,7 +321,6 @@ class _Verifier:
                 tally.number(found, expected, allowed, f"what norm and head read after block {k}")
             for exit_block in self.compare(tally, self.early(), documents):
                 tally.same(exit_block, k, "the exit block")
-        self.drawn.only = None
         which = f"each of the {self.n} blocks" if len(blocks) == self.n else f"blocks {_listed(blocks)} of {self.n}"
         return tally.finding("exits", f"answers after {which} are the model's without the later ones")
 
@@ -332,8 +333,7 @@ class _Verifier:
         """A batch of rows of different lengths that leave at different blocks."""
         tally = _Tally()
         exits = self.compare(tally, self.early(), self.documents(8))
-        left = sorted(set(exits))
-        return tally.finding("compaction", f"rows of one batch that left after blocks {_listed(left)} answer as alone")
+        return tally.finding("compaction", f"rows of one batch that left after blocks {_listed(exits)} answer as alone")
 
     def prefix(self) -> Finding:
         """Documents with a long common beginning, some of it run once."""
@@ -376,7 +376,6 @@ class _Verifier:
                         decoder.append(chosen, [False] * rows)
                         for text, token in zip(texts, chosen, strict=True):
                             text.append(token)
-        self.drawn.only = None
         for together in steps:  # without the decoder's hooks
             for text, k, logits, token in together:
                 expected = self.plain.logprobs(text, k)[-1:]
@@ -455,6 +454,7 @@ def verify_model(lm: AdaInferLM, disable_tqdm: bool = False) -> list[Finding]:
         checks.append(verifier.stopper)
     findings = []
     for check in tqdm(checks, desc="Verifying", disable=disable_tqdm or lm.rank != 0):
+        verifier.drawn.only = None
         try:
             findings.append(check())
         except torch.OutOfMemoryError:

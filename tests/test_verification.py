@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 
 import pytest
 import torch
@@ -219,9 +220,14 @@ def test_a_tally_by_hand():
         "x", OK, "y: 2 comparisons, largest error 0.5 of 1 allowed; 1 too near to a tie to compare", 2, 1, 0.5, 1.0
     )
     tally.number(torch.nan, 1.0, 1.0, "d")
+    tally.number(1.0, 1.0, 1.0, "after it")
     tally.same(3, 2, "e")
     finding = tally.finding("x", "y")
-    assert finding.status == FAILED and finding.detail.startswith("d is off by nan, with a tolerance of 1 (2 of 4 ")
+    assert (
+        math.isnan(finding.largest_error)
+        and finding.status == FAILED
+        and finding.detail.startswith("d is off by nan, with a tolerance of 1 (2 of 5 ")
+    )
 
 
 # ------------------------------------------------------------------------------------------------ the command
