@@ -65,6 +65,7 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         description="What belongs to `lm_eval --model adainfer`: stoppers are fitted before, runs are compared after.",
         epilog="in order:\n"
+        "  adainfer verify --model_args pretrained=MODEL\n"
         "  adainfer trace  --model_args pretrained=MODEL --tasks TASKS -o traces/\n"
         "  adainfer fit svm traces/ -o svm.stopper\n"
         "  adainfer layers traces/ --stopper svm.stopper\n"
@@ -76,6 +77,20 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"lm-eval-adainfer {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     how = _Help
+
+    verify = commands.add_parser(
+        "verify",
+        formatter_class=how,
+        help="check early exit on your model against plain forwards of it",
+        description="Run a few random prompts through a model, leaving after every block, in batches, with shared "
+        "prefixes and while generating, and compare all answers with plain forwards of the whole model, one row at a "
+        "time. Exit status 0: nothing differs, 1: something does.",
+        epilog="example: adainfer verify --model_args pretrained=adainfer-demo,dtype=float32,stopper=svm",
+    )
+    verify.add_argument("--model_args", "-a", required=True, help="as lm_eval's: pretrained=...,stopper=...,dtype=...")
+    verify.add_argument("--device", help="as lm_eval's: cuda, cpu, ...")
+    verify.add_argument("--json", metavar="FILE", help="write the findings there, too")
+    verify.set_defaults(run=_verify)
 
     trace = commands.add_parser(
         "trace",
@@ -201,6 +216,16 @@ def _influence_parser(commands: Any) -> None:
     influence.set_defaults(run=_influence)
 
 
+def _verify(arguments: argparse.Namespace) -> int:
+    from lm_eval_adainfer import container, verification
+
+    findings = verification.verify_model(load_model(arguments.model_args, arguments.device))
+    print(verification.render(findings))
+    if arguments.json:
+        container.write_atomically(Path(arguments.json), verification.as_json(findings).encode(), "json")
+    return int(any(f.status == verification.FAILED for f in findings))
+
+
 def _influence(arguments: argparse.Namespace) -> None:
     from lm_eval_adainfer import influence, tracing
     from lm_eval_adainfer.strategies import artifact
@@ -307,9 +332,7 @@ def load_model_and_tasks(arguments: argparse.Namespace) -> tuple[Any, dict[str, 
         AdaInferError: On wrong arguments, in the words of whoever found it first.
     """
     from lm_eval.tasks import TaskManager
-    from lm_eval.utils import simple_parse_args_string
 
-    from lm_eval_adainfer.model import AdaInferLM
     from lm_eval_adainfer.registration import install
 
     if arguments.include_path and not Path(arguments.include_path).is_dir():
@@ -317,12 +340,24 @@ def load_model_and_tasks(arguments: argparse.Namespace) -> tuple[Any, dict[str, 
     install()
     manager = TaskManager(include_path=arguments.include_path)
     tasks = load_tasks(manager, [name for name in arguments.tasks.split(",") if name])
-    options: dict[str, Any] = simple_parse_args_string(arguments.model_args)
-    options.setdefault("batch_size", arguments.batch_size)
-    if arguments.device:
-        options["device"] = arguments.device
+    return load_model(arguments.model_args, arguments.device, batch_size=arguments.batch_size), tasks
+
+
+def load_model(model_args: str, device: str | None, **defaults: Any) -> Any:
+    """The model that ``--model_args`` and ``--device`` name.
+
+    Raises:
+        AdaInferError: On wrong arguments, in the words of whoever found it first.
+    """
+    from lm_eval.utils import simple_parse_args_string
+
+    from lm_eval_adainfer.model import AdaInferLM
+
+    options: dict[str, Any] = {**defaults, **simple_parse_args_string(model_args)}
+    if device:
+        options["device"] = device
     try:
-        return AdaInferLM(**options), tasks
+        return AdaInferLM(**options)
     except (AttributeError, OSError, TypeError, ValueError) as error:  # transformers' words for what it can't load
         if isinstance(error, AdaInferError):
             raise

@@ -42,8 +42,8 @@ def write(path: str | Path, what: str, version: int, meta: Mapping[str, Any], ar
     write_atomically(path, data)
 
 
-def write_atomically(path: Path, data: bytes) -> None:
-    """Replace ``path`` by ``data`` in one step."""
+def write_atomically(path: Path, data: bytes, argument: str = "output") -> None:
+    """Replace ``path`` (which ``argument`` named) by ``data`` in one step."""
     temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -57,7 +57,7 @@ def write_atomically(path: Path, data: bytes) -> None:
     except OSError as error:
         if temporary is not None and os.path.exists(temporary):
             os.unlink(temporary)
-        raise AdaInferError(f"output: {path} can't be written: {error.strerror or error}") from None
+        raise AdaInferError(f"{argument}: {path} can't be written: {error.strerror or error}") from None
     except BaseException:
         if temporary is not None and os.path.exists(temporary):
             os.unlink(temporary)
