@@ -8,6 +8,7 @@ leaves the model's forward. The weights and the code of the model stay as they a
 
 from __future__ import annotations
 
+from collections import UserDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers import masking_utils
 
-from lm_eval_adainfer.anatomy import Anatomy, BatchRule, hidden_of, replaced_forward, tolerance, walk, with_hidden
+from lm_eval_adainfer.anatomy import Anatomy, BatchRule, hidden_of, replaced_forward, tolerance, walk
 from lm_eval_adainfer.errors import UnsupportedModelError
 
 if TYPE_CHECKING:
@@ -142,12 +143,21 @@ class ArgumentCutter:
         self.rule, self.batch = rule, batch
         self.rows: Tensor | None = None  # indices into the batch of the rows in flow; None while that is all of them
         self.hidden: Tensor | None = None  # not to be cut: it is compact already
+        self.beside: list[Any] = []  # what blocks hand to later ones besides: compact too
         self._cut: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}  # (id, factor) -> (whole, cut); whole kept alive
 
     def keep(self, rows: Tensor) -> None:
         """Some of the rows in flow (by their place among them) go on."""
         self.rows = rows if self.rows is None else self.rows.to(rows.device)[rows]
         self._cut.clear()
+        for shared in self.beside:
+            if isinstance(shared, UserDict):  # keys and values that later blocks read (Gemma 4)
+                shared.update({key: self.of_rows(value, rows) for key, value in shared.items()})
+
+    @staticmethod
+    def of_rows(value: Any, rows: Tensor) -> Any:
+        """What a block made for the rows in flow, for some of them."""
+        return walk(value, lambda path, x: x.index_select(0, rows.to(x.device)))
 
     def cut(self, k: int, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         """Block k's arguments."""
@@ -155,7 +165,7 @@ class ArgumentCutter:
         return tuple(new_args), new_kwargs
 
     def _select(self, k: int, path: str, value: Tensor) -> Tensor:
-        if value is self.hidden:
+        if value is self.hidden or any(value is x for x in self.beside):
             return value
         key = (id(value), self.rule.factors.get((k, path), -1))
         if key not in self._cut:  # blocks share most arguments: cut each once, until rows leave again
@@ -170,6 +180,7 @@ class _Run:
     def __init__(self, anatomy: Anatomy, batch: int, after_block: AfterBlock, prefix: Continued | None):
         self.anatomy, self.after_block, self.prefix = anatomy, after_block, prefix
         self.cutter = ArgumentCutter(anatomy.batch_rule if prefix is None else prefix.rule, batch)
+        self.beside: tuple = ()  # what the last block returned besides hidden states
         self.paused = False  # while the prefix runs the same blocks
         self.before: Tensor | None = None
         self.parts: dict[str, Tensor] = {}
@@ -186,6 +197,7 @@ class _Run:
             finally:
                 self.paused = False
         self.before = self.cutter.hidden = args[0] if args else kwargs["hidden_states"]
+        self.cutter.beside = [*self.beside, *(x for x in kwargs.values() if isinstance(x, UserDict))]
         return (args, kwargs) if self.cutter.rows is None else self.cutter.cut(k, args, kwargs)
 
     def part_hook(self, which: str, output: Any) -> None:
@@ -203,6 +215,7 @@ class _Run:
         hidden = hidden_of(output)
         keep = self.after_block(BlockState(k, hidden, self.before, self.parts, self.parts_before))
         self.parts_before, self.parts = self.parts, {}
+        self.beside = () if isinstance(output, Tensor) else output[1:]
         if keep is None:
             return output
         if keep.numel() == 0:
@@ -212,7 +225,8 @@ class _Run:
         keep = keep.to(hidden.device)
         self.cutter.keep(keep)
         self.parts_before = {name: x[keep.to(x.device)] for name, x in self.parts_before.items()}
-        return with_hidden(output, hidden[keep])
+        self.beside = self.cutter.of_rows(self.beside, keep)
+        return hidden[keep] if isinstance(output, Tensor) else (hidden[keep], *self.beside)
 
 
 @torch.no_grad()
