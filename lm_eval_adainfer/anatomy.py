@@ -92,6 +92,7 @@ class Anatomy:
         attention_width: Per block, heads x head size (0 where there is no attention module).
         whole_weights: ``block_weights`` before blocks were taken out of the model (``dropping``); the dense model's.
         whole_widths: ``attention_width`` before that.
+        tail: What leads from a block's output to the head: final norm, and a projection where there is one.
         batch_rule: How the blocks' arguments follow the batch.
         blocks_return_tuples: Whether a block returns a tuple (hidden states first) or a tensor.
     """
@@ -165,7 +166,7 @@ class Anatomy:
             (holders[i][1], x) for i, _, o in reversed(calls) if i in holders and (x := _last_hidden(o)) is not None
         )
         self._base = base
-        self._tail = self._chain(last, end, [(children[i], a, o) for i, a, o in calls if i in children])
+        self.tail = self._chain(last, end, [(children[i], a, o) for i, a, o in calls if i in children])
         self.vocab_size = int(logits.shape[-1])
         self.hidden_size = int(end.shape[-1])
         self.blocks_return_tuples = not all(isinstance(o, Tensor) for i, _, o in calls if i in number)
@@ -284,7 +285,7 @@ class Anatomy:
             [n, V] (or [n, C]) logits in the model's dtype.
         """
         x = hidden.unsqueeze(1)
-        for module in self._tail:
+        for module in self.tail:
             x = module(x)
         stub = _HeadInput(last_hidden_state=x)
         ids = torch.zeros(x.shape[0], 1, dtype=torch.long, device=x.device)
@@ -298,7 +299,7 @@ class Anatomy:
     def keep_head_loaded(self) -> None:
         """Load the final norm and the head for good where accelerate offloads them: every check reads them."""
         head = self.model.get_output_embeddings()
-        for module in (m for part in (*self._tail, head) if part is not None for m in part.modules()):
+        for module in (m for part in (*self.tail, head) if part is not None for m in part.modules()):
             hook: Any = getattr(module, "_hf_hook", None)
             if getattr(hook, "offload", False):
                 hook.pre_forward(module)

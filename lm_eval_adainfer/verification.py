@@ -1,0 +1,501 @@
+"""Checks on a user's own model: what early exit answers against a plain forward of the whole model, row by row.
+
+The reference is slow and obvious: one row at a time, without a cache, blocks k+1..L handing on what they get. It shares
+nothing with the early-exit engine but the list of blocks. Prompts are random tokens, so any tokenizer will do.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from lm_eval_adainfer import features
+from lm_eval_adainfer.anatomy import hidden_of, with_hidden
+from lm_eval_adainfer.errors import AdaInferError, UnsupportedModelError
+from lm_eval_adainfer.forward import BlockState
+from lm_eval_adainfer.generation import Decoder, prepare
+from lm_eval_adainfer.model import AdaInferLM
+from lm_eval_adainfer.strategies.base import Schedule, Stopper
+
+OK, NOT_SUPPORTED, FAILED = "ok", "not supported", "FAILED"
+_LONGEST = 40  # tokens of a prompt and what follows it
+_MOST_BLOCKS = 8  # after which answers are compared one block at a time
+_BATCH = 16
+_NEW_TOKENS = 6
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What one check found.
+
+    Attributes:
+        check: Its name.
+        status: ``ok``, ``not supported`` (early exit does without, or says so in one sentence) or ``FAILED``.
+        detail: A sentence.
+        comparisons: How many answers, exits or positions were compared with the reference.
+        skipped: How many were left out, as the reference itself is nearer to a tie than rounding allows to decide.
+        largest_error: The largest difference of log-probabilities (nats); None where none was compared.
+        tolerance: What was allowed there.
+    """
+
+    check: str
+    status: str
+    detail: str
+    comparisons: int = 0
+    skipped: int = 0
+    largest_error: float | None = None
+    tolerance: float | None = None
+
+
+@dataclass
+class _Tally:
+    """Counts comparisons of one check, and keeps the worst."""
+
+    comparisons: int = 0
+    skipped: int = 0
+    error: float | None = None
+    allowed: float = 0.0
+    wrong: list[str] = field(default_factory=list)
+
+    def number(self, found: Tensor | float, expected: Tensor | float, allowed: float, where: str) -> None:
+        """Two numbers, or two tensors of them, that may differ by ``allowed``; NaN never passes."""
+        found, expected = (torch.as_tensor(x).detach().float().cpu() for x in (found, expected))
+        # masked tokens may be at minus infinity on both sides
+        error = torch.where(found == expected, torch.zeros(()), (found - expected).abs()).max().item()
+        self.comparisons += 1
+        if self.error is None or not error / allowed <= self.error / self.allowed:
+            self.error, self.allowed = error, allowed
+        if not error <= allowed:
+            self.wrong.append(f"{where} is off by {error:.2g}, with a tolerance of {allowed:.2g}")
+
+    def same(self, found: Any, expected: Any, where: str) -> None:
+        """Two things that have to be equal; ``expected`` None: too near to a tie to tell."""
+        if expected is None:
+            self.skipped += 1
+            return
+        self.comparisons += 1
+        if found != expected:
+            self.wrong.append(f"{where} is {found}, not {expected}")
+
+    def finding(self, check: str, detail: str, status: str = OK) -> Finding:
+        """The check's finding; ``detail`` says what was compared."""
+        if self.wrong:
+            many = f" ({len(self.wrong)} of {self.comparisons} comparisons differ)" if len(self.wrong) > 1 else ""
+            status, detail = FAILED, f"{self.wrong[0]}{many}"
+        else:
+            error = "" if self.error is None else f", largest error {self.error:.2g} of {self.allowed:.2g} allowed"
+            detail += f": {self.comparisons} comparisons{error}"
+        if self.skipped:
+            detail += f"; {self.skipped} too near to a tie to compare"
+        allowed = None if self.error is None else self.allowed
+        return Finding(check, status, detail, self.comparisons, self.skipped, self.error, allowed)
+
+
+class _Plain:
+    """The reference: plain forwards of the whole model, a row at a time."""
+
+    def __init__(self, lm: AdaInferLM):
+        self.lm, self.anatomy = lm, lm.anatomy
+        dtypes = {p.dtype for p in lm.model.parameters() if p.is_floating_point()} | {lm.mixed_precision_dtype}
+        self.eps = max(torch.finfo(d).eps for d in dtypes if isinstance(d, torch.dtype))
+
+    @torch.no_grad()
+    def _logits(self, tokens: Sequence[int]) -> Tensor:
+        """[S, V], float32."""
+        ids = torch.tensor([list(tokens)], device=self.anatomy.input_device)
+        with self.lm._autocast():
+            return self.anatomy.model(input_ids=ids, use_cache=False).logits[0].float().cpu()
+
+    def logprobs(self, tokens: Sequence[int], k: int) -> Tensor:
+        """[S, V] log-probabilities of one row after block k: what comes behind it hands on what it gets."""
+
+        def hand_on(module: Any, args: tuple, kwargs: dict, output: Any) -> Any:
+            return with_hidden(output, args[0] if args else kwargs["hidden_states"])
+
+        handles = [b.register_forward_hook(hand_on, with_kwargs=True) for b in self.anatomy.blocks[k:]]
+        try:
+            return self._logits(tokens).log_softmax(-1)
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def states(self, tokens: Sequence[int], parts: Sequence[str] = ()) -> list[BlockState]:
+        """Every block's input and output ([1, S, h]) for one row, and these parts' outputs."""
+        found: list[BlockState] = []
+        now: dict[str, Tensor] = {}
+
+        def part(which: str, output: Any) -> None:  # cloned: some families add to it in place
+            now[which] = hidden_of(output).reshape(1, len(tokens), -1).clone()
+
+        def block(module: Any, args: tuple, kwargs: dict, output: Any) -> None:
+            given = args[0] if args else kwargs["hidden_states"]
+            before, earlier = (found[-1].hidden, found[-1].parts) if found else (given, {})
+            found.append(BlockState(len(found) + 1, hidden_of(output).clone(), before, dict(now), earlier))
+
+        handles = []
+        try:
+            for b in self.anatomy.blocks:
+                for which in parts:
+                    of = self.anatomy.part(b, which)
+                    handles.append(of.register_forward_hook(lambda m, args, output, w=which: part(w, output)))
+                handles.append(b.register_forward_hook(block, with_kwargs=True))
+            self._logits(tokens)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return found
+
+    def allowed(self, logprobs: Tensor) -> float:
+        """How far rounding may move a sum of n positions' log-probabilities ([n, V]).
+
+        1e-4, and of their size 2e-6 in float32 or 8 of the dtype's units of rounding in a coarser one.
+        """
+        size = logprobs.where(logprobs > -1e4, 0).abs().amax(-1).sum().item()  # some models mask tokens
+        return 1e-4 + max(2e-6, 8 * self.eps) * size
+
+    def top(self, logprobs: Tensor) -> int | None:
+        """The top token of [V]; None where the second is too near to tell."""
+        best = logprobs.topk(2)
+        near = not (best.values[0] - best.values[1]).item() > 2 * self.allowed(logprobs[None])
+        return None if near else int(best.indices[0])
+
+
+class _Drawn(Stopper):
+    """Leaves after a drawn block, each as likely as any other; or, where ``only`` is set, after that one."""
+
+    kind = "drawn"
+    features = ("cos_hidden",)  # it has to be asked, and this reads no head
+
+    def __init__(self) -> None:
+        self.only: int | None = None
+        self.generator = torch.Generator().manual_seed(0)
+        self.n_blocks = 0
+
+    def bind(self, n_blocks: int) -> None:
+        """Any number of blocks is fine."""
+        self.n_blocks = n_blocks
+
+    def margin(self, block: int, values: Tensor, memory: Tensor | None = None) -> Tensor:
+        """Positive with probability 1 / (blocks left), so that every block is as likely; or at ``only``."""
+        if self.only is not None:
+            return torch.full((len(values),), 1.0 if block == self.only else -1.0, device=values.device)
+        drawn = torch.rand(len(values), generator=self.generator)
+        return (1 / (self.n_blocks - block + 1) - drawn).to(values.device)
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """One request of a document: a context and a continuation, in tokens."""
+
+    context: tuple[int, ...]
+    continuation: tuple[int, ...]
+
+    @property
+    def row(self) -> tuple[int, ...]:
+        """What the model reads."""
+        return self.context + self.continuation[:-1]
+
+
+class _Verifier:
+    """The checks, and what they share."""
+
+    def __init__(self, lm: AdaInferLM):
+        self.lm, self.anatomy, self.plain = lm, lm.anatomy, _Plain(lm)
+        self.n = lm.anatomy.n_blocks
+        self.random = random.Random(0)
+        self.window = min(_LONGEST, lm.max_length, lm.anatomy.fixed_positions or _LONGEST)
+        embedded = int(lm.model.get_input_embeddings().weight.shape[0])
+        known = range(min(embedded, len(lm.tokenizer)))
+        special = set(lm.tokenizer.all_special_ids)  # an image's, say, stands for more than a token
+        self.vocabulary = [t for t in known if t not in special] or list(known)
+        self.drawn = _Drawn()
+        self._early: dict[int, AdaInferLM] = {}
+
+    # ------------------------------------------------------------------ what is asked
+    def tokens(self, length: int) -> tuple[int, ...]:
+        """Random ones."""
+        return tuple(self.random.choices(self.vocabulary, k=length))
+
+    def document(self, length: int, beginning: Sequence[int] = (), at: int | None = None) -> list[_Asked]:
+        """Requests with one context of ``length`` tokens: a few random tokens, and the top token after block ``at``."""
+        context = (*beginning, *self.tokens(length - len(beginning)))
+        top = int(self.plain.logprobs(context, at or self.n)[-1].argmax())
+        few = max(1, min(3, self.window - length))
+        return [_Asked(context, self.tokens(few)), _Asked(context, (top,))]
+
+    def documents(self, count: int) -> list[list[_Asked]]:
+        """Some of all lengths, in random order."""
+        longest = max(1, min(16, self.window - 3))
+        lengths = [1 + (longest - 1) * n // max(1, count - 1) for n in range(count)]
+        return [self.document(length) for length in self.random.sample(lengths, count)]
+
+    def with_stopper(self, stopper: Any, prefix_cache: int = 0) -> AdaInferLM:
+        """The same model, with another stopper."""
+        lm = self.lm
+        with _quiet("lm_eval.models.huggingface"):  # it warns of model objects
+            return AdaInferLM(
+                pretrained=lm.model,
+                tokenizer=lm.tokenizer,
+                stopper=stopper,
+                prefix_cache=prefix_cache,
+                max_length=lm.max_length,
+                softmax_dtype=lm.softmax_dtype,
+                mixed_precision_dtype=lm.mixed_precision_dtype,
+                prefix_token_id=lm.prefix_token_id,
+            )
+
+    def early(self, prefix_cache: int = 0) -> AdaInferLM:
+        """The same model, leaving where ``self.drawn`` says."""
+        if prefix_cache not in self._early:
+            self._early[prefix_cache] = self.with_stopper(self.drawn, prefix_cache)
+        return self._early[prefix_cache]
+
+    def compare(self, tally: _Tally, lm: AdaInferLM, documents: Sequence[Sequence[_Asked]]) -> list[int]:
+        """Ask for all log-probabilities in one call, and compare each with its row's alone, at the block it names.
+
+        Returns:
+            The exit block of every request.
+        """
+        asked = [request for document in documents for request in document]
+        requests: list[Any] = [(None, list(a.context), list(a.continuation)) for a in asked]
+        answers = lm._loglikelihood_tokens(requests, disable_tqdm=True, override_bs=_BATCH)
+        exits = [int(answer.trace.exit_layer) for answer in answers]
+        for a, answer, k in zip(asked, answers, exits, strict=True):
+            n = len(a.continuation)
+            expected = self.plain.logprobs(a.row, k)[-n:]
+            where = f"of {len(a.context)} + {n} tokens that left after block {k}, the log-probability"
+            total = expected[range(n), list(a.continuation)].sum()
+            tally.number(answer[0], total, self.plain.allowed(expected), where)
+            tops = [self.plain.top(x) for x in expected]
+            # one token that is surely not the top one settles it
+            surely = any(top is not None and top != t for top, t in zip(tops, a.continuation, strict=True))
+            greedy = False if surely else None if None in tops else True
+            tally.same(answer[1], greedy, f"{where[: -len('log-probability')]}is_greedy flag")
+        return exits
+
+    # ------------------------------------------------------------------ checks
+    def structure(self) -> Finding:
+        """What the model was found to be made of."""
+        a, parameters = self.anatomy, list(self.lm.model.parameters())
+        dtypes = sorted({str(p.dtype).removeprefix("torch.") for p in parameters})
+        autocast = self.lm.mixed_precision_dtype
+        head = a.model.get_output_embeddings()
+        chain = [type(m).__name__ for m in a.tail] + ["the model's own head" if head is None else type(head).__name__]
+        blocks = ", ".join(sorted({type(b).__name__ for b in a.blocks}))
+        return Finding(
+            "structure",
+            OK,
+            f"{a.name}: {a.n_blocks} blocks ({blocks}), hidden size {a.block_hidden_size}, vocabulary {a.vocab_size}, "
+            f"{'+'.join(dtypes)}{'' if autocast is None else f' under {autocast}'}, on "
+            f"{'+'.join(sorted({str(p.device) for p in parameters}))}; a block is read through {' -> '.join(chain)}",
+        )
+
+    def dense(self) -> Finding:
+        """stopper=none against the plain forward."""
+        tally, lm = _Tally(), self.lm if self.lm.stopper.kind == "none" else self.with_stopper("none")
+        for k in self.compare(tally, lm, self.documents(4)):
+            tally.same(k, self.n, "the exit block under stopper=none")
+        return tally.finding("dense", "log-probabilities and greedy flags are the plain forward's")
+
+    def exits(self) -> Finding:
+        """One block at a time: what is read after it, and what documents that leave there get."""
+        tally, blocks = _Tally(), spread(self.n)
+        for k in blocks:
+            self.drawn.only = k
+            documents = [self.document(length, at=k) for length in (1, max(1, min(9, self.window - 3)))]
+            for request in (document[0] for document in documents):
+                expected = self.plain.logprobs(request.row, k)
+                found = self.anatomy_logprobs(self.plain.states(request.row)[k - 1].hidden[0])
+                allowed = max(self.plain.allowed(x[None]) for x in expected)
+                tally.number(found, expected, allowed, f"what norm and head read after block {k}")
+            for exit_block in self.compare(tally, self.early(), documents):
+                tally.same(exit_block, k, "the exit block")
+        self.drawn.only = None
+        which = f"each of the {self.n} blocks" if len(blocks) == self.n else f"blocks {_listed(blocks)} of {self.n}"
+        return tally.finding("exits", f"answers after {which} are the model's without the later ones")
+
+    def anatomy_logprobs(self, hidden: Tensor) -> Tensor:
+        """[n, V] log-probabilities that the engine reads from hidden states [n, h]."""
+        with self.lm._autocast():
+            return self.anatomy.logits(hidden).float().cpu().log_softmax(-1)
+
+    def compaction(self) -> Finding:
+        """A batch of rows of different lengths that leave at different blocks."""
+        tally = _Tally()
+        exits = self.compare(tally, self.early(), self.documents(8))
+        left = sorted(set(exits))
+        return tally.finding("compaction", f"rows of one batch that left after blocks {_listed(left)} answer as alone")
+
+    def prefix(self) -> Finding:
+        """Documents with a long common beginning, some of it run once."""
+        tally, lm = _Tally(), self.early(prefix_cache=4096)
+        beginning = self.tokens(max(1, self.window - 10))
+        lengths = [len(beginning) + n for n in (1, 3, 6, 2, 4, 5)]
+        documents = [self.document(min(n, self.window - 1), beginning[: self.window - 2]) for n in lengths]
+        before = lm.totals()["block_tokens_counted"]
+        exits = self.compare(tally, lm, documents)
+        ran = lm.totals()["block_tokens_counted"] - before
+        asked = [request for document in documents for request in document]
+        whole = sum({a.row: k * len(a.row) for a, k in zip(asked, exits, strict=True)}.values())
+        if ran >= whole:
+            return tally.finding("prefix", "not used, every prompt is run whole", NOT_SUPPORTED)
+        return tally.finding("prefix", f"what prompts share was run once ({ran} of {whole} tokens x blocks)")
+
+    def generation(self) -> Finding:
+        """Greedy decoding, token by token at drawn blocks, against the whole prefix without a cache."""
+        tally, steps, anatomy = _Tally(), [], self.anatomy
+        with self.lm._autocast():
+            try:
+                windows = prepare(anatomy)
+            except UnsupportedModelError as error:
+                return Finding("generation", NOT_SUPPORTED, str(error))
+            self.drawn.bind(self.n)
+            schedule = Schedule(self.n, self.drawn)
+            new = max(1, min(_NEW_TOKENS, self.window - 1))
+            longest = max(1, min(12, self.window - new))
+            for rows in (1, 4):
+                texts = [list(self.tokens(1 + (longest - 1) * (n + 1) // rows)) for n in range(rows)]
+                decoder = Decoder(anatomy, self.drawn, schedule, windows, texts, new)
+                with decoder.attached():
+                    for step in range(1, new + 1):
+                        # the last tokens go through all blocks, so whatever earlier ones left out is filled in
+                        self.drawn.only = self.n if step == new else None
+                        logits = decoder.step()
+                        chosen = logits.argmax(-1).tolist()
+                        steps.append([(list(text), decoder.results[n].layers[-1], logits[n].float().cpu(), chosen[n])
+                                      for n, text in enumerate(texts)])  # fmt: skip
+                        decoder.append(chosen, [False] * rows)
+                        for text, token in zip(texts, chosen, strict=True):
+                            text.append(token)
+        self.drawn.only = None
+        for together in steps:  # without the decoder's hooks
+            for text, k, logits, token in together:
+                expected = self.plain.logprobs(text, k)[-1:]
+                where = f"with {len(together)} rows, of the token at position {len(text)} that left after block {k},"
+                allowed = self.plain.allowed(expected)
+                tally.number(logits.log_softmax(-1), expected[0], allowed, f"{where} a log-probability")
+                tally.same(token, self.plain.top(expected[0]), f"{where} the choice")
+        layers = {k for together in steps for _, k, *_ in together}
+        return tally.finding("generation", f"tokens that left after blocks {_listed(layers)} are as without a cache")
+
+    def stopper(self) -> Finding:
+        """The stopper's exits against the stopper asked block by block, of one context at a time."""
+        tally, documents = _Tally(), self.documents(8)
+        exits = self.compare(tally, self.lm, documents)
+        for document, k in zip(documents, exits[:: len(documents[0])], strict=True):
+            context = document[0].context
+            with torch.no_grad(), self.lm._autocast():
+                expected = self.naive_exit(context)
+            tally.same(k, expected, f"the exit block of a context of {len(context)} tokens")
+        return tally.finding(
+            "stopper", f"{self.lm.stopper.kind} leaves after blocks {_listed(exits)} as when asked alone"
+        )
+
+    def naive_exit(self, context: Sequence[int]) -> int | None:
+        """The first asked block at which the stopper says stop; None where rounding could change that.
+
+        It is asked about its features as they are, and with each of them a little larger and a little smaller.
+        """
+        stopper, anatomy, asked = self.lm.stopper, self.anatomy, self.lm.schedule.blocks
+        names = stopper.features
+        if not names:  # it asks nothing, and leaves after its one block
+            return asked[0] if asked else self.n
+        little = 1e-4 + 8 * self.plain.eps  # features are of the order of 1
+        moves = torch.diag(torch.tensor([0.0 if name in ("depth", "agreement") else little for name in names]))
+        moves = torch.cat([torch.zeros(1, len(names)), moves, -moves])  # depth and agreement are whole numbers
+        n = len(moves)
+        carried = torch.zeros(n, stopper.carries) if stopper.carries else None
+        for state in self.plain.states(context, features.needed_parts(names)):
+            if state.block not in asked:
+                continue
+            logits = anatomy.logits(state.hidden[:, -1])
+            if features.needs_past(names) and self.plain.top(logits[0].float().cpu().log_softmax(-1)) is None:
+                return None
+            device = state.hidden.device
+            carried = None if carried is None else carried.to(device)
+            rows, last = torch.zeros(n, dtype=torch.long, device=device), len(context) - 1
+            seen = features.observe(names, state, rows, rows + last, logits.expand(n, -1), self.n, carried)
+            values = features.compute(names, seen)
+            stops = (stopper.ask(seen, values + moves.to(values.device), carried) > 0).tolist()
+            if any(stops):
+                return state.block if all(stops) else None
+        return self.n
+
+
+def verify_model(lm: AdaInferLM, disable_tqdm: bool = False) -> list[Finding]:
+    """Check early exit on this model against plain forwards of it, on a few random prompts of up to 40 tokens.
+
+    Works with any tokenizer and vocabulary. The model's totals (``lm.totals()``) count these forwards too.
+
+    Args:
+        lm: The model; its stopper is checked where it has one.
+        disable_tqdm: Show no progress.
+
+    Returns:
+        A finding per check: ``structure``, ``dense``, ``exits``, ``compaction``, ``prefix``, ``generation`` and, for a
+        stopper other than ``none``, ``stopper``. Whatever goes wrong in a check is its finding.
+    """
+    verifier = _Verifier(lm)
+    checks: list[Callable[[], Finding]] = [
+        verifier.structure, verifier.dense, verifier.exits, verifier.compaction, verifier.prefix, verifier.generation,
+    ]  # fmt: skip
+    if lm.stopper.kind != "none":
+        checks.append(verifier.stopper)
+    findings = []
+    for check in tqdm(checks, desc="Verifying", disable=disable_tqdm or lm.rank != 0):
+        try:
+            findings.append(check())
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # a model that fails here is what is looked for
+            said = str(error).splitlines()[0] if str(error) else ""
+            what = said if isinstance(error, AdaInferError) else f"{type(error).__name__}: {said}"
+            findings.append(Finding(check.__name__, FAILED, f"it ended with an error ({what})"))
+    return findings
+
+
+def render(findings: Sequence[Finding]) -> str:
+    """A table of the findings, and the verdict."""
+    width = max(len(f.check) for f in findings)
+    lines = [f"{'check':{width}}  {'result':13}  detail"]
+    lines += [f"{f.check:{width}}  {f.status:13}  {f.detail}" for f in findings]
+    failed = [f.check for f in findings if f.status == FAILED]
+    missing = [f.check for f in findings if f.status == NOT_SUPPORTED]
+    count = sum(f.comparisons for f in findings)
+    if failed:
+        verdict = f"FAILED: {', '.join(failed)}; don't trust early exit on this model"
+    else:
+        verdict = f"ok: {count} comparisons with plain forwards, none differs" + (
+            f" (not supported: {', '.join(missing)})" if missing else ""
+        )
+    return "\n".join([*lines, "", verdict])
+
+
+def spread(n_blocks: int) -> list[int]:
+    """Block numbers from 1 to L, all or a spread selection with both ends."""
+    most = min(n_blocks, _MOST_BLOCKS)
+    return sorted({1 + round(i * (n_blocks - 1) / max(1, most - 1)) for i in range(most)})
+
+
+def _listed(blocks: Iterable[int]) -> str:
+    return ", ".join(map(str, sorted(set(blocks))))
+
+
+@contextmanager
+def _quiet(name: str) -> Iterator[None]:
+    """A logger's warnings are left out."""
+    logger = logging.getLogger(name)
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
