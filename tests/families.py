@@ -1,14 +1,11 @@
 """Tiny configurations of the decoder-only families of transformers, and the ones that are refused.
 
-Every family that a test builds is here, once. ``python -m tests.test_families`` has the page of what works made of them.
+Every family that a test builds is here, once; ``test_families.py`` says what works with each.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
-
-from lm_eval_adainfer.errors import AdaInferError
+from typing import Any
 
 _LLAMA_LIKE = {
     "hidden_size": 32,
@@ -41,8 +38,7 @@ _BART_LIKE = {"d_model": 32, "decoder_layers": 5, "decoder_attention_heads": 4, 
 SUPPORTED: dict[str, tuple[str, dict[str, Any]]] = {
     # attention and a feed-forward part, in one form or another
     "llama": ("llama", _LLAMA_LIKE),
-    "llama-odd-heads": ("llama", {**_LLAMA_LIKE, "hidden_size": 36, "num_attention_heads": 5, "num_key_value_heads": 1,
-                                  "head_dim": 6}),
+    "llama-odd-heads": ("llama", {**_LLAMA_LIKE, "hidden_size": 36, "head_dim": 10}),
     "llama-tied": ("llama", {**_LLAMA_LIKE, "tie_word_embeddings": True}),
     "mistral": ("mistral", {**_LLAMA_LIKE, "sliding_window": 4}),
     "ministral": ("ministral", _SLIDING),
@@ -98,7 +94,7 @@ SUPPORTED: dict[str, tuple[str, dict[str, Any]]] = {
     "arcee": ("arcee", _HEADS),
     "apertus": ("apertus", _LLAMA_LIKE),
     "ernie4_5": ("ernie4_5", _HEADS),
-    "exaone4": ("exaone4", {**_SLIDING, "sliding_window_pattern": "LLG"}),
+    "exaone4": ("exaone4", {**_SLIDING, "sliding_window_pattern": 3}),
     "helium": ("helium", _HEADS),
     "hunyuan_v1_dense": ("hunyuan_v1_dense", _HEADS),
     "seed_oss": ("seed_oss", _HEADS),
@@ -110,7 +106,7 @@ SUPPORTED: dict[str, tuple[str, dict[str, Any]]] = {
     "minicpm3": ("minicpm3", _LATENT),
     "nanochat": ("nanochat", _HEADS),
     "bitnet": ("bitnet", _LLAMA_LIKE),
-    "modernbert-decoder": ("modernbert-decoder", {**_BERT_LIKE, "local_attention": 8}),
+    "modernbert-decoder": ("modernbert-decoder", {**_BERT_LIKE, "local_attention": 8, "pad_token_id": 0}),
     "ctrl": ("ctrl", {"n_embd": 32, "dff": 48, "n_layer": 5, "n_head": 4, "n_positions": 128}),
     "bert-decoder": ("bert", {**_BERT_LIKE, "is_decoder": True}),
     # experts
@@ -146,8 +142,8 @@ SUPPORTED: dict[str, tuple[str, dict[str, Any]]] = {
     "deepseek_v32": ("deepseek_v32", {**_LATENT_MOE, "index_n_heads": 16, "index_head_dim": 16, "index_topk": 6}),
     "glm_moe_dsa": ("glm_moe_dsa", {**_LATENT_MOE, "index_n_heads": 16, "index_head_dim": 16, "index_topk": 6}),
     # the text part of models that see or hear
-    "mllama": ("mllama_text_model", {**_LLAMA_LIKE, "num_hidden_layers": 6, "cross_attention_layers": [1]}),
-    "emu3": ("emu3_text_model", {**_LLAMA_LIKE, "pad_token_id": 0}),
+    "mllama": ("mllama", {"text_config": {**_LLAMA_LIKE, "num_hidden_layers": 6, "cross_attention_layers": [1]}}),
+    "emu3": ("emu3", {"text_config": {**_LLAMA_LIKE, "pad_token_id": 0}}),
     "gemma3-images": ("gemma3", {"text_config": _SLIDING, "vision_config": _VISION, "mm_tokens_per_image": 4}),
     "mistral3-images": ("mistral3", {"text_config": {**_HEADS, "model_type": "mistral"},
                                      "vision_config": {**_VISION, "head_dim": 8, "model_type": "pixtral"}}),
@@ -168,6 +164,8 @@ SUPPORTED: dict[str, tuple[str, dict[str, Any]]] = {
     "mamba2": ("mamba2", {"hidden_size": 32, "num_hidden_layers": 5, "num_heads": 4, "head_dim": 16, "state_size": 8,
                           "n_groups": 1}),
     "falcon_mamba": ("falcon_mamba", {"hidden_size": 32, "num_hidden_layers": 5, "state_size": 8}),
+    "xlstm": ("xlstm", {"hidden_size": 32, "num_hidden_layers": 5, "num_heads": 4, "qk_dim_factor": 1.0,
+                        "chunk_size": 16}),
     "rwkv": ("rwkv", {"hidden_size": 32, "num_hidden_layers": 5, "attention_hidden_size": 32,
                       "context_length": 128}),
     "recurrent_gemma": ("recurrent_gemma", {**_LLAMA_LIKE, "lru_width": 32, "attention_window_size": 16,
@@ -177,7 +175,7 @@ SUPPORTED: dict[str, tuple[str, dict[str, Any]]] = {
                         "mamba_d_state": 8, "mamba_dt_rank": 4, "use_mamba_kernels": False, "pad_token_id": 0}),
     "zamba2": ("zamba2", {**_LLAMA_LIKE, "num_key_value_heads": 4, "attention_head_dim": 16, "mamba_d_state": 8,
                           "mamba_headdim": 16, "n_mamba_heads": 4, "mamba_ngroups": 1, "adapter_rank": 4,
-                          "layer_types": ["mamba", "hybrid", "mamba", "hybrid", "mamba"], "use_mem_eff_path": False}),
+                          "hybrid_layer_ids": [1, 3], "num_mem_blocks": 1, "layer_types": ["mamba", "hybrid", "mamba", "hybrid", "mamba"], "use_mem_eff_path": False}),
     "falcon_h1": ("falcon_h1", {**_HEADS, **_MAMBA2, "mamba_d_ssm": 64}),
     "granitemoehybrid": ("granitemoehybrid", {**_LLAMA_LIKE, **_MAMBA2, "num_local_experts": 4,
                                               "num_experts_per_tok": 2, "shared_intermediate_size": 16,
@@ -198,10 +196,29 @@ SUPPORTED: dict[str, tuple[str, dict[str, Any]]] = {
 }  # fmt: skip
 
 
-class Refusal(NamedTuple):
-    """A family that is refused: the config, and what the one sentence says."""
-
-    kind: str
-    values: dict[str, Any]
-    sentence: str
-    error: type[AdaInferError]
+# name -> (model_type, config, what the one sentence says)
+REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
+    "bert": ("bert", _BERT_LIKE, "its tokens see later ones, so it is no decoder"),
+    "roberta": ("roberta", {**_BERT_LIKE, "pad_token_id": 0}, "its tokens see later ones, so it is no decoder"),
+    "electra": ("electra", _BERT_LIKE, "its tokens see later ones, so it is no decoder"),
+    "bart": ("bart", _BART_LIKE, "if it is a decoder, pass backend=causal"),
+    "pegasus": ("pegasus", _BART_LIKE, "if it is a decoder, pass backend=causal"),
+    "gemma3n": ("gemma3n_text", {**_SLIDING, "num_kv_shared_layers": 0, "hidden_size_per_layer_input": 8,
+                                 "vocab_size_per_layer_input": 257, "laurel_rank": 4,
+                                 "activation_sparsity_pattern": [0.0] * 5}, "hand on several hidden states per token"),
+    "deepseek_v4": ("deepseek_v4", {**_LATENT_MOE, "head_dim": 16, "o_lora_rank": 8, "o_groups": 2,
+                                    "index_n_heads": 2, "index_head_dim": 16, "index_topk": 4, "sliding_window": 4},
+                    "hand on several hidden states per token"),
+    "hy_v4": ("hy_v4", {}, "hand on several hidden states per token"),
+    "hrm_text": ("hrm_text", {}, "do not run once each"),
+    "inkling2": ("inkling2_text", {}, "its final norm is not a chain of modules after the last block"),
+    "cpmant": ("cpmant", {"hidden_size": 32, "num_attention_heads": 4, "dim_head": 8, "dim_ff": 48,
+                          "num_hidden_layers": 5, "prompt_length": 4, "prompt_types": 4, "segment_types": 4},
+               "its final norm is not a chain of modules after the last block"),
+    "xlnet": ("xlnet", {"d_model": 32, "n_layer": 5, "n_head": 4, "d_inner": 48},
+              "its final norm is not a chain of modules after the last block"),
+    "prophetnet": ("prophetnet", {"hidden_size": 32, "num_decoder_layers": 5, "num_decoder_attention_heads": 4,
+                                  "decoder_ffn_dim": 48, "num_encoder_layers": 1, "num_encoder_attention_heads": 4,
+                                  "encoder_ffn_dim": 48, "ngram": 2}, "XX"),
+    "xlm": ("xlm", {"emb_dim": 32, "n_layers": 5, "n_heads": 4, "causal": True}, "do not run once each"),
+}  # fmt: skip
