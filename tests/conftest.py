@@ -60,8 +60,7 @@ def build(kind: str, values: dict, vocab_size: int = 101, seed: int = 0, **overr
     return model
 
 
-@pytest.fixture(scope="session")
-def tokenizer():
+def byte_tokenizer():
     """Byte-level: any text round-trips; one token per byte (vocabulary 257, ``<s>`` first)."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
@@ -72,6 +71,12 @@ def tokenizer():
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = decoders.ByteLevel()
     return PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="<s>", pad_token="<s>")
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    """One for all."""
+    return byte_tokenizer()
 
 
 @pytest.fixture(scope="session")
