@@ -26,7 +26,7 @@ _LATENT = {**_LLAMA_LIKE, "num_key_value_heads": 4, "q_lora_rank": 16, "kv_lora_
 _LATENT_MOE = {**_ROUTED, **_LATENT, "head_dim": 8}
 _DELTA = {"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 8,
           "layer_types": ["linear_attention", "full_attention"] * 2 + ["linear_attention"]}
-_MAMBA2 = {"mamba_d_state": 8, "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_n_groups": 1}
+_MAMBA2 = {"mamba_d_state": 8, "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_n_groups": 1, "mamba_chunk_size": 8}
 _CONV = {"layer_types": ["conv", "full_attention", "conv", "full_attention", "conv"]}
 _VISION = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
            "image_size": 8, "patch_size": 4}
@@ -162,7 +162,7 @@ SUPPORTED: dict[str, tuple[str, dict[str, Any]]] = {
     # recurrent states, alone or between attention
     "mamba": ("mamba", {"hidden_size": 32, "num_hidden_layers": 5}),
     "mamba2": ("mamba2", {"hidden_size": 32, "num_hidden_layers": 5, "num_heads": 4, "head_dim": 16, "state_size": 8,
-                          "n_groups": 1}),
+                          "n_groups": 1, "chunk_size": 8}),
     "falcon_mamba": ("falcon_mamba", {"hidden_size": 32, "num_hidden_layers": 5, "state_size": 8}),
     "xlstm": ("xlstm", {"hidden_size": 32, "num_hidden_layers": 5, "num_heads": 4, "chunk_size": 16}),
     "rwkv": ("rwkv", {"hidden_size": 32, "num_hidden_layers": 5, "attention_hidden_size": 32,
@@ -173,13 +173,13 @@ SUPPORTED: dict[str, tuple[str, dict[str, Any]]] = {
     "jamba": ("jamba", {**_LLAMA_LIKE, "attn_layer_period": 2, "attn_layer_offset": 1, "num_experts": 4,
                         "mamba_d_state": 8, "mamba_dt_rank": 4, "use_mamba_kernels": False, "pad_token_id": 0}),
     "zamba2": ("zamba2", {**_LLAMA_LIKE, "num_key_value_heads": 4, "attention_head_dim": 16, "mamba_d_state": 8,
-                          "mamba_headdim": 16, "n_mamba_heads": 4, "mamba_ngroups": 1, "adapter_rank": 4,
+                          "mamba_headdim": 16, "n_mamba_heads": 4, "mamba_ngroups": 1, "chunk_size": 8, "adapter_rank": 4,
                           "hybrid_layer_ids": [1, 3], "num_mem_blocks": 1, "layer_types": ["mamba", "hybrid", "mamba", "hybrid", "mamba"], "use_mem_eff_path": False}),
     "falcon_h1": ("falcon_h1", {**_HEADS, **_MAMBA2, "mamba_d_ssm": 64}),
     "granitemoehybrid": ("granitemoehybrid", {**_LLAMA_LIKE, **_MAMBA2, "num_local_experts": 4,
                                               "num_experts_per_tok": 2, "shared_intermediate_size": 16,
                                               "layer_types": ["mamba", "attention"] * 2 + ["mamba"]}),
-    "nemotron_h": ("nemotron_h", {**_HEADS, "mamba_num_heads": 4, "mamba_head_dim": 16, "n_groups": 1,
+    "nemotron_h": ("nemotron_h", {**_HEADS, "mamba_num_heads": 4, "mamba_head_dim": 16, "n_groups": 1, "chunk_size": 8,
                                   "ssm_state_size": 8, "n_routed_experts": 4, "moe_intermediate_size": 16,
                                   "moe_shared_expert_intermediate_size": 16, "num_experts_per_tok": 2,
                                   "layers_block_type": ["mamba", "attention", "moe", "mamba", "attention"]}),

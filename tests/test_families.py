@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import re
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -92,7 +93,7 @@ def test_a_family_is_refused_in_one_sentence(family):
 
 
 # ---------------------------------------------------------------------- odd shapes
-ODD = ["llama", "opt", "gpt2", "gpt_neox", "bloom", "gemma3", "qwen3_moe", "mamba"]
+ODD = ["llama", "gpt2", "bloom", "gemma3", "qwen3_moe", "mamba"]
 _LAYERS = {"gpt2": "n_layer", "bloom": "n_layer"}
 
 
@@ -109,7 +110,7 @@ def check_shape(model):
     assert [f for f in findings if f.status == FAILED] == []
 
 
-@settings(max_examples=12, deadline=None, derandomize=False)
+@settings(max_examples=8, deadline=None, derandomize=False)
 @given(
     kind=st.sampled_from(["llama", "mistral", "qwen2", "qwen3", "gemma2", "phi3"]),
     blocks=st.integers(1, 6),
@@ -156,7 +157,8 @@ def page() -> str:
         "*Choices*: `loglikelihood` leaves early, in batches. *Shared prefix*: what documents have in common is run once. "
         "*Generation*: `generate_until` leaves early; *packed* or *padded* is how rows are laid out "
         "([how-it-works.md](how-it-works.md#layouts)); *no*: only with `generation=dense`, for the reason below.",
-        "Every *yes* was compared with plain forwards of the whole model, row by row, and with `--model hf`.",
+        "Every *yes* was compared with plain forwards of the whole model, row by row, and with `--model hf` (but for "
+        f"{', '.join(STOCK_FAILS)}, which fails there).",
         "",
         "| family | model type | class | choices | shared prefix | generation |",
         "|---|---|---|---|---|---|",
@@ -167,7 +169,7 @@ def page() -> str:
         lines.append(f"| {name} | `{found.kind}` | {found.model} | yes | {shares} | {layout} |")
         if not found.layout:
             said = found.findings["generation"].detail.replace(found.model, "MODEL")
-            said = said if "logits off" not in said else said.split("logits off")[0] + "logits that differ" + ")" + said.split(")", 1)[1]
+            said = re.sub(r"logits off by [^)]*", "logits differ", said)  # by how much, depends on the machine
             reasons.setdefault(said, []).append(name)
     lines += ["", "Why some can't leave early while generating:", "", "| families | the sentence |", "|---|---|"]
     lines += [f"| {', '.join(names)} | {said} |" for said, names in sorted(reasons.items())]
