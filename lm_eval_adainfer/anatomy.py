@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -94,7 +95,9 @@ class Anatomy:
         whole_widths: ``attention_width`` before that.
         tail: What leads from a block's output to the head: final norm, and a projection where there is one.
         batch_rule: How the blocks' arguments follow the batch.
-        blocks_return_tuples: Whether a block returns a tuple (hidden states first) or a tensor.
+        returned: Per block, how many things it returns in a tuple, hidden states first; 0 for a tensor.
+        handed_on: Per block, which of its arguments the block before returned besides hidden states: pairs of the
+            argument (its place or name) and its place in what was returned.
     """
 
     def __init__(self, model: nn.Module):
@@ -169,15 +172,30 @@ class Anatomy:
         self.tail = self._chain(last, end, [(children[i], a, o) for i, a, o in calls if i in children])
         self.vocab_size = int(logits.shape[-1])
         self.hidden_size = int(end.shape[-1])
-        self.blocks_return_tuples = not all(isinstance(o, Tensor) for i, _, o in calls if i in number)
+        mine = [(a, o) for i, a, o in calls if i in number]
+        self.returned = [0 if isinstance(o, Tensor) else len(o) for _, o in mine]
+        self.handed_on = [[], *(_handed_on(o, a) for (_, o), (a, _) in pairwise(mine))]
         self.block_hidden_size = int(last.shape[-1])
 
+        if not self._is_causal(ids, last):
+            raise self._unsupported("its tokens see later ones, so it is no decoder")
         again = self.logits(last[:, -1, :])
         worst = (again.float() - logits[:, -1, :].float()).abs().max().item()
         if not worst <= tolerance(logits):
             raise self._unsupported(
                 f"its final norm and output head could not be separated (logits off by {worst:.2g})"
             )
+
+    def _is_causal(self, ids: Tensor, last: Tensor) -> bool:
+        """Whether the last block's output at some tokens is the same where others follow (encoders: not).
+
+        Every batch of rows of different lengths relies on it: right padding has no mask.
+        """
+        found: list[_Call] = []
+        with _recorded(self.blocks[-1], found):
+            self.model(input_ids=ids[:, :-2], use_cache=False)
+        alone = hidden_of(found[0][2])
+        return bool((alone - last[:, :-2]).abs().max() <= tolerance(last))
 
     def probe_ids(self, batch: int) -> Tensor:
         """Token ids [batch, 5] for a probe forward: different rows, deterministic, valid for any vocabulary."""
@@ -213,32 +231,39 @@ class Anatomy:
         return min(limits) if limits else None
 
     def _candidate_lists(self) -> list[tuple[str, nn.ModuleList]]:
-        """Module lists as long as the config's number of layers, outermost first."""
+        """Module lists, those as long as the config's number of layers first, outermost first.
+
+        Some configs count layers otherwise (LongCat's blocks have two attention layers each).
+        """
         n_layers = getattr(self.config, "num_hidden_layers", None)
-        found = [
-            (name, module)
-            for name, module in self.model.named_modules()
-            if isinstance(module, nn.ModuleList) and len(module) > 0 and (n_layers is None or len(module) == n_layers)
-        ]
+        lists = [(n, m) for n, m in self.model.named_modules() if isinstance(m, nn.ModuleList) and len(m) > 0]
+        found = [(n, m) for n, m in lists if n_layers is None or len(m) == n_layers] or lists
         if not found:
-            raise self._unsupported(f"it has no list of {n_layers} decoder blocks")
+            raise self._unsupported("it has no list of decoder blocks")
         return sorted(found, key=lambda item: (item[0].count("."), -len(item[1])))
 
     def _choose_blocks(
         self, candidates: Sequence[tuple[str, nn.ModuleList]], calls: Sequence[_Call]
     ) -> list[nn.Module]:
-        """The first candidate whose modules each ran once, in order, each on its predecessor's output."""
+        """The first candidate whose modules each ran once, in order, each on its predecessor's output.
+
+        A few may not run at all: text passes by blocks that attend to images.
+        """
+        why = "its decoder blocks do not run once each, in order, on the previous block's output"
         for _, blocks in candidates:
             ids = [id(block) for block in blocks]
             mine = [(i, a, o) for i, a, o in calls if i in set(ids)]
-            if [i for i, _, _ in mine] != ids:
+            ran = {i for i, _, _ in mine}
+            if [i for i, _, _ in mine] != [i for i in ids if i in ran] or 2 * len(ran) <= len(ids):
                 continue
             inputs, outputs = [_hidden_argument(a) for _, a, _ in mine], [hidden_of(o) for _, _, o in mine]
-            if any(y.shape != outputs[0].shape or y.dim() != 3 for y in outputs):
+            if any(y.shape != outputs[0].shape or y.dim() < 3 for y in outputs):
                 continue
             if all(x is not None and torch.equal(x, y) for x, y in zip(inputs[1:], outputs[:-1], strict=True)):
-                return list(blocks)
-        raise self._unsupported("its decoder blocks do not run once each, in order, on the previous block's output")
+                if outputs[0].dim() == 3:
+                    return [block for block in blocks if id(block) in ran]
+                why = "its decoder blocks hand on several hidden states per token, of which none is the answer so far"
+        raise self._unsupported(why)
 
     def _chain(self, start: Tensor, end: Tensor, calls: Sequence[tuple[nn.Module, Any, Any]]) -> list[nn.Module]:
         """The modules that led from the last block's output to the base model's output (final norm, projection)."""
@@ -379,16 +404,18 @@ class Anatomy:
 
     def _attention_width(self, block: nn.Module) -> int:
         try:
-            self.part(block, "attn")
+            part = self.part(block, "attn")
         except UnsupportedModelError:
             return 0
         heads = getattr(self.config, "num_attention_heads", None)
         if not heads:
             return 0
-        nope, rope = (getattr(self.config, f"qk_{part}_head_dim", None) for part in ("nope", "rope"))
+        nope, rope = (getattr(self.config, f"qk_{p}_head_dim", None) for p in ("nope", "rope"))
         if nope and rope:  # latent attention: queries and keys are wider than values
             return heads * (nope + rope + self.config.v_head_dim) // 2
-        size = getattr(self.config, "head_dim", None) or self.config.hidden_size // heads
+        # the part's own first: it may differ between blocks, and then the config has no answer
+        size = getattr(part, "head_dim", None) or getattr(self.config, "head_dim", None)
+        size = size or self.config.hidden_size // heads
         return heads * size
 
 
@@ -449,6 +476,13 @@ def _tensors(arguments: Any) -> list[tuple[str, Tensor]]:
     found: list[tuple[str, Tensor]] = []
     walk(arguments, lambda path, x: found.append((path, x)))
     return found
+
+
+def _handed_on(output: Any, arguments: tuple[list, dict]) -> list[tuple[int | str, int]]:
+    """Which arguments of a block are what the block before returned besides hidden states."""
+    beside = () if isinstance(output, Tensor) else output
+    given: list[tuple[int | str, Any]] = [*enumerate(arguments[0]), *arguments[1].items()]
+    return [(at, n) for at, x in given for n, y in enumerate(beside) if n > 0 and isinstance(y, Tensor) and x is y]
 
 
 def _ancestors(name: str) -> Iterator[str]:

@@ -8,7 +8,7 @@ several batches can go through the blocks together. The weights and the code of 
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import OrderedDict, UserDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -107,16 +107,22 @@ def bypassed(
 
     ``note`` is told of every call's arguments.
     """
+    returned = {id(block): n for block, n in zip(anatomy.blocks, anatomy.returned, strict=True)}
 
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        if note is not None:
-            note(args, kwargs)
-        hidden = args[0] if args else kwargs["hidden_states"]
-        return (hidden, None) if anatomy.blocks_return_tuples else hidden
+    def passing(block: nn.Module) -> Callable:
+        beside = (None,) * (returned[id(block)] - 1)
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            if note is not None:
+                note(args, kwargs)
+            hidden = args[0] if args else kwargs["hidden_states"]
+            return (hidden, *beside) if returned[id(block)] else hidden
+
+        return forward
 
     with ExitStack() as stack:
         for block in blocks:
-            stack.enter_context(replaced_forward(block, forward))
+            stack.enter_context(replaced_forward(block, passing(block)))
         yield
 
 
@@ -236,6 +242,7 @@ class Forward:
         self._cutter = ArgumentCutter(rule or (anatomy.batch_rule if prefix is None else prefix.rule), len(input_ids))
         self._arguments: list[tuple[tuple, dict]] = []
         self._parts_before: dict[str, Tensor] = {}
+        self._returned: Any = ()  # by the last block, hidden states first
         self.block = 0
         try:
             with (
@@ -263,8 +270,14 @@ class Forward:
         k, before, parts = self.block, self.hidden, {}
         if self.prefix is not None:
             self.prefix.prefix.require(k)
-        args, kwargs = self._cutter.cut(k, *self._arguments[k - 1])
-        args, kwargs = ((before, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": before})
+        cut_args, cut_kwargs = self._cutter.cut(k, *self._arguments[k - 1])
+        args, kwargs = list(cut_args), dict(cut_kwargs)
+        for at, value in (
+            (0 if args else "hidden_states", before),
+            *((at, self._returned[n]) for at, n in self.anatomy.handed_on[k - 1]),
+        ):
+            place: Any = args if isinstance(at, int) else kwargs
+            place[at] = value
         block, handles = self.anatomy.blocks[k - 1], []
         try:
             for which in self.capture:
@@ -273,13 +286,19 @@ class Forward:
                         lambda m, a, output, which=which: parts.update({which: part_output(output, before)})
                     )
                 )
-            self.hidden = hidden_of(block(*args, **kwargs))
+            output = block(*args, **kwargs)
         finally:
             for handle in handles:
                 handle.remove()
+        self.hidden, self._returned = hidden_of(output), () if isinstance(output, Tensor) else output
         state = BlockState(k, self.hidden, before, parts, self._parts_before)
         self._parts_before = parts
         return state
+
+    @staticmethod
+    def _of_rows(value: Any, rows: Tensor) -> Any:
+        """What blocks made for the rows in flow, for some of them."""
+        return walk(value, lambda path, x: x.index_select(0, rows.to(x.device)))
 
     def keep(self, rows: Tensor) -> None:
         """Some of the rows in flow ([m], by their place among them) go on."""
@@ -288,6 +307,10 @@ class Forward:
         rows = rows.to(self.hidden.device)
         self._cutter.keep(rows)
         self.hidden = self.hidden[rows]
+        self._returned = self._of_rows(self._returned[1:] and (None, *self._returned[1:]), rows)
+        for shared in {id(x): x for _, kwargs in self._arguments for x in kwargs.values()}.values():
+            if isinstance(shared, UserDict):  # keys and values that later blocks read (Gemma 4)
+                shared.update({key: self._of_rows(value, rows) for key, value in shared.items()})
         self._parts_before = {name: x[rows.to(x.device)] for name, x in self._parts_before.items()}
 
 

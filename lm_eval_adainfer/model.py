@@ -122,6 +122,11 @@ class AdaInferLM(HFLM):
             super().__init__(pretrained, **kwargs)
         except TypeError as error:  # HFLM hands unknown arguments on to the model's constructor
             raise AdaInferError(f"model_args: {str(error).splitlines()[0]}") from error
+        if self.backend == "seq2seq":  # a model object of a type that has an encoder, too
+            raise AdaInferError(
+                f"pretrained: lm-eval takes {type(self.model).__name__} for an encoder-decoder model; if it is a "
+                "decoder, pass backend=causal"
+            )
         if self.prefix_token_id is None:
             raise AdaInferError(
                 "tokenizer: it has neither a BOS nor an EOS token to begin a text with; give prefix_token_id=0, say"

@@ -208,17 +208,27 @@ def _watch_step(
                     use_cache=True,
                     **({"position_ids": positions[:, start:end]} if anatomy.takes_position_ids else {}),
                 )
-        in_every_block = len(cache.weights) == len(cache) == anatomy.n_blocks and all(
-            cache.get_seq_length(layer) == cached + width for layer in range(anatomy.n_blocks)
+        in_every_block = len(cache.weights) == anatomy.n_blocks and all(
+            layer in (0, cached + width) for layer in map(cache.get_seq_length, range(len(cache)))
         )
     except Exception as error:  # whatever a family does with a cache that it does not expect
-        raise no_cache(anatomy, type(error).__name__) from error
+        raise no_cache(anatomy, _why(anatomy, f"its forward fails with one: {type(error).__name__}")) from error
     finally:
         for handle in handles:
             handle.remove()
     if not in_every_block:
-        raise no_cache(anatomy, "not in every block")
+        raise no_cache(anatomy, _why(anatomy, "its blocks don't keep one set of keys and values each"))
     return shapes, cache.weights
+
+
+def _why(anatomy: Anatomy, otherwise: str) -> str:
+    """Recurrent states, where the model's own cache has them; otherwise what was seen."""
+    try:
+        layers = DynamicCache(config=anatomy.config).layers
+    except Exception:  # a config that says nothing of caches
+        return otherwise
+    recurrent = any(hasattr(layer, "recurrent_states") for layer in layers)
+    return "blocks keep a recurrent state" if recurrent else otherwise
 
 
 def no_cache(anatomy: Anatomy, why: str) -> UnsupportedModelError:

@@ -7,9 +7,11 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from families import REFUSED, SUPPORTED
 from lm_eval.tasks import TaskManager
 
 from lm_eval_adainfer import paths
@@ -21,53 +23,35 @@ install()
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
-_LLAMA_LIKE = {
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 5,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 128,
-}
-_GPT2_LIKE = {"n_embd": 32, "n_layer": 5, "n_head": 4, "n_positions": 128}
-
-# name -> (model_type, config); alibi, parallel blocks, fused QKV, sliding windows, soft-caps, experts, projections
+# those that many tests run over; test_families.py runs over all
 FAMILIES: dict[str, tuple[str, dict]] = {
-    "llama": ("llama", _LLAMA_LIKE),
-    "opt": ("opt", {"hidden_size": 32, "ffn_dim": 48, "num_hidden_layers": 5, "num_attention_heads": 4,
-                    "word_embed_proj_dim": 32, "max_position_embeddings": 128}),
-    "opt-post-norm-projected": ("opt", {"hidden_size": 32, "ffn_dim": 48, "num_hidden_layers": 5,
-                                        "num_attention_heads": 4, "word_embed_proj_dim": 16,
-                                        "do_layer_norm_before": False, "max_position_embeddings": 128}),
-    "gptj": ("gptj", {**_GPT2_LIKE, "rotary_dim": 4}),
-    "gpt2": ("gpt2", _GPT2_LIKE),
-    "gpt_neox": ("gpt_neox", {**_LLAMA_LIKE}),
-    "bloom": ("bloom", {"hidden_size": 32, "n_layer": 5, "n_head": 4}),
-    "mpt": ("mpt", {"d_model": 32, "n_layers": 5, "n_heads": 4, "max_seq_len": 128}),
-    "falcon": ("falcon", {"hidden_size": 32, "num_hidden_layers": 5, "num_attention_heads": 4}),
-    "mistral": ("mistral", {**_LLAMA_LIKE, "sliding_window": 4}),
-    "gemma2": ("gemma2", {**_LLAMA_LIKE, "head_dim": 8, "sliding_window": 4}),
-    "gemma3": ("gemma3_text", {**_LLAMA_LIKE, "head_dim": 8, "sliding_window": 4}),
-    "phi3": ("phi3", {**_LLAMA_LIKE, "pad_token_id": 0}),
-    "qwen3": ("qwen3", {**_LLAMA_LIKE, "head_dim": 8}),
-    "cohere": ("cohere", {**_LLAMA_LIKE, "logit_scale": 0.25}),
-    "granite": ("granite", {**_LLAMA_LIKE, "logits_scaling": 8.0}),
-    "mixtral": ("mixtral", {**_LLAMA_LIKE, "num_local_experts": 4}),
-    "qwen3_moe": ("qwen3_moe", {**_LLAMA_LIKE, "head_dim": 8, "moe_intermediate_size": 16, "num_experts": 4,
-                                "num_experts_per_tok": 2}),
-    "mamba": ("mamba", {"hidden_size": 32, "num_hidden_layers": 5}),
+    name: SUPPORTED[name]
+    for name in (
+        "llama", "opt", "opt-post-norm-projected", "gptj", "gpt2", "gpt_neox", "bloom", "mpt", "falcon", "mistral",
+        "gemma2", "gemma3", "phi3", "qwen3", "cohere", "granite", "mixtral", "qwen3_moe", "mamba",
+    )
 }  # fmt: skip
 
 
 def make_model(family: str, vocab_size: int = 101, seed: int = 0, **overrides):
     """A freshly initialised tiny model in float32, eval mode; larger weights so that blocks matter."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    kind, values = (SUPPORTED.get(family) or REFUSED[family])[:2]
+    return build(kind, values, vocab_size, seed, **overrides)
 
-    kind, values = FAMILIES[family]
-    tokens = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": values.get("pad_token_id")}
-    config = AutoConfig.for_model(kind, **{**values, "vocab_size": vocab_size, **tokens, **overrides})
+
+def build(kind: str, values: dict, vocab_size: int = 101, seed: int = 0, **overrides):
+    """As ``make_model``, from a model type and its config."""
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+
+    text = values.get("text_config", values)
+    tokens = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": text.get("pad_token_id")}
+    text = {**text, "vocab_size": vocab_size, **tokens, **overrides}
+    config = AutoConfig.for_model(kind, **({**values, "text_config": text} if "text_config" in values else text))
+    auto: Any = AutoModelForCausalLM
+    if type(config) not in auto._model_mapping:
+        auto = AutoModelForImageTextToText
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(config).eval()
+    model = auto.from_config(config).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() >= 2:
@@ -76,8 +60,7 @@ def make_model(family: str, vocab_size: int = 101, seed: int = 0, **overrides):
     return model
 
 
-@pytest.fixture(scope="session")
-def tokenizer():
+def byte_tokenizer():
     """Byte-level: any text round-trips; one token per byte (vocabulary 257, ``<s>`` first)."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
@@ -88,6 +71,12 @@ def tokenizer():
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = decoders.ByteLevel()
     return PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="<s>", pad_token="<s>")
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    """One for all."""
+    return byte_tokenizer()
 
 
 @pytest.fixture(scope="session")

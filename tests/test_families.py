@@ -1,0 +1,187 @@
+"""Every family of ``families.py``, tiny: what early exit answers against plain forwards, and what is refused.
+
+``python tests/test_families.py > docs/families.md`` writes the page of what was found.
+"""
+
+from __future__ import annotations
+
+import re
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import transformers
+from conftest import build, byte_tokenizer, make_model
+from families import REFUSED, SUPPORTED
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from lm_eval.models.huggingface import HFLM
+from reference import instance
+
+from lm_eval_adainfer.errors import AdaInferError
+from lm_eval_adainfer.generation import prepare
+from lm_eval_adainfer.model import AdaInferLM
+from lm_eval_adainfer.verification import FAILED, NOT_SUPPORTED, Finding, verify_model
+
+PAGE = Path(__file__).resolve().parents[1] / "docs" / "families.md"
+TESTED = "5.23.0"  # the transformers release of constraints.txt
+STOCK_FAILS = {"xlstm"}  # its own cache does not fit what hf does; blocks without a cache run all the same
+
+
+class Found(NamedTuple):
+    """What one family came to; ``layout`` and ``shares`` are empty and False where it is refused."""
+
+    kind: str
+    model: str
+    findings: dict[str, Finding]
+    layout: str = ""
+    shares: bool = False
+    refusal: str = ""
+
+
+@cache
+def examine(family: str) -> Found:
+    """Run a family's checks, once for all tests of this module."""
+    model = make_model(family, vocab_size=257)
+    kind, name = (SUPPORTED.get(family) or REFUSED[family])[0], type(model).__name__
+    try:
+        lm = AdaInferLM(pretrained=model, tokenizer=byte_tokenizer(), batch_size=4, max_length=64)
+    except AdaInferError as error:
+        return Found(kind, name, {}, refusal=str(error))
+    findings = {f.check: f for f in verify_model(lm, disable_tqdm=True)}
+    layout = prepare(lm.anatomy).layout if findings["generation"].status != NOT_SUPPORTED else ""
+    return Found(kind, name, findings, layout, findings["prefix"].status != NOT_SUPPORTED)
+
+
+def as_stock(model):
+    """``stopper=none`` and ``--model hf`` give the same answers."""
+    asked = [
+        instance(context, continuation, doc, idx=n)
+        for doc, context in enumerate(["a", "the quick brown fox", "hello", " to be or not to be, that is"])
+        for n, continuation in enumerate([" x", " yes"])
+    ]
+    options = {"pretrained": model, "tokenizer": byte_tokenizer(), "batch_size": 4, "max_length": 64}
+    ours = AdaInferLM(**options).loglikelihood(asked, True)
+    for a, b in zip(HFLM(**options).loglikelihood(asked, True), ours, strict=True):
+        assert b[0] == pytest.approx(a[0], rel=2e-6, abs=1e-4) and b[1] == a[1]
+
+
+@pytest.mark.parametrize("family", SUPPORTED)
+def test_family(family):
+    found = examine(family)
+    assert not found.refusal
+    assert [f for f in found.findings.values() if f.status == FAILED] == []
+    for check in ("dense", "exits", "compaction"):
+        assert found.findings[check].status == "ok" and found.findings[check].comparisons > 0
+    generation = found.findings["generation"]
+    if not found.layout:
+        assert generation.detail.startswith("generation: ") and "pass generation=dense" in generation.detail
+        assert "\n" not in generation.detail
+    if family in STOCK_FAILS:
+        with pytest.raises((RuntimeError, ValueError)):
+            as_stock(make_model(family, vocab_size=257))
+    else:
+        as_stock(make_model(family, vocab_size=257))
+
+
+@pytest.mark.parametrize("family", REFUSED)
+def test_a_family_is_refused_in_one_sentence(family):
+    found = examine(family)
+    assert found.refusal.startswith(f"pretrained: {found.model} ") or found.model in found.refusal
+    assert REFUSED[family][2] in found.refusal and "\n" not in found.refusal
+
+
+# ---------------------------------------------------------------------- odd shapes
+ODD = ["llama", "gpt2", "bloom", "gemma3", "qwen3_moe", "mamba"]
+_LAYERS = {"gpt2": "n_layer", "bloom": "n_layer"}
+
+
+@pytest.mark.parametrize("blocks", [1, 2])
+@pytest.mark.parametrize("family", ODD)
+def test_few_blocks_and_a_vocabulary_of_7(family, blocks):
+    sizes = {_LAYERS.get(family, "num_hidden_layers"): blocks}
+    check_shape(make_model(family, vocab_size=7, **sizes))
+
+
+def check_shape(model):
+    lm = AdaInferLM(pretrained=model, tokenizer=byte_tokenizer(), batch_size=4, max_length=24)
+    findings = verify_model(lm, disable_tqdm=True)
+    assert [f for f in findings if f.status == FAILED] == []
+
+
+@settings(max_examples=8, deadline=None, derandomize=False)
+@given(
+    kind=st.sampled_from(["llama", "mistral", "qwen2", "qwen3", "gemma2", "phi3"]),
+    blocks=st.integers(1, 6),
+    kv_heads=st.integers(1, 3),
+    repeats=st.integers(1, 3),
+    head_dim=st.sampled_from([2, 4, 6, 10]),
+    wide=st.integers(1, 2),
+    vocabulary=st.integers(2, 300),
+    window=st.sampled_from([None, 1, 3, 8]),
+    tied=st.booleans(),
+    seed=st.integers(0, 2**31),
+)
+def test_any_shape_of_llama_and_its_kin(
+    kind, blocks, kv_heads, repeats, head_dim, wide, vocabulary, window, tied, seed
+):
+    heads = kv_heads * repeats
+    values = {
+        "hidden_size": heads * head_dim * (1 if kind == "phi3" else wide),
+        "intermediate_size": 24,
+        "num_hidden_layers": blocks,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "head_dim": head_dim,
+        "max_position_embeddings": 64,
+        "tie_word_embeddings": tied,
+        **({"sliding_window": window} if kind in ("mistral", "gemma2") and window else {}),
+        **({"pad_token_id": 0} if kind == "phi3" else {}),
+    }
+    check_shape(build(kind, values, vocabulary, seed))
+
+
+# ---------------------------------------------------------------------- the page
+def page() -> str:
+    """docs/families.md, from what the matrix finds."""
+    works, refused = {n: examine(n) for n in SUPPORTED}, {n: examine(n) for n in REFUSED}
+    lines = [
+        "# Families",
+        "",
+        "Written by `python tests/test_families.py > docs/families.md`, from tiny random models of every family: "
+        f"{len(works)} configurations of {len({f.kind for f in works.values()})} model types of transformers {TESTED}.",
+        "A test fails when this page differs from what it finds. Nothing is known by name, so other families may work as "
+        "well; whatever does not is refused when it is loaded.",
+        "",
+        "*Choices*: `loglikelihood` leaves early, in batches. *Shared prefix*: what documents have in common is run once. "
+        "*Generation*: `generate_until` leaves early; *packed* or *padded* is how rows are laid out "
+        "([how-it-works.md](how-it-works.md#layouts)); *no*: only with `generation=dense`, for the reason below.",
+        "Every *yes* was compared with plain forwards of the whole model, row by row, and with `--model hf` (but for "
+        f"{', '.join(STOCK_FAILS)}, which fails there).",
+        "",
+        "| family | model type | class | choices | shared prefix | generation |",
+        "|---|---|---|---|---|---|",
+    ]
+    reasons: dict[str, list[str]] = {}
+    for name, found in sorted(works.items()):
+        shares, layout = "yes" if found.shares else "no", found.layout or "no"
+        lines.append(f"| {name} | `{found.kind}` | {found.model} | yes | {shares} | {layout} |")
+        if not found.layout:
+            said = found.findings["generation"].detail.replace(found.model, "MODEL")
+            said = re.sub(r"logits off by [^)]*", "logits differ", said)  # by how much, depends on the machine
+            reasons.setdefault(said, []).append(name)
+    lines += ["", "Why some can't leave early while generating:", "", "| families | the sentence |", "|---|---|"]
+    lines += [f"| {', '.join(names)} | {said} |" for said, names in sorted(reasons.items())]
+    lines += ["", "## Refused", "", "| family | model type | the sentence |", "|---|---|---|"]
+    lines += [f"| {name} | `{found.kind}` | {found.refusal} |" for name, found in sorted(refused.items())]
+    return "\n".join(lines) + "\n"
+
+
+@pytest.mark.skipif(transformers.__version__ != TESTED, reason=f"the page is about transformers {TESTED}")
+def test_the_page_says_what_was_found():
+    assert PAGE.read_text() == page(), "docs/families.md is old: python tests/test_families.py > docs/families.md"
+
+
+if __name__ == "__main__":
+    print(page(), end="")
