@@ -154,10 +154,11 @@ class ArgumentCutter:
             if isinstance(shared, UserDict):  # keys and values that later blocks read (Gemma 4)
                 shared.update({key: self.of_rows(value, rows) for key, value in shared.items()})
 
-    @staticmethod
-    def of_rows(value: Any, rows: Tensor) -> Any:
-        """What a block made for the rows in flow, for some of them."""
-        return walk(value, lambda path, x: x.index_select(0, rows.to(x.device)))
+    def of_rows(self, value: Any, rows: Tensor) -> Any:
+        """What a block made for the rows in flow, for some of them (a loss or a count is for none of them)."""
+        assert self.hidden is not None
+        n = len(self.hidden)
+        return walk(value, lambda _, x: x.index_select(0, rows.to(x.device)) if x.shape[:1] == (n,) else x)
 
     def cut(self, k: int, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         """Block k's arguments."""
