@@ -42,9 +42,10 @@ def drop(anatomy: Anatomy, dropped: Sequence[int]) -> None:
     model, whole = anatomy.model, anatomy.n_blocks
     config, kept = anatomy.config, [k - 1 for k in range(1, whole + 1) if k not in set(dropped)]
     expected = _bypassed(anatomy, dropped)
-    blocks = next(
-        m for m in model.modules() if isinstance(m, nn.ModuleList) and [*map(id, m)] == [*map(id, anatomy.blocks)]
-    )
+    numbers = [*map(id, anatomy.blocks)]
+    blocks = next((m for m in model.modules() if isinstance(m, nn.ModuleList) and [*map(id, m)] == numbers), None)
+    if blocks is None:
+        raise _refusal(anatomy, dropped, "it has more blocks than a text runs")
     for k in sorted(dropped, reverse=True):
         del blocks[k - 1]
     for new, old in enumerate(kept):

@@ -295,10 +295,10 @@ class Forward:
         self._parts_before = parts
         return state
 
-    @staticmethod
-    def _of_rows(value: Any, rows: Tensor) -> Any:
-        """What blocks made for the rows in flow, for some of them."""
-        return walk(value, lambda path, x: x.index_select(0, rows.to(x.device)))
+    def _of_rows(self, value: Any, rows: Tensor) -> Any:
+        """What blocks made for the rows in flow, for some of them (a loss or a count is for none of them)."""
+        n = len(self.hidden)
+        return walk(value, lambda _, x: x.index_select(0, rows.to(x.device)) if x.shape[:1] == (n,) else x)
 
     def keep(self, rows: Tensor) -> None:
         """Some of the rows in flow ([m], by their place among them) go on."""
@@ -306,11 +306,11 @@ class Forward:
             self.prefix.keep(rows)
         rows = rows.to(self.hidden.device)
         self._cutter.keep(rows)
-        self.hidden = self.hidden[rows]
         self._returned = self._of_rows(self._returned[1:] and (None, *self._returned[1:]), rows)
         for shared in {id(x): x for _, kwargs in self._arguments for x in kwargs.values()}.values():
             if isinstance(shared, UserDict):  # keys and values that later blocks read (Gemma 4)
                 shared.update({key: self._of_rows(value, rows) for key, value in shared.items()})
+        self.hidden = self.hidden[rows]
         self._parts_before = {name: x[rows.to(x.device)] for name, x in self._parts_before.items()}
 
 

@@ -140,7 +140,8 @@ SUPPORTED: dict[str, tuple[str, dict[str, Any]]] = {
                                         "n_routed_experts": 4, "zero_expert_num": 2, "moe_topk": 2, "head_dim": 8}),
     # sparse attention: what a token may see is chosen by scores
     "deepseek_v32": ("deepseek_v32", {**_LATENT_MOE, "index_n_heads": 16, "index_head_dim": 16, "index_topk": 6}),
-    "glm_moe_dsa": ("glm_moe_dsa", {**_LATENT_MOE, "index_n_heads": 16, "index_head_dim": 16, "index_topk": 6}),
+    "glm_moe_dsa": ("glm_moe_dsa", {**_LATENT_MOE, "index_n_heads": 16, "index_head_dim": 16, "index_topk": 6,
+                                    "indexer_types": ["full", "shared", "full", "shared", "shared"]}),
     # the text part of models that see or hear
     "mllama": ("mllama", {"text_config": {**_LLAMA_LIKE, "num_hidden_layers": 6, "cross_attention_layers": [1]}}),
     "emu3": ("emu3", {"text_config": {**_LLAMA_LIKE, "pad_token_id": 0}}),

@@ -19,7 +19,9 @@ from hypothesis import strategies as st
 from lm_eval.models.huggingface import HFLM
 from reference import instance
 
-from lm_eval_adainfer.errors import AdaInferError
+from lm_eval_adainfer.anatomy import Anatomy
+from lm_eval_adainfer.dropping import drop
+from lm_eval_adainfer.errors import AdaInferError, UnsupportedModelError
 from lm_eval_adainfer.generation import prepare
 from lm_eval_adainfer.model import AdaInferLM
 from lm_eval_adainfer.verification import FAILED, NOT_SUPPORTED, Finding, verify_model
@@ -69,6 +71,8 @@ def as_stock(model):
 
 @pytest.mark.parametrize("family", SUPPORTED)
 def test_family(family):
+    if SUPPORTED[family][0] not in transformers.CONFIG_MAPPING:
+        pytest.skip(f"transformers {transformers.__version__} does not know it")
     found = examine(family)
     assert not found.refusal
     assert [f for f in found.findings.values() if f.status == FAILED] == []
@@ -87,9 +91,18 @@ def test_family(family):
 
 @pytest.mark.parametrize("family", REFUSED)
 def test_a_family_is_refused_in_one_sentence(family):
+    if REFUSED[family][0] not in transformers.CONFIG_MAPPING:
+        pytest.skip(f"transformers {transformers.__version__} does not know it")
     found = examine(family)
     assert found.refusal.startswith(f"pretrained: {found.model} ") or found.model in found.refusal
     assert REFUSED[family][2] in found.refusal and "\n" not in found.refusal
+
+
+def test_no_block_is_taken_out_of_a_model_with_blocks_that_text_passes_by():
+    anatomy = Anatomy(make_model("mllama"))
+    assert anatomy.n_blocks == 5 and anatomy.config.num_hidden_layers == 6
+    with pytest.raises(UnsupportedModelError, match="more blocks than a text runs"):
+        drop(anatomy, [2])
 
 
 # ---------------------------------------------------------------------- odd shapes
