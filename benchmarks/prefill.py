@@ -17,6 +17,9 @@ from lm_eval_adainfer.model import AdaInferLM
 from lm_eval_adainfer.strategies.base import Stopper
 
 
+MOST_TOKENS = 8192  # of the documents of a call, unless a batch has more
+
+
 class SpreadExits(Stopper):
     """Document n leaves after block ``exit(n)``, whatever it reads; the exits of any few are spread over all blocks."""
 
@@ -70,12 +73,12 @@ def requests(documents: int, tokens: int) -> list[Instance]:
 
 
 def measure(model: LlamaForCausalLM, lengths: list[int], batch_sizes: list[int], repeats: int) -> Iterator[dict]:
-    """A row of ratios for every prompt length and batch size; a batch of documents (of 2, where it is 1) per call."""
+    """A row of ratios for every prompt length and batch size; several batches of documents per call, where they fit."""
     n_blocks = model.config.num_hidden_layers
     half = n_blocks // 2
     for tokens in lengths:
         for batch in batch_sizes:
-            documents = max(2, batch)
+            documents = max(batch, min(64, MOST_TOKENS // tokens))
             ask = asking(requests(documents, tokens), batch)
             spread = SpreadExits(n_blocks)
             exits = [spread.exit(n) for n in range(documents)]
@@ -101,17 +104,16 @@ def measure(model: LlamaForCausalLM, lengths: list[int], batch_sizes: list[int],
                 "none": ask(AdaInferLM, model),
                 "whole": ask(AdaInferLM, model, prefix_cache=0),
             }
-            if batch < 8:
-                del sides["whole"]  # too few documents to look for what they share
             found = alternately(sides, repeats)
             yield {
                 "prompt tokens": tokens,
                 "batch size": batch,
+                "documents": documents,
                 "stock hf / stopper=none": over(found, "stock", "none"),
                 "stock hf / exit at half depth": over(found, "stock", "half"),
                 "exit at half depth / model cut to half": over(found, "half", "cut"),
                 "stock hf cut to half / exit at half depth": over(found, "stock cut", "half"),
                 "spread exits / their blocks and heads alone": over(found, "spread", "needed"),
                 "a head check at every block, stopper=gap:1 / stopper=none": over(found, "checks", "none"),
-                "nothing to share: prefix_cache=4096 / 0": over(found, "none", "whole") if batch >= 8 else "-",
+                "nothing to share: prefix_cache=4096 / 0": over(found, "none", "whole"),
             }
