@@ -1,7 +1,7 @@
 """A whole few-shot run, stock ``hf`` against ``adainfer``: ``python -m benchmarks.mmlu --pretrained DIR --limit 20``.
 
-Both answer the same requests of the same tasks in turn; what is timed is ``loglikelihood``, tokenisation included, not the
-loading of model and data. *Measured*; medians.
+Both answer the same requests of the same tasks in turn; what is timed is ``loglikelihood``, tokenisation included, not
+the loading of model and data. *Measured*; medians.
 """
 
 from __future__ import annotations
@@ -57,8 +57,9 @@ def main() -> None:
     lm = models["stopper=none"]
     whole, ran = lm.engine.tokens * lm.n_blocks, lm.engine.block_tokens
     stock = answers["stock hf"]
-    print(f"{len(tasks)} tasks, {len(requests)} requests, {options.num_fewshot} shots, {torch.get_num_threads()} threads\n")
-    print("| | seconds (measured) | stock hf / this | largest difference of a log-probability | greedy flags that differ |")
+    threads = torch.get_num_threads()
+    print(f"{len(tasks)} tasks, {len(requests)} requests, {options.num_fewshot} shots, {threads} threads\n")
+    print("| | seconds (measured) | stock hf / this | largest difference of a logprob | greedy flags that differ |")
     print("|---|---|---|---|---|")
     for name in models:
         seconds = statistics.median(f[name] for f in found)

@@ -16,7 +16,6 @@ from lm_eval_adainfer.anatomy import hidden_of
 from lm_eval_adainfer.model import AdaInferLM
 from lm_eval_adainfer.strategies.base import Stopper
 
-
 MOST_TOKENS = 8192  # of the documents of a call, unless a batch has more
 
 
