@@ -133,7 +133,7 @@ def test_an_error_in_a_block_leaves_the_model_as_it_was(tokenizer):
 
     handle = lm.anatomy.blocks[2].register_forward_pre_hook(fails)
     with pytest.raises(RuntimeError, match="say"):
-        lm_of(model, tokenizer).loglikelihood(requests(), True)
+        lm.loglikelihood(requests(), True)
     handle.remove()
     assert all("forward" not in block.__dict__ for block in lm.anatomy.blocks)
     assert lm.loglikelihood(requests(), True) == before
