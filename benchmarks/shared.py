@@ -33,7 +33,7 @@ class Case:
 
 CASES = [
     Case("few-shot, letters", 600, 120, 4, 1, 8, 8),
-    Case("few-shot, letters", 600, 120, 4, 1, 100, 8),
+    Case("few-shot, letters", 600, 120, 4, 1, 40, 8),
     Case("long choices", 0, 100, 4, 20, 32, 8),
     Case("long choices", 0, 100, 4, 20, 32, 1),
     Case("few-shot, long choices", 600, 100, 4, 20, 8, 8),
