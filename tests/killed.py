@@ -23,7 +23,7 @@ from sqlitedict import SqliteMultithread
 from test_replay import tiny_lm
 from test_tracing import KINDS, documents, make_task
 
-from lm_eval_adainfer import cli, container, tracing
+from lm_eval_adainfer import cli, container, scoring, tracing
 from lm_eval_adainfer.model import AdaInferLM
 
 STOPPER = "gap:0.3"
@@ -182,6 +182,8 @@ def evaluate_topics(cache: str | None, dies: bool = False) -> tuple[list, int] |
     class Watched(AdaInferLM):
         def __init__(self, *args, **kwargs):
             super().__init__(*args, **kwargs)
+            if dies:
+                scoring.TOGETHER_ROWS = 4  # else it would be killed before anything is finished
             if dies and self.rank == 1:
                 count = killer("forward", 5)
                 self.anatomy.blocks[0].register_forward_pre_hook(lambda *_: count("forward"))
