@@ -16,7 +16,7 @@ from lm_eval_adainfer.anatomy import hidden_of
 from lm_eval_adainfer.model import AdaInferLM
 from lm_eval_adainfer.strategies.base import Stopper
 
-MOST_TOKENS = 8192  # of the documents of a call, unless a batch has more
+MOST_TOKENS = 4096  # of the documents of a call, unless a batch has more
 
 
 class SpreadExits(Stopper):
