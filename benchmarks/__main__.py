@@ -12,11 +12,11 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import decoding, memory, prefill, shared
+from benchmarks import checks, decoding, memory, prefill, shared
 from benchmarks.models import SHAPES, about, make_model, table
 from lm_eval_adainfer import container
 
-KINDS = {"prefill": prefill, "shared": shared, "memory": memory, "decoding": decoding}
+KINDS = {"prefill": prefill, "checks": checks, "shared": shared, "memory": memory, "decoding": decoding}
 
 
 def main(arguments: list[str] | None = None) -> None:
