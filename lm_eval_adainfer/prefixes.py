@@ -206,6 +206,7 @@ class Load(NamedTuple):
         longest_context: Tokens of the longest of these, without the prefix.
         longest_rest: Most tokens of a row behind its context but for the context's last.
         longest_whole: Most tokens of a row behind the prefix.
+        own: Tokens of all rows behind the prefix.
         shares: Whether running contexts once pays for some document.
     """
 
@@ -214,6 +215,7 @@ class Load(NamedTuple):
     longest_context: int = 0
     longest_rest: int = 0
     longest_whole: int = 0
+    own: int = 0
     shares: bool = False
 
     @classmethod
@@ -228,6 +230,7 @@ class Load(NamedTuple):
             max(map(len, found)),
             max(row.scored for row in rows),
             max(len(row.tokens) for row in rows) - skip,
+            tokens,
             saved >= _LEAST and 10 * saved >= tokens,
         )
 
@@ -239,6 +242,7 @@ class Load(NamedTuple):
             max(self.longest_context, other.longest_context),
             max(self.longest_rest, other.longest_rest),
             max(self.longest_whole, other.longest_whole),
+            self.own + other.own,
             self.shares or other.shares,
         )
 
@@ -249,12 +253,16 @@ class Load(NamedTuple):
         return self.rows * (self.longest_whole or longest)
 
     def fits(self, batch_size: int, longest: int, prefixed: bool) -> bool:
-        """Whether it is no more than ``batch_size`` rows of the longest: in rows, or in tokens where some run once."""
+        """Whether it is no more than ``batch_size`` rows of the longest: in rows, or in tokens where some run once.
+
+        Behind a prefix rows differ much in length, so more rows than that only where they have little padding.
+        """
         if self.rows <= batch_size:
             return True
         if self.shares:
             return max(self.contexts * self.longest_context, self.rows * self.longest_rest) <= batch_size * longest
-        return prefixed and self.rows * self.longest_whole <= batch_size * longest
+        padded = self.rows * self.longest_whole
+        return prefixed and padded <= batch_size * longest and padded <= 1.25 * self.own
 
 
 def contexts(documents: Sequence[Document], skip: int) -> tuple[list[tuple[int, ...]], list[int]]:
