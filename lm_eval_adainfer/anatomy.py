@@ -97,7 +97,7 @@ class Anatomy:
         batch_rule: How the blocks' arguments follow the batch.
         returned: Per block, how many things it returns in a tuple, hidden states first; 0 for a tensor.
         handed_on: Per block, which of its arguments the block before returned besides hidden states: pairs of the
-            argument (its place or name) and its place in what was returned.
+            argument (its place or name) and its place behind the hidden states.
     """
 
     def __init__(self, model: nn.Module):
@@ -473,9 +473,9 @@ def _tensors(arguments: Any) -> list[tuple[str, Tensor]]:
 
 def _handed_on(output: Any, arguments: tuple[list, dict]) -> list[tuple[int | str, int]]:
     """Which arguments of a block are what the block before returned besides hidden states."""
-    beside = () if isinstance(output, Tensor) else output
+    beside = () if isinstance(output, Tensor) else output[1:]
     given: list[tuple[int | str, Any]] = [*enumerate(arguments[0]), *arguments[1].items()]
-    return [(at, n) for at, x in given for n, y in enumerate(beside) if n > 0 and isinstance(y, Tensor) and x is y]
+    return [(at, n) for at, x in given for n, y in enumerate(beside) if isinstance(y, Tensor) and x is y]
 
 
 def _ancestors(name: str) -> Iterator[str]:

@@ -242,7 +242,7 @@ class Forward:
         self._cutter = ArgumentCutter(rule or (anatomy.batch_rule if prefix is None else prefix.rule), len(input_ids))
         self._arguments: list[tuple[tuple, dict]] = []
         self._parts_before: dict[str, Tensor] = {}
-        self._returned: Any = ()  # by the last block, hidden states first
+        self._beside: Any = ()  # what the last block returned besides hidden states
         self.block = 0
         try:
             with (
@@ -274,7 +274,7 @@ class Forward:
         args, kwargs = list(cut_args), dict(cut_kwargs)
         for at, value in (
             (0 if args else "hidden_states", before),
-            *((at, self._returned[n]) for at, n in self.anatomy.handed_on[k - 1]),
+            *((at, self._beside[n]) for at, n in self.anatomy.handed_on[k - 1]),
         ):
             place: Any = args if isinstance(at, int) else kwargs
             place[at] = value
@@ -290,7 +290,7 @@ class Forward:
         finally:
             for handle in handles:
                 handle.remove()
-        self.hidden, self._returned = hidden_of(output), () if isinstance(output, Tensor) else output
+        self.hidden, self._beside = hidden_of(output), () if isinstance(output, Tensor) else output[1:]
         state = BlockState(k, self.hidden, before, parts, self._parts_before)
         self._parts_before = parts
         return state
@@ -306,7 +306,7 @@ class Forward:
             self.prefix.keep(rows)
         rows = rows.to(self.hidden.device)
         self._cutter.keep(rows)
-        self._returned = self._of_rows(self._returned[1:] and (None, *self._returned[1:]), rows)
+        self._beside = self._of_rows(self._beside, rows)
         for shared in {id(x): x for _, kwargs in self._arguments for x in kwargs.values()}.values():
             if isinstance(shared, UserDict):  # keys and values that later blocks read (Gemma 4)
                 shared.update({key: self._of_rows(value, rows) for key, value in shared.items()})
