@@ -54,10 +54,12 @@ class BatchRule:
     """How a block argument's first dimension follows the batch, as seen at two batch sizes.
 
     ``factors[(block, path)]`` is f where the first dimension was f x batch (Bloom's alibi: f = heads), or 0 where
-    it did not change (shared by the batch). Sizes can coincide, so the rule is observed, not guessed.
+    it did not change (shared by the batch). Sizes can coincide, so the rule is observed, not guessed. ``apart``: the
+    keys of a prefix can stay apart from those of the rows that continue it.
     """
 
     factors: dict[tuple[int, str], int] = field(default_factory=dict)
+    apart: bool = False
 
     def cut(self, block: int, path: str, value: Tensor, rows: Tensor, batch: int) -> Tensor:
         """Keep ``rows`` (indices into the original batch of ``batch`` rows) of an argument of block ``block``."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections import OrderedDict, UserDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -286,7 +286,8 @@ class Forward:
                         lambda m, a, output, which=which: parts.update({which: part_output(output, before)})
                     )
                 )
-            output = block(*args, **kwargs)
+            with nullcontext() if self.prefix is None else self.prefix.reading():
+                output = block(*args, **kwargs)
         finally:
             for handle in handles:
                 handle.remove()

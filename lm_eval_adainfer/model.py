@@ -441,8 +441,7 @@ class AdaInferLM(HFLM):
         if self._prefix_rule is None:
             try:
                 with self._autocast():
-                    rule = watch_windows(self.anatomy).rows
-                    self._prefix_rule = rule if prefixes.works(self.anatomy, rule) else False
+                    self._prefix_rule = prefixes.usable(self.anatomy, watch_windows(self.anatomy).rows) or False
             except UnsupportedModelError:
                 self._prefix_rule = False
             if not self._prefix_rule:

@@ -7,6 +7,8 @@ block by block, no deeper than the rows that continue it, and these read its key
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -14,6 +16,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from lm_eval_adainfer.anatomy import Anatomy, BatchRule, tolerance
+from lm_eval_adainfer.attention import Apart
 from lm_eval_adainfer.forward import BlockState, Forward, run_blocks
 
 if TYPE_CHECKING:
@@ -40,6 +43,7 @@ class _ContinuedCache(DynamicCache):
         super().__init__()
         self.source, self.owner, self.store = source, owner, store
         self.slots: Tensor | None = None  # [rows, slots], an order that puts the padding in front; None: as it is
+        self.apart: Apart | None = None  # set where the prefix's need not be put in front of every row's
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """How many tokens the model may take for cached."""
@@ -56,6 +60,8 @@ class _ContinuedCache(DynamicCache):
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
         """The prefix's in front of the new ones."""
         found = (key_states, value_states)
+        if self.apart is not None and self.source is not None:
+            return self.apart.hand_out(self.source.stored[layer_idx], found)
         if self.source is not None:
             pairs = zip(self.source.stored[layer_idx], found, strict=True)
             found = tuple(self._behind(old, new) for old, new in pairs)  # type: ignore[assignment]
@@ -174,6 +180,12 @@ class Continued:
     def __init__(self, prefix: Prefix, owner: Sequence[int]):
         self.prefix, self.rule = prefix, prefix.rule
         self.cache = _ContinuedCache(prefix, torch.tensor(owner, dtype=torch.long))
+        if prefix.rule.apart and len(prefix.rows) == 1:
+            self.cache.apart = Apart()
+
+    def reading(self) -> AbstractContextManager[None]:
+        """While a block runs: it reads the prefix's keys and values."""
+        return nullcontext() if self.cache.apart is None else self.cache.apart.used()
 
     def arguments(self, ids: Tensor) -> dict[str, Any]:
         """What the model is given besides the rows' own tokens [n, S]."""
@@ -323,24 +335,48 @@ def _common(lists: Sequence[list[int]]) -> list[int]:
 
 
 @torch.no_grad()
-def works(anatomy: Anatomy, rule: BatchRule) -> bool:
-    """Whether rows that continue a prefix that continues a prefix get a plain forward's states after every block.
+def usable(anatomy: Anatomy, rule: BatchRule) -> BatchRule | None:
+    """How rows can continue prefixes: apart from their keys (a CPU alone has that kernel), behind them, or not at all.
 
-    Rows leave in between, and the second prefix has rows of different lengths.
+    Seen on a prefix that continues a prefix, and on rows that continue one row: they have to get a plain forward's
+    states after every block, also where rows have left.
+
+    Args:
+        anatomy: The model.
+        rule: How the blocks' arguments follow the batch where a cache is used.
     """
     probe = anatomy.probe_ids(3)
     ids = torch.cat([probe[:1, :3].expand(3, 3), probe[:, 1:]], dim=1)  # 3 shared, 4 of their own
-    starts, n = [5, 4, 5], anatomy.n_blocks  # tokens that prefixes have of each row
     plain: list[Tensor] = []
 
     def record(state: BlockState) -> Tensor | None:
         plain.append(state.hidden[:, 5:7].clone())
-        return torch.empty(0, dtype=torch.long) if state.block == n else None
+        return torch.empty(0, dtype=torch.long) if state.block == anatomy.n_blocks else None
 
     run_blocks(anatomy, ids, record)
-    first = Prefix(anatomy, [ids[0, :3].tolist()], rule)
-    second = Prefix(anatomy, [ids[r, 3 : starts[r]].tolist() for r in (1, 0, 2)], rule, first, stays=False)
-    rest = torch.zeros(3, 3, dtype=torch.long, device=ids.device)
+    for apart in [True, False] if ids.device.type == "cpu" else [False]:
+        found = replace(rule, apart=apart)
+        try:
+            first = Prefix(anatomy, [ids[0, :3].tolist()], found)
+            starts = [5, 4, 5]  # tokens that prefixes have of each row
+            own = [ids[r, 3 : starts[r]].tolist() for r in (1, 0, 2)]
+            second = Prefix(anatomy, own, found, first, stays=False)
+            if _same(plain, ids, Continued(second, [1, 0, 2]), starts) and _same(
+                plain, ids, Continued(first, [0, 0, 0]), [3, 3, 3]
+            ):
+                return found
+        except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError):
+            continue
+    return None
+
+
+def _same(plain: Sequence[Tensor], ids: Tensor, continued: Continued, starts: Sequence[int]) -> bool:
+    """Whether 3 rows ([3, 7] ids) that go on behind so many tokens get the ``plain`` states of their last two tokens.
+
+    Rows leave in between.
+    """
+    anatomy, n = continued.prefix.anatomy, len(plain)
+    rest = torch.zeros(3, 7 - min(starts), dtype=torch.long, device=ids.device)
     for r, start in enumerate(starts):
         rest[r, : 7 - start] = ids[r, start:]
     rows, good = [0, 1, 2], True
@@ -354,8 +390,5 @@ def works(anatomy: Anatomy, rule: BatchRule) -> bool:
         rows = [rows[i] for i in keep]
         return torch.tensor(keep, dtype=torch.long)
 
-    try:
-        run_blocks(anatomy, rest, compare, prefix=Continued(second, [1, 0, 2]))
-    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError):
-        return False
+    run_blocks(anatomy, rest, compare, prefix=continued)
     return good
