@@ -530,6 +530,7 @@ def _is_slow_with_few_rows(head: Any, n: int) -> bool:
         type(head) is nn.Linear
         and "forward" not in head.__dict__  # accelerate's, which may have to load the weight first
         and n <= _FEW_ROWS
+        and torch.backends.mkl.is_available()
         and head.weight.device.type == "cpu"
         and head.weight.dtype == torch.float32
         and head.weight.is_contiguous()
