@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ from lm_eval_adainfer.strategies.network import LogisticStopper, MLPStopper
 from lm_eval_adainfer.strategies.svm import SVMStopper
 from lm_eval_adainfer.strategies.trees import BoostedStopper
 
+_logger = logging.getLogger(__name__)
 LABELS = ("final", "gold", "stable")
 PAPER_FEATURES = ("gap", "top_prob")
 MAX_EXAMPLES = 5000
@@ -58,6 +60,11 @@ def find(paths: Sequence[str | Path]) -> list[Path]:
     for path in map(Path, paths):
         if path.is_dir():
             files += sorted(path.glob("*.trace"))
+            for parts in sorted(path.glob("*.trace.parts")):
+                _logger.warning(
+                    "traces: %s is not finished, so its documents are left out; the same adainfer trace goes on with it",
+                    parts.with_suffix(""),
+                )
         else:
             files.append(path)
     if not files:

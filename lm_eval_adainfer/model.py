@@ -180,7 +180,13 @@ class AdaInferLM(HFLM):
     # ------------------------------------------------------------------ set-up
     def _get_config(self, pretrained: str, **kwargs: Any) -> None:
         """Refuse an encoder-decoder model before its weights are loaded."""
-        super()._get_config(pretrained, **kwargs)
+        try:
+            super()._get_config(pretrained, **kwargs)
+        except OSError as error:  # transformers' and the hub's errors are subclasses
+            found = " ".join(str(error).split())
+            raise AdaInferError(
+                f"pretrained: {pretrained!r} is neither a model's folder nor one that the hub gives ({found:.200})"
+            ) from error
         if getattr(self._config, "is_encoder_decoder", False):
             raise AdaInferError(
                 f"pretrained: {pretrained} is an encoder-decoder model ({self._config.model_type}), "

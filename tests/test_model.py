@@ -313,6 +313,11 @@ def test_an_encoder_decoder_model_is_refused(tmp_path, tokenizer):
         AdaInferLM(pretrained=str(tmp_path), device="cpu")
 
 
+def test_a_model_that_is_not_there_is_one_sentence(tmp_path):
+    with pytest.raises(AdaInferError, match=r"^pretrained: '.*missing' is neither a model's folder nor .*\)$"):
+        AdaInferLM(pretrained=str(tmp_path / "missing"), device="cpu")
+
+
 def test_a_decision_in_parts_is_counted_on_top(tokenizer):
     """Batch size 1 and several contexts: the deciding passes are real work, and every number says so."""
     model = make_model("llama", vocab_size=257)

@@ -412,13 +412,14 @@ def tiny_lm():
     return lm_of(make_model("llama", vocab_size=257, max_position_embeddings=512), tokenizer, max_length=400)
 
 
-def test_finished_documents_survive_a_kill(tmp_path, monkeypatch):
+def test_finished_documents_survive_a_kill(tmp_path, monkeypatch, caplog):
     here = Path(__file__).resolve().parent
     done = subprocess.run([sys.executable, "-c", KILLED, str(here), str(tmp_path)], cwd=here, capture_output=True)
     assert done.returncode == -9, done.stderr.decode()[-2000:]
     folder = tmp_path / "toy_0shot_train.trace.parts"
     assert sorted(p.name for p in folder.iterdir()) == ["00000000.part", "00000004.part"]
     refused(lambda: fitting.find([tmp_path]), "traces")
+    assert "toy_0shot_train.trace is not finished, so its documents are left out" in caplog.text
 
     monkeypatch.setattr(tracing, "PART_DOCUMENTS", 4)
     lm, asked = tiny_lm(), []
