@@ -62,7 +62,7 @@ def find(paths: Sequence[str | Path]) -> list[Path]:
             files += sorted(path.glob("*.trace"))
             for parts in sorted(path.glob("*.trace.parts")):
                 _logger.warning(
-                    "traces: %s is not finished, so its documents are left out; the same adainfer trace goes on with it",
+                    "traces: %s is not finished and is left out; the same adainfer trace command goes on with it",
                     parts.with_suffix(""),
                 )
         else:

@@ -419,7 +419,7 @@ def test_finished_documents_survive_a_kill(tmp_path, monkeypatch, caplog):
     folder = tmp_path / "toy_0shot_train.trace.parts"
     assert sorted(p.name for p in folder.iterdir()) == ["00000000.part", "00000004.part"]
     refused(lambda: fitting.find([tmp_path]), "traces")
-    assert "toy_0shot_train.trace is not finished, so its documents are left out" in caplog.text
+    assert "toy_0shot_train.trace is not finished and is left out" in caplog.text
 
     monkeypatch.setattr(tracing, "PART_DOCUMENTS", 4)
     lm, asked = tiny_lm(), []
