@@ -17,7 +17,6 @@ from lm_eval_adainfer.scoring import Document, Row
 from lm_eval_adainfer.slots import watch_windows
 from lm_eval_adainfer.strategies.artifact import parse
 
-BEHIND = {"gptj", "bloom", "mpt", "falcon", "gemma2", "mamba"}  # attention that is not sdpa's: keys are put together
 SHARED = "a few shots that all documents of a task begin with. "
 
 
@@ -185,7 +184,9 @@ def test_what_is_usable_is_known_by_family(family):
             watch_windows(anatomy)
     else:
         rule = prefixes.usable(anatomy, watch_windows(anatomy).rows)
-        assert rule is not None and rule.apart == (family not in BEHIND)
+        assert rule is not None and rule.apart == (
+            anatomy.model.config._attn_implementation == "sdpa" and family != "falcon"  # Falcon has one of its own
+        )
 
 
 def test_a_wrong_number_is_one_sentence(tokenizer):
