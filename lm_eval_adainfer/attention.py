@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -44,12 +45,8 @@ class Apart:
                 out for a model.
         """
         usual = ALL_ATTENTION_FUNCTIONS["sdpa"]
-
-        def attend(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, *args: Any, **given: Any) -> Any:
-            return self._attend(usual, module, query, key, value, mask, *args, **given)
-
         before = dict(ALL_ATTENTION_FUNCTIONS._local_mapping)
-        ALL_ATTENTION_FUNCTIONS["sdpa"] = attend
+        ALL_ATTENTION_FUNCTIONS["sdpa"] = partial(self._attend, usual)
         try:
             yield
             if self._pending is not None:
@@ -81,10 +78,7 @@ class Apart:
         plain = plain and given.get("position_bias") is None and given.get("softcap") is None
         if plain and self._is_causal(attention_mask, prefix_key.shape[2], query.shape[2]):
             return merged(query, key, value, prefix_key, prefix_value, scaling).transpose(1, 2).contiguous(), None
-        key, value = (
-            torch.cat([old.expand(len(new), -1, -1, -1), new], dim=2)
-            for old, new in ((prefix_key, key), (prefix_value, value))
-        )
+        key, value = in_front(prefix_key, key), in_front(prefix_value, value)
         return usual(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **given)
 
     def _is_causal(self, mask: Tensor | None, shared: int, own: int) -> bool:
@@ -95,6 +89,11 @@ class Apart:
             causal = torch.ones(own, shared + own, dtype=torch.bool).tril(shared)
             self._mask, self._causal = mask, bool((mask == causal).all())
         return self._causal
+
+
+def in_front(old: Tensor, new: Tensor) -> Tensor:
+    """[n, heads, P + S, d] of keys (or values) [n or 1, heads, P, d] and those behind them, [n, heads, S, d]."""
+    return torch.cat([old.to(new.device).expand(len(new), -1, -1, -1), new], dim=-2)
 
 
 def merged(

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from lm_eval_adainfer.anatomy import Anatomy, BatchRule, tolerance
-from lm_eval_adainfer.attention import Apart
+from lm_eval_adainfer.attention import Apart, in_front
 from lm_eval_adainfer.forward import BlockState, Forward, run_blocks
 
 if TYPE_CHECKING:
@@ -60,22 +60,20 @@ class _ContinuedCache(DynamicCache):
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
         """The prefix's in front of the new ones."""
         found = (key_states, value_states)
-        if self.apart is not None and self.source is not None:
-            return self.apart.hand_out(self.source.stored[layer_idx], found)
         if self.source is not None:
-            pairs = zip(self.source.stored[layer_idx], found, strict=True)
-            found = tuple(self._behind(old, new) for old, new in pairs)  # type: ignore[assignment]
+            stored = self.source.stored[layer_idx]
+            if self.apart is not None:
+                return self.apart.hand_out(stored, found)
+            found = tuple(map(self._behind, stored, found))  # type: ignore[assignment]
         if self.store is not None:
             self.store[layer_idx] = found
         return found
 
     def _behind(self, old: Tensor, new: Tensor) -> Tensor:
-        if old.shape[0] == 1:
-            old = old.expand(new.shape[0], -1, -1, -1)
-        else:
+        if old.shape[0] > 1:
             assert self.owner is not None
             old = old.index_select(0, self.owner.to(old.device))
-        whole = torch.cat([old.to(new.device), new], dim=-2)
+        whole = in_front(old, new)
         if self.slots is None:
             return whole
         index = self.slots.to(whole.device)[:, None, :, None].expand(-1, whole.shape[1], -1, whole.shape[-1])
@@ -354,12 +352,12 @@ def usable(anatomy: Anatomy, rule: BatchRule) -> BatchRule | None:
         return torch.empty(0, dtype=torch.long) if state.block == anatomy.n_blocks else None
 
     run_blocks(anatomy, ids, record)
+    starts = [5, 4, 5]  # tokens that prefixes of several rows have of each
+    own = [ids[r, 3 : starts[r]].tolist() for r in (1, 0, 2)]
     for apart in [True, False] if ids.device.type == "cpu" else [False]:
         found = replace(rule, apart=apart)
         try:
             first = Prefix(anatomy, [ids[0, :3].tolist()], found)
-            starts = [5, 4, 5]  # tokens that prefixes have of each row
-            own = [ids[r, 3 : starts[r]].tolist() for r in (1, 0, 2)]
             second = Prefix(anatomy, own, found, first, stays=False)
             if _same(plain, ids, Continued(second, [1, 0, 2]), starts) and _same(
                 plain, ids, Continued(first, [0, 0, 0]), [3, 3, 3]
