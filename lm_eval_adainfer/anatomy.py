@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from lm_eval_adainfer.errors import UnsupportedModelError
+from lm_eval_adainfer.rounding import Rounding, coarsest, hidden_distance, in_float32, logits_distance, probed
 
 _PROBE_TOKENS = 5
 _FEW_ROWS = 64  # rows of a product with the head that MKL is slow for
@@ -102,6 +103,8 @@ class Anatomy:
         returned: Per block, how many things it returns in a tuple, hidden states first; 0 for a tensor.
         handed_on: Per block, which of its arguments the block before returned besides hidden states: pairs of the
             argument (its place or name) and its place behind the hidden states.
+        rounding: What rounding does to the model's numbers, with float32 copies of its weights (True) and as it is
+            (False), once it was measured (:func:`rounding.measured`).
     """
 
     def __init__(self, model: nn.Module):
@@ -125,7 +128,12 @@ class Anatomy:
             raise UnsupportedModelError(
                 f"pretrained: {self.name} is an encoder-decoder model, but adainfer needs a decoder-only one"
             )
-        self._find()
+        self.rounding: dict[bool, Rounding] = {}
+        with in_float32(self.model) as copied:
+            self._find()
+        if copied:  # a coarser dtype may overflow where the copies did not
+            with torch.no_grad():
+                self._require_finite(self.model(input_ids=self.probe_ids(2), use_cache=False).logits)
         self.block_weights = [self._linear_weights(block) for block in self.blocks]
         self.attention_width = [self._attention_width(block) for block in self.blocks]
         self.whole_weights, self.whole_widths = self.block_weights, self.attention_width
@@ -157,10 +165,7 @@ class Anatomy:
                     stack.enter_context(_recorded(module, calls))
                 ids = self.probe_ids(batch)[:, :tokens]
                 logits = self.model(input_ids=ids, use_cache=False).logits
-            if not bool(torch.isfinite(logits).all()):
-                raise UnsupportedModelError(
-                    f"dtype: the logits of {self.name} are not finite in {logits.dtype}; try another dtype"
-                )
+            self._require_finite(logits)
             if batch == 2:
                 self.blocks = self._choose_blocks(candidates, calls)
             number = {id(block): k for k, block in enumerate(self.blocks, start=1)}
@@ -184,14 +189,21 @@ class Anatomy:
         self.block_hidden_size = int(last.shape[-1])
 
         # every batch of rows of different lengths relies on it, since right padding has no mask
-        later = (short - last[: len(short), : short.shape[1]]).abs().max().item()
-        if not later <= tolerance(last):
+        allowed = max(1e-4, 16 * torch.finfo(coarsest(self.model)).eps)
+        if not hidden_distance(last[: len(short), : short.shape[1]], short) <= allowed:
             raise self._unsupported("its tokens see later ones, so it is no decoder")
         again = self.logits(last[:, -1, :])
-        worst = (again.float() - logits[:, -1, :].float()).abs().max().item()
-        if not worst <= tolerance(logits):
+        worst = logits_distance(again, logits[:, -1, :])
+        if not worst <= allowed:
             raise self._unsupported(
-                f"its final norm and output head could not be separated (logits off by {worst:.2g})"
+                f"its final norm and output head could not be separated (logits off by {worst:.2g} of their size, "
+                f"allowed {allowed:.2g})"
+            )
+
+    def _require_finite(self, logits: Tensor) -> None:
+        if not bool(torch.isfinite(logits).all()):
+            raise UnsupportedModelError(
+                f"dtype: the logits of {self.name} are not finite in {logits.dtype}; try another dtype"
             )
 
     def probe_ids(self, batch: int) -> Tensor:
@@ -316,12 +328,16 @@ class Anatomy:
             UnsupportedModelError: Where the head is no plain linear map, or the model mixes its logits.
         """
         x = torch.linspace(-1, 1, 3 * self.block_hidden_size).reshape(3, -1)
-        x = x.to(device=self.input_device, dtype=self.model.get_input_embeddings().weight.dtype)
+        x = x.to(self.input_device)
         some = (torch.arange(6).reshape(3, 2) * 7 + 1).to(x.device) % self.vocab_size
+
+        def probe() -> float:
+            states = x.to(self.model.get_input_embeddings().weight.dtype)
+            whole = self.logits(states).gather(1, some)
+            return logits_distance(self.logits(states, some), whole)
+
         try:
-            whole = self.logits(x)
-            worst = (self.logits(x, some).float() - whole.gather(1, some).float()).abs().max().item()
-            good = worst <= tolerance(whole)
+            good = probed(self, "logits", probe).is_rounding
         except (AttributeError, RuntimeError, IndexError, TypeError):
             good = False
         if not good:
@@ -416,11 +432,6 @@ class Anatomy:
         size = getattr(part, "head_dim", None) or getattr(self.config, "head_dim", None)
         size = size or self.config.hidden_size // heads
         return heads * size
-
-
-def tolerance(reference: Tensor) -> float:
-    """How far two computations of ``reference`` in its dtype may differ: rounding, not structure."""
-    return 1e-4 + 8 * torch.finfo(reference.dtype).eps * reference.abs().max().item()
 
 
 def input_device(model: Any) -> torch.device:

@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lm_eval_adainfer.anatomy import Anatomy, tolerance
+from lm_eval_adainfer.anatomy import Anatomy
 from lm_eval_adainfer.errors import UnsupportedModelError
 from lm_eval_adainfer.forward import bypassed
+from lm_eval_adainfer.rounding import coarsest, in_float32, logits_distance
 
 _NUMBERS = ("layer_idx", "layer_id", "layer_index", "layer_number", "block_idx")
 
@@ -39,6 +40,11 @@ def drop(anatomy: Anatomy, dropped: Sequence[int]) -> None:
         UnsupportedModelError: Where the model without these blocks is not the model with these blocks bypassed; it
             can't be used any more then.
     """
+    with in_float32(anatomy.model):
+        _drop(anatomy, dropped)
+
+
+def _drop(anatomy: Anatomy, dropped: Sequence[int]) -> None:
     model, whole = anatomy.model, anatomy.n_blocks
     config, kept = anatomy.config, [k - 1 for k in range(1, whole + 1) if k not in set(dropped)]
     expected = _bypassed(anatomy, dropped)
@@ -58,11 +64,12 @@ def drop(anatomy: Anatomy, dropped: Sequence[int]) -> None:
         for name, value in list(vars(config).items()):
             if isinstance(value, (list, tuple)) and len(value) == whole:
                 setattr(config, name, type(value)(value[old] for old in kept))
-        worst = max((x - y).abs().max().item() for x, y in zip(_with_and_without_cache(anatomy), expected, strict=True))
+        worst = max(map(logits_distance, _with_and_without_cache(anatomy), expected))
     except Exception as error:  # whatever a family does when layers are missing
         raise _refusal(anatomy, dropped, type(error).__name__) from error
-    if not worst <= tolerance(expected[0]):
-        raise _refusal(anatomy, dropped, f"logits off by {worst:.2g}")
+    allowed = max(1e-4, 16 * torch.finfo(coarsest(model)).eps)
+    if not worst <= allowed:
+        raise _refusal(anatomy, dropped, f"logits off by {worst:.2g} of their size, allowed {allowed:.2g}")
 
 
 def _refusal(anatomy: Anatomy, dropped: Sequence[int], why: str) -> UnsupportedModelError:

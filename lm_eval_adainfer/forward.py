@@ -18,8 +18,9 @@ import torch
 from torch import Tensor, nn
 from transformers import masking_utils
 
-from lm_eval_adainfer.anatomy import Anatomy, BatchRule, hidden_of, replaced_forward, tolerance, walk
+from lm_eval_adainfer.anatomy import Anatomy, BatchRule, hidden_of, replaced_forward, walk
 from lm_eval_adainfer.errors import UnsupportedModelError
+from lm_eval_adainfer.rounding import hidden_distance, probed
 
 if TYPE_CHECKING:
     from lm_eval_adainfer.prefixes import Continued
@@ -368,6 +369,16 @@ def verify(anatomy: Anatomy) -> None:
     Raises:
         UnsupportedModelError: Where they don't: then no number of an early exit could be trusted.
     """
+    difference = probed(anatomy, "hidden", lambda: _off_by(anatomy))
+    if not difference.is_rounding:
+        raise UnsupportedModelError(
+            f"pretrained: {anatomy.name} is not supported for early exit: rows of a batch change when others leave it, "
+            f"or a block reads more of earlier blocks than their hidden states (these are {difference})"
+        )
+
+
+def _off_by(anatomy: Anatomy) -> float:
+    """The largest distance of the hidden states of three rows that leave at different blocks from the model's own."""
     n, batch = anatomy.n_blocks, 3
     ids = anatomy.probe_ids(batch)
     dense: list[Tensor] = []
@@ -388,15 +399,10 @@ def verify(anatomy: Anatomy) -> None:
     def scripted(state: BlockState) -> Tensor | None:
         nonlocal rows, worst
         reference = dense[state.block - 1][rows]
-        error = (state.hidden[:, -1] - reference).abs().max().item()
-        worst = max(worst, error / tolerance(reference)) if error == error else float("inf")
+        worst = max(worst, hidden_distance(state.hidden[:, -1], reference))
         keep = [i for i, row in enumerate(rows) if exits[row] > state.block]
         rows = [rows[i] for i in keep]
         return torch.tensor(keep, dtype=torch.long)
 
     run_blocks(anatomy, ids, scripted)
-    if worst > 1:
-        raise UnsupportedModelError(
-            f"pretrained: {anatomy.name} is not supported for early exit: rows of a batch change when others leave it, "
-            "or a block reads more of earlier blocks than their hidden states"
-        )
+    return worst

@@ -20,15 +20,17 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lm_eval_adainfer import features
-from lm_eval_adainfer.anatomy import Anatomy, hidden_of, tolerance, walk, with_hidden
+from lm_eval_adainfer.anatomy import Anatomy, hidden_of, walk, with_hidden
 from lm_eval_adainfer.forward import AllRowsLeft, BlockState, bypassed, explicit_masks, hooked, part_output
 from lm_eval_adainfer.layouts import LAYOUTS, Tokens
+from lm_eval_adainfer.rounding import logits_distance, probed
 from lm_eval_adainfer.slots import SlotCache, Stored, Windows, no_cache, watch_windows
 from lm_eval_adainfer.strategies.base import Schedule, Stopper
 
@@ -478,32 +480,36 @@ def prepare(anatomy: Anatomy) -> Windows:
         UnsupportedModelError: Where no layout gives these logits.
     """
     windows = watch_windows(anatomy)
-    n, failure = anatomy.n_blocks, "its arguments don't follow the window"
+    failures = [] if windows.packs else ["packed: its blocks have arguments that don't follow single tokens"]
+    for layout in ("packed", "padded") if windows.packs else ("padded",):
+        found = replace(windows, layout=layout, missed="; ".join(failures))
+        try:
+            difference = probed(anatomy, "logits", partial(_off_by, anatomy, found))
+        except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            failures.append(f"{layout}: {str(error).splitlines()[0] if str(error) else type(error).__name__}")
+            continue
+        if difference.is_rounding:
+            return found
+        failures.append(f"{layout}: logits are {difference}")
+    raise no_cache(anatomy, "; ".join(failures))
+
+
+def _off_by(anatomy: Anatomy, windows: Windows) -> float:
+    """How far the logits of scripted decoding are from a plain forward's (:func:`rounding.logits_distance`)."""
+    n = anatomy.n_blocks
     ids = anatomy.probe_ids(3).tolist()
     prompts = [ids[0], ids[1][:3], ids[2][:4]]
     exits = [[1, 1, 1], [max(1, n // 2), 1, n], [n, max(1, n - 1), 1], [n, n, n]]
-    for layout in ("packed", "padded") if windows.packs else ("padded",):
-        stopper = _Script(exits)
-        decoder = Decoder(
-            anatomy, stopper, Schedule(n, stopper), replace(windows, layout=layout), prompts, len(exits)
-        )
-        try:
-            with decoder.attached():
-                for number in range(len(exits)):
-                    logits = decoder.step()
-                    if number < len(exits) - 1:
-                        decoder.append([row[number] for row in ids], [False] * 3)
-        except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
-            failure = type(error).__name__
-            continue
-        texts = [[*p, *row[: len(exits) - 1]] for p, row in zip(prompts, ids, strict=True)]
-        plain = [
-            anatomy.model(input_ids=torch.tensor([t], device=anatomy.input_device), use_cache=False).logits[0, -1]
-            for t in texts
-        ]
-        reference = torch.stack(plain).to(logits.device)
-        worst = (logits - reference.float()).abs().max().item()
-        if worst <= tolerance(reference):
-            return replace(windows, layout=layout)
-        failure = f"logits off by {worst:.2g}"
-    raise no_cache(anatomy, failure)
+    stopper = _Script(exits)
+    decoder = Decoder(anatomy, stopper, Schedule(n, stopper), windows, prompts, len(exits))
+    with decoder.attached():
+        for number in range(len(exits)):
+            logits = decoder.step()
+            if number < len(exits) - 1:
+                decoder.append([row[number] for row in ids], [False] * 3)
+    texts = [[*p, *row[: len(exits) - 1]] for p, row in zip(prompts, ids, strict=True)]
+    plain = [
+        anatomy.model(input_ids=torch.tensor([t], device=anatomy.input_device), use_cache=False).logits[0, -1]
+        for t in texts
+    ]
+    return logits_distance(logits, torch.stack(plain))

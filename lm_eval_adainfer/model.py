@@ -10,7 +10,7 @@ import time
 from collections import defaultdict, deque
 from collections.abc import Iterator, Sequence
 from importlib.metadata import version
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from lm_eval import utils
@@ -20,16 +20,16 @@ from lm_eval.models.utils import normalize_gen_kwargs
 from tqdm import tqdm
 
 from lm_eval_adainfer import __version__, dropping, paths, prefixes, reporting
-from lm_eval_adainfer.anatomy import Anatomy, BatchRule, input_device
+from lm_eval_adainfer.anatomy import Anatomy, input_device
 from lm_eval_adainfer.answers import ExitTrace, LogLikelihood, Rolling, Text
 from lm_eval_adainfer.decoding import Seeds, Stop, decode
 from lm_eval_adainfer.decoding import trace as decode_trace
 from lm_eval_adainfer.errors import AdaInferError, UnsupportedModelError, report_errors_in_one_sentence
 from lm_eval_adainfer.forward import first_not_finite, verify
 from lm_eval_adainfer.generation import KV_POLICIES, prepare
-from lm_eval_adainfer.prefixes import Prefix
+from lm_eval_adainfer.prefixes import Prefix, Sharing
 from lm_eval_adainfer.scoring import Answer, Document, Engine, Row
-from lm_eval_adainfer.slots import Windows, watch_windows
+from lm_eval_adainfer.slots import Windows
 from lm_eval_adainfer.strategies import artifact
 from lm_eval_adainfer.strategies.base import Schedule
 
@@ -172,7 +172,7 @@ class AdaInferLM(HFLM):
         self.run_totals: dict[str, Any] = {}
         self._document_keys: list[Any] = []
         self._warned_not_finite = False
-        self._prefix_rule: BatchRule | Literal[False] | None = None  # watched when something is first shared
+        self._found_sharing: Sharing | None = None  # found out when something is first shared
         self._windows: Windows | None = None  # watched when generation first exits early
         self.run_documents = self.engine.run  # tracing puts a dense pass that records every block here
         reporting.install()
@@ -398,7 +398,7 @@ class AdaInferLM(HFLM):
 
         Whole documents, longest first, as many to a batch as fit the batch size.
         """
-        together = self._sharing(documents, fixed)
+        together = self._grouped(documents, fixed)
         parts = [sorted(p, key=lambda d: (-d.longest, max(row.tokens for row in d.rows))) for p, _ in together]
         shapes: list[Any] = []  # only the automatic batch size reads them: a second copy of every prompt
         if fixed is None and self.batch_size == "auto":
@@ -427,11 +427,11 @@ class AdaInferLM(HFLM):
                 start, position = end, position + load.rows
 
         for ordered, (_, tokens) in zip(parts, together, strict=True):
-            shared = bool(tokens) and self._prefix_rule
+            shared = self._sharing().rule if tokens else None
             self.engine.prefix = Prefix(self.anatomy, [tokens], shared) if shared else None
             yield from self.engine.together(cut(ordered))
 
-    def _sharing(self, documents: Sequence[Document], fixed: int | None) -> list[tuple[list[Document], list[int]]]:
+    def _grouped(self, documents: Sequence[Document], fixed: int | None) -> list[tuple[list[Document], list[int]]]:
         """Documents by the prefix that they share, where that pays and the model allows it."""
         alone: list[tuple[list[Document], list[int]]] = [(list(documents), [])]
         self.engine.rule, self.engine.prefix = None, None
@@ -444,18 +444,19 @@ class AdaInferLM(HFLM):
         found = prefixes.groups(documents, size, self.prefix_cache)
         if not any(prefix for _, prefix in found) and not any(prefixes.Load.of(d, 0).shares for d in documents):
             return alone
-        if self._prefix_rule is None:
-            try:
-                with self._autocast():
-                    self._prefix_rule = prefixes.usable(self.anatomy, watch_windows(self.anatomy).rows) or False
-            except UnsupportedModelError:
-                self._prefix_rule = False
-            if not self._prefix_rule:
-                eval_logger.info("prefix_cache: this model's cache can't be shared, so every prompt is run whole")
-        if not self._prefix_rule:
+        if self._sharing().rule is None:
             return alone
-        self.engine.rule, self.engine.prefix_tokens = self._prefix_rule, self.prefix_cache
+        self.engine.rule, self.engine.prefix_tokens = self._sharing().rule, self.prefix_cache
         return found
+
+    def _sharing(self) -> Sharing:
+        """How prompts can share what they begin with; found out once, and a speed-up that is lost is warned of."""
+        if self._found_sharing is None:
+            with self._autocast():
+                self._found_sharing = prefixes.sharing(self.anatomy)
+            if self._found_sharing.missed:
+                eval_logger.warning(f"prefix_cache: {self._found_sharing.how} ({self._found_sharing.missed})")
+        return self._found_sharing
 
     # ------------------------------------------------------------------ rolling and generation
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[Any]:
@@ -524,6 +525,8 @@ class AdaInferLM(HFLM):
         if requests and early and self._windows is None:
             with self._autocast():
                 self._windows = prepare(self.anatomy)
+            if self._windows.missed:
+                eval_logger.warning(f"generation: tokens are laid out {self._windows.layout} ({self._windows.missed})")
             self.engine.counter.stored_weights = self._windows.stored_weights
         if requests and not early and self.schedule.blocks:
             eval_logger.warning("generation=dense: generate_until does not exit early (exit_layer = L)")
@@ -644,6 +647,7 @@ class AdaInferLM(HFLM):
             "generation": self.generation,
             **(how if self.generation == "early" else {}),
             "loglikelihood_rolling": "counted as if each token had been run to its exit block only",
+            **self._speed_ups(),
             **totals,
             **({"generated_tokens_per_second_measured": tokens / seconds} if tokens and seconds else {}),
             "versions": {
@@ -653,6 +657,15 @@ class AdaInferLM(HFLM):
                 "transformers": transformers.__version__,
             },
         }
+
+    def _speed_ups(self) -> dict[str, str]:
+        """What was found out of the model's speed-ups, as far as this run needed them, and why one is not used."""
+        found = {}
+        if self._found_sharing is not None:
+            found["shared_prefixes"] = _with_reason(self._found_sharing.how, self._found_sharing.missed)
+        if self._windows is not None:
+            found["generation_layout"] = _with_reason(self._windows.layout, self._windows.missed)
+        return found
 
     def totals(self) -> dict[str, Any]:
         """This process's totals since it was built: measured seconds, counted tokens, head rows and block calls."""
@@ -676,6 +689,10 @@ class _TextHook(CacheHook):
 
     def add_partial(self, attr: str, req: Any, res: Any) -> None:
         super().add_partial(attr, req, self._lm.note_text(req, res) if attr == "generate_until" else res)
+
+
+def _with_reason(how: str, missed: str) -> str:
+    return f"{how} ({missed})" if missed else how
 
 
 def _nothing_to_score(continuation: str) -> AdaInferError:

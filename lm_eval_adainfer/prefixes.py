@@ -8,20 +8,24 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from lm_eval_adainfer.anatomy import Anatomy, BatchRule, tolerance
+from lm_eval_adainfer.anatomy import Anatomy, BatchRule
 from lm_eval_adainfer.attention import Apart, in_front
 from lm_eval_adainfer.forward import BlockState, Forward, run_blocks
+from lm_eval_adainfer.rounding import hidden_distance, probed
+from lm_eval_adainfer.slots import NoPlainCacheError, watch_windows
 
 if TYPE_CHECKING:
     from lm_eval_adainfer.scoring import Document
 
+_WHOLE = "every prompt is run whole"
 _LEAST = 16  # tokens; less is not worth a call of its own
 
 
@@ -332,17 +336,51 @@ def _common(lists: Sequence[list[int]]) -> list[int]:
     return list(low[:end])
 
 
+@dataclass(frozen=True)
+class Sharing:
+    """Whether rows can continue prefixes, and how.
+
+    Attributes:
+        rule: How the blocks' arguments follow the batch then; None where every prompt has to be run whole.
+        how: A clause for the run's record.
+        missed: What this machine could do and this model does not allow, with the figure that decided; or empty.
+    """
+
+    rule: BatchRule | None
+    how: str
+    missed: str = ""
+
+
 @torch.no_grad()
-def usable(anatomy: Anatomy, rule: BatchRule) -> BatchRule | None:
+def sharing(anatomy: Anatomy) -> Sharing:
     """How rows can continue prefixes: apart from their keys (a CPU alone has that kernel), behind them, or not at all.
 
-    Seen on a prefix that continues a prefix, and on rows that continue one row: they have to get a plain forward's
-    states after every block, also where rows have left.
-
-    Args:
-        anatomy: The model.
-        rule: How the blocks' arguments follow the batch where a cache is used.
+    It is seen on a prefix that continues a prefix, and on rows that continue one row: they have to get a plain
+    forward's hidden states after every block, also where rows have left.
     """
+    try:
+        rule = watch_windows(anatomy).rows
+    except NoPlainCacheError as error:
+        return Sharing(None, _WHOLE, error.why)
+    ways = {"what prompts share is attended to together": True, "shared keys are put in front of every row's": False}
+    failures = []
+    for how, apart in ways.items():
+        if apart and anatomy.input_device.type != "cpu":
+            continue
+        found = replace(rule, apart=apart)
+        try:
+            difference = probed(anatomy, "hidden", partial(_off_by, anatomy, found))
+        except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            failures.append(f"if {how}, {str(error).splitlines()[0] if str(error) else type(error).__name__}")
+            continue
+        if difference.is_rounding:
+            return Sharing(found, how, "; ".join(failures))
+        failures.append(f"if {how}, hidden states are {difference}")
+    return Sharing(None, _WHOLE, "; ".join(failures))
+
+
+def _off_by(anatomy: Anatomy, rule: BatchRule) -> float:
+    """How far rows that continue prefixes are from a plain forward's hidden states (``rounding.hidden_distance``)."""
     probe = anatomy.probe_ids(3)
     ids = torch.cat([probe[:1, :3].expand(3, 3), probe[:, 1:]], dim=1)  # 3 shared, 4 of their own
     plain: list[Tensor] = []
@@ -354,22 +392,16 @@ def usable(anatomy: Anatomy, rule: BatchRule) -> BatchRule | None:
     run_blocks(anatomy, ids, record)
     starts = [5, 4, 5]  # tokens that prefixes of several rows have of each
     own = [ids[r, 3 : starts[r]].tolist() for r in (1, 0, 2)]
-    for apart in [True, False] if ids.device.type == "cpu" else [False]:
-        found = replace(rule, apart=apart)
-        try:
-            first = Prefix(anatomy, [ids[0, :3].tolist()], found)
-            second = Prefix(anatomy, own, found, first, stays=False)
-            if _same(plain, ids, Continued(second, [1, 0, 2]), starts) and _same(
-                plain, ids, Continued(first, [0, 0, 0]), [3, 3, 3]
-            ):
-                return found
-        except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError):
-            continue
-    return None
+    first = Prefix(anatomy, [ids[0, :3].tolist()], rule)
+    second = Prefix(anatomy, own, rule, first, stays=False)
+    return max(
+        _continued_off_by(plain, ids, Continued(second, [1, 0, 2]), starts),
+        _continued_off_by(plain, ids, Continued(first, [0, 0, 0]), [3, 3, 3]),
+    )
 
 
-def _same(plain: Sequence[Tensor], ids: Tensor, continued: Continued, starts: Sequence[int]) -> bool:
-    """Whether 3 rows ([3, 7] ids) that go on behind so many tokens get the ``plain`` states of their last two tokens.
+def _continued_off_by(plain: Sequence[Tensor], ids: Tensor, continued: Continued, starts: Sequence[int]) -> float:
+    """How far 3 rows ([3, 7] ids) that go on behind so many tokens are from the ``plain`` states of their last two.
 
     Rows leave in between.
     """
@@ -377,16 +409,15 @@ def _same(plain: Sequence[Tensor], ids: Tensor, continued: Continued, starts: Se
     rest = torch.zeros(3, 7 - min(starts), dtype=torch.long, device=ids.device)
     for r, start in enumerate(starts):
         rest[r, : 7 - start] = ids[r, start:]
-    rows, good = [0, 1, 2], True
+    rows, worst = [0, 1, 2], 0.0
 
     def compare(state: BlockState) -> Tensor | None:
-        nonlocal rows, good
+        nonlocal rows, worst
         found = torch.stack([state.hidden[i, 5 - starts[r] : 7 - starts[r]] for i, r in enumerate(rows)])
-        expected = plain[state.block - 1][rows]
-        good = good and bool((found - expected).abs().max() <= tolerance(expected))
+        worst = max(worst, hidden_distance(found, plain[state.block - 1][rows]))
         keep = [i for i, row in enumerate(rows) if state.block < (n, 1, max(1, n - 1))[row]]
         rows = [rows[i] for i in keep]
         return torch.tensor(keep, dtype=torch.long)
 
     run_blocks(anatomy, rest, compare, prefix=continued)
-    return good
+    return worst

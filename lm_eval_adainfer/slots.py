@@ -129,6 +129,7 @@ class Windows:
         stored_weights: Per block, weights of the linear maps that a token meets before its keys and values are there.
         packs: Whether every argument is of a kind that the packed layout understands.
         layout: How tokens are laid out (a key of ``layouts.LAYOUTS``).
+        missed: Why no better layout, with the figure that decided; or empty.
     """
 
     queries: dict[tuple[int, str], tuple[int, ...]]
@@ -136,6 +137,7 @@ class Windows:
     stored_weights: list[int]
     packs: bool
     layout: str = "padded"
+    missed: str = ""
 
 
 @torch.no_grad()
@@ -231,9 +233,18 @@ def _why(anatomy: Anatomy, otherwise: str) -> str:
     return "blocks keep a recurrent state" if recurrent else otherwise
 
 
-def no_cache(anatomy: Anatomy, why: str) -> UnsupportedModelError:
+class NoPlainCacheError(UnsupportedModelError):
+    """A model whose cache can't be driven by slots; ``why`` is a clause that says what it has instead."""
+
+    def __init__(self, why: str, sentence: str):
+        super().__init__(sentence)
+        self.why = why
+
+
+def no_cache(anatomy: Anatomy, why: str) -> NoPlainCacheError:
     """What is said of a model whose cache can't be driven by slots."""
-    return UnsupportedModelError(
+    return NoPlainCacheError(
+        why,
         f"generation: {anatomy.name} does not use a plain key-value cache ({why}), so it can't exit early while "
-        "generating; pass generation=dense to generate without early exit"
+        "generating; pass generation=dense to generate without early exit",
     )

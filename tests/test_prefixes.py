@@ -11,10 +11,9 @@ from test_model import Scripted
 
 from lm_eval_adainfer import prefixes
 from lm_eval_adainfer.anatomy import Anatomy
-from lm_eval_adainfer.errors import AdaInferError, UnsupportedModelError
+from lm_eval_adainfer.errors import AdaInferError
 from lm_eval_adainfer.model import AdaInferLM
 from lm_eval_adainfer.scoring import Document, Row
-from lm_eval_adainfer.slots import watch_windows
 from lm_eval_adainfer.strategies.artifact import parse
 
 SHARED = "a few shots that all documents of a task begin with. "
@@ -49,7 +48,7 @@ def test_answers_and_exits_are_those_of_whole_prompts(family, stopper, tokenizer
         context, continuation = once._encode_pair(*request.args)
         slow = score(model, once.anatomy.blocks, context, continuation, int(answer.trace.exit_layer), 128)
         assert answer[0] == pytest.approx(slow[0], abs=2e-4)
-    if once._prefix_rule:
+    if once._found_sharing.rule:
         assert once.engine.block_tokens < 0.6 * whole.engine.block_tokens
         assert once.engine.tokens == whole.engine.tokens
     else:
@@ -180,10 +179,10 @@ def test_groups_by_hand():
 def test_what_is_usable_is_known_by_family(family):
     anatomy = Anatomy(make_model(family))
     if family == "mamba":
-        with pytest.raises(UnsupportedModelError):
-            watch_windows(anatomy)
+        found = prefixes.sharing(anatomy)
+        assert found == prefixes.Sharing(None, "every prompt is run whole", "blocks keep a recurrent state")
     else:
-        rule = prefixes.usable(anatomy, watch_windows(anatomy).rows)
+        rule = prefixes.sharing(anatomy).rule
         assert rule is not None and rule.apart == (
             anatomy.model.config._attn_implementation == "sdpa" and family != "falcon"  # Falcon has one of its own
         )
