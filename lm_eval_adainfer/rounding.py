@@ -150,26 +150,30 @@ def _forward(anatomy: Anatomy, ids: Tensor) -> tuple[list[Tensor], Tensor]:
 
 
 @contextmanager
-def in_float32(model: nn.Module) -> Iterator[bool]:
+def in_float32(model: nn.Module, autocast: bool = False) -> Iterator[bool]:
     """Compute in float32 for a while: weights of a coarser dtype are replaced by float32 copies, autocast is off.
 
     The blocks of a large model have copies while they run, one block at a time; the rest of the model has them all the
     while. The model is given back as it was, whatever happens.
 
+    Args:
+        model: The model.
+        autocast: Whether its caller uses autocast elsewhere, where it is off now.
+
     Yields:
         Whether anything was replaced. False where the model computes in float32 already, and where its weights can't be
         copied (they are quantised, or offloaded): then nothing is changed.
     """
-    autocast = [kind for kind in _devices(model) if torch.is_autocast_enabled(kind)]
+    kinds = [kind for kind in _devices(model) if torch.is_autocast_enabled(kind)]
     coarse = _coarse(model)
-    if coarse is None or not (coarse or autocast):
+    if coarse is None or not (coarse or kinds or autocast):
         yield False
         return
     units = _units(model)
     inside = {id(m) for unit in units for m in unit.modules()}
     keeps = 4 * sum(value.numel() for _, _, value in coarse) <= _KEPT_BYTES
     with ExitStack() as stack:
-        for kind in autocast:
+        for kind in kinds:
             stack.enter_context(torch.autocast(kind, enabled=False))
         rest = [entry for entry in coarse if id(entry[0]) not in inside]
         stack.enter_context(_replaced(rest, _copies(rest)))

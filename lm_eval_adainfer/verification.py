@@ -2,6 +2,10 @@
 
 The reference is slow and obvious: one row at a time, without a cache, blocks k+1..L handing on what they get. It shares
 nothing with the early-exit engine but the list of blocks. Prompts are random tokens, so any tokenizer will do.
+
+Where the model computes in a dtype coarser than float32, rounding would hide what is wrong: so it is checked with
+float32 copies of its weights first, and then in its own dtype, where early exit may differ from plain forwards as much
+as these differ from each other.
 """
 
 from __future__ import annotations
@@ -25,6 +29,7 @@ from lm_eval_adainfer.errors import AdaInferError, UnsupportedModelError
 from lm_eval_adainfer.forward import BlockState
 from lm_eval_adainfer.generation import Decoder, prepare
 from lm_eval_adainfer.model import AdaInferLM
+from lm_eval_adainfer.rounding import coarsest, in_float32, measured
 from lm_eval_adainfer.strategies.base import Schedule, Stopper
 
 OK, NOT_SUPPORTED, FAILED = "ok", "not supported", "FAILED"
@@ -106,21 +111,19 @@ class _Tally:
 class _Plain:
     """The reference: plain forwards of the whole model, a row at a time."""
 
-    def __init__(self, lm: AdaInferLM):
+    def __init__(self, lm: AdaInferLM, copied: bool):
         self.lm, self.anatomy = lm, lm.anatomy
-        dtypes = {p.dtype for p in lm.model.parameters() if p.is_floating_point()} | {lm.mixed_precision_dtype}
-        eps = max(torch.finfo(d).eps for d in dtypes if isinstance(d, torch.dtype))
-        # by how much of its size rounding may move a number: at the head, and in every block in its own direction
-        self.rounding = max(2e-6, eps * (1 + self.anatomy.n_blocks**0.5))
+        with lm._autocast():
+            self.rounding = max(2e-6, 2 * measured(self.anatomy, copied).logits)
 
     @torch.no_grad()
-    def _logits(self, tokens: Sequence[int]) -> Tensor:
-        """[S, V], float32."""
-        ids = torch.tensor([list(tokens)], device=self.anatomy.input_device)
+    def _logits(self, tokens: Sequence[int], behind: Sequence[int] = ()) -> Tensor:
+        """[S, V], float32, also with other tokens behind these, which changes nothing but rounding."""
+        ids = torch.tensor([[*tokens, *behind]], device=self.anatomy.input_device)
         with self.lm._autocast():
-            return self.anatomy.model(input_ids=ids, use_cache=False).logits[0].float().cpu()
+            return self.anatomy.model(input_ids=ids, use_cache=False).logits[0, : len(tokens)].float().cpu()
 
-    def logprobs(self, tokens: Sequence[int], k: int) -> Tensor:
+    def logprobs(self, tokens: Sequence[int], k: int, behind: Sequence[int] = ()) -> Tensor:
         """[S, V] log-probabilities of one row after block k: what comes behind it hands on what it gets."""
 
         def hand_on(module: Any, args: tuple, kwargs: dict, output: Any) -> Any:
@@ -128,7 +131,7 @@ class _Plain:
 
         handles = [b.register_forward_hook(hand_on, with_kwargs=True) for b in self.anatomy.blocks[k:]]
         try:
-            return self._logits(tokens).log_softmax(-1)
+            return self._logits(tokens, behind).log_softmax(-1)
         finally:
             for handle in handles:
                 handle.remove()
@@ -210,8 +213,9 @@ class _Asked:
 class _Verifier:
     """The checks, and what they share."""
 
-    def __init__(self, lm: AdaInferLM):
-        self.lm, self.anatomy, self.plain = lm, lm.anatomy, _Plain(lm)
+    def __init__(self, lm: AdaInferLM, computes_in: str, copied: bool = False):
+        self.lm, self.anatomy, self.plain, self.copied = lm, lm.anatomy, _Plain(lm, copied), copied
+        self.computes_in = computes_in
         self.n = lm.anatomy.n_blocks
         self.random = random.Random(0)
         self.window = min(_LONGEST, lm.max_length, lm.anatomy.fixed_positions or _LONGEST)
@@ -288,8 +292,6 @@ class _Verifier:
     def structure(self) -> Finding:
         """What the model was found to be made of."""
         a, parameters = self.anatomy, list(self.lm.model.parameters())
-        dtypes = sorted({str(p.dtype).removeprefix("torch.") for p in parameters})
-        autocast = self.lm.mixed_precision_dtype
         head = a.model.get_output_embeddings()
         chain = [type(m).__name__ for m in a.tail] + ["the model's own head" if head is None else type(head).__name__]
         blocks = ", ".join(sorted({type(b).__name__ for b in a.blocks}))
@@ -297,8 +299,9 @@ class _Verifier:
             "structure",
             OK,
             f"{a.name}: {a.n_blocks} blocks ({blocks}), hidden size {a.block_hidden_size}, vocabulary {a.vocab_size}, "
-            f"{'+'.join(dtypes)}{'' if autocast is None else f' under {autocast}'}, on "
-            f"{'+'.join(sorted({str(p.device) for p in parameters}))}; a block is read through {' -> '.join(chain)}",
+            f"{self.computes_in}, on "
+            f"{'+'.join(sorted({str(p.device) for p in parameters}))}; a block is read through {' -> '.join(chain)}"
+            f"{'; checked with float32 copies of its weights' if self.copied else ''}",
         )
 
     def dense(self) -> Finding:
@@ -347,8 +350,12 @@ class _Verifier:
         asked = [request for document in documents for request in document]
         whole = sum({a.row: k * len(a.row) for a, k in zip(asked, exits, strict=True)}.values())
         if ran >= whole:
-            return tally.finding("prefix", "not used, every prompt is run whole", NOT_SUPPORTED)
-        return tally.finding("prefix", f"what prompts share was run once ({ran} of {whole} tokens x blocks)")
+            missed = lm._found_sharing.missed if lm._found_sharing is not None else ""
+            why = f" ({missed})" if missed else ""
+            return tally.finding("prefix", f"not used, every prompt is run whole{why}", NOT_SUPPORTED)
+        missed = lm._sharing().missed
+        how = f"{lm._sharing().how}, as not: {missed}" if missed else lm._sharing().how
+        return tally.finding("prefix", f"what prompts share was run once ({ran} of {whole} tokens x blocks; {how})")
 
     def generation(self) -> Finding:
         """Greedy decoding, token by token at drawn blocks, against the whole prefix without a cache."""
@@ -384,7 +391,36 @@ class _Verifier:
                 tally.number(logits.log_softmax(-1), expected[0], allowed, f"a log-probability {where}")
                 tally.same(token, self.plain.top(expected[0]), f"the token {where}")
         layers = {k for together in steps for _, k, *_ in together}
-        return tally.finding("generation", f"tokens that left after blocks {_listed(layers)} are as without a cache")
+        how = windows.layout + (f", as not {windows.missed}" if windows.missed else "")
+        return tally.finding(
+            "generation", f"tokens that left after blocks {_listed(layers)} are as without a cache (laid out {how})"
+        )
+
+    def rounding(self) -> Finding:
+        """In the model's own dtype: how far answers are from plain forwards, against how far these are from each other.
+
+        A plain forward with other tokens behind a row's is the same one on paper.
+        """
+        documents, found, own, sizes = self.documents(8), [], [], []
+        for lm in (self.early(), self.early(prefix_cache=4096)):
+            asked = [request for document in documents for request in document]
+            requests: list[Any] = [(None, list(a.context), list(a.continuation)) for a in asked]
+            for a, answer in zip(asked, lm._loglikelihood_tokens(requests, True, override_bs=_BATCH), strict=True):
+                k, n = int(answer.trace.exit_layer), len(a.continuation)
+                plain = [self.plain.logprobs(a.row, k, behind)[-n:] for behind in ((), self.tokens(3), self.tokens(9))]
+                total, *others = (x[range(n), list(a.continuation)].sum().item() for x in plain)
+                found.append(answer[0] - total)
+                own += [other - total for other in others]
+                sizes.append(plain[0].where(plain[0] > -1e4, 0).abs().amax(-1).mean().item())
+        # kernels may be too much alike to differ, but logits can be off by their last digit
+        digit = torch.finfo(coarsest(self.lm.model)).eps * sum(sizes) / len(sizes)
+        seen, allowed = _root_mean_square(found), max(4 * _root_mean_square(own), digit)
+        good = seen <= allowed  # not where it is NaN
+        detail = (
+            f"in {self.computes_in} answers differ from plain forwards by {seen:.2g} nats (root mean square of "
+            f"{len(found)}), and these from each other by {_root_mean_square(own):.2g}; {allowed:.2g} are allowed"
+        )
+        return Finding("rounding", OK if good else FAILED, detail, len(found), 0, seen, allowed)
 
     def stopper(self) -> Finding:
         """The stopper's exits against the stopper asked block by block, of one context at a time."""
@@ -439,21 +475,43 @@ def verify_model(lm: AdaInferLM, disable_tqdm: bool = False) -> list[Finding]:
         lm: The model; its stopper is checked where it has one.
         disable_tqdm: Show no progress.
 
-    Tolerances are 1e-4 plus a share of the log-probabilities' size: 2e-6 in float32, (1 + the root of the number of
-    blocks) units of rounding in a coarser dtype.
+    Tolerances are 1e-4 plus a share of the log-probabilities' size: 2e-6, or twice what rounding was measured to do to
+    this model's logits (:mod:`rounding`). A model that computes in a coarser dtype than float32 is checked with float32
+    copies of its weights; in its own dtype its answers are compared in the finding ``rounding``.
 
     Returns:
-        A finding per check: ``structure``, ``dense``, ``exits``, ``compaction``, ``prefix``, ``generation`` and, for a
-        stopper other than ``none``, ``stopper``. Whatever goes wrong in a check is its finding.
+        A finding per check: ``structure``, ``dense``, ``exits``, ``compaction``, ``prefix``, ``generation``, for a
+        stopper other than ``none`` ``stopper``, and for a dtype coarser than float32 ``rounding``. Whatever goes wrong
+        in a check is its finding.
     """
-    verifier = _Verifier(lm)
-    checks: list[Callable[[], Finding]] = [
-        verifier.structure, verifier.dense, verifier.exits, verifier.compaction, verifier.prefix, verifier.generation,
-    ]  # fmt: skip
-    if lm.stopper.kind != "none":
-        checks.append(verifier.stopper)
+    names = ["structure", "dense", "exits", "compaction", "prefix", "generation"]
+    dtype = _computes_in(lm)
+    names += ["stopper"] * (lm.stopper.kind != "none")
+    with tqdm(desc="Verifying", total=len(names), disable=disable_tqdm or lm.rank != 0) as progress:
+        with _in_float32(lm) as copied:
+            findings = _run(_Verifier(lm, dtype, copied), names, progress)
+        if copied:
+            findings += _run(_Verifier(lm, dtype), ["rounding"], progress)
+    return findings
+
+
+@contextmanager
+def _in_float32(lm: AdaInferLM) -> Iterator[bool]:
+    """Let the model compute in float32 for a while; yields whether it does not otherwise."""
+    autocast = lm.mixed_precision_dtype
+    with in_float32(lm.model, autocast is not None) as copied:
+        lm.mixed_precision_dtype = None if copied else autocast
+        try:
+            yield copied
+        finally:
+            lm.mixed_precision_dtype = autocast
+
+
+def _run(verifier: _Verifier, names: Sequence[str], progress: Any) -> list[Finding]:
+    """These checks' findings."""
     findings = []
-    for check in tqdm(checks, desc="Verifying", disable=disable_tqdm or lm.rank != 0):
+    for name in names:
+        check: Callable[[], Finding] = getattr(verifier, name)
         verifier.drawn.only = None
         try:
             findings.append(check())
@@ -462,7 +520,8 @@ def verify_model(lm: AdaInferLM, disable_tqdm: bool = False) -> list[Finding]:
         except Exception as error:  # a model that fails here is what is looked for
             said = str(error).splitlines()[0] if str(error) else ""
             what = said if isinstance(error, AdaInferError) else f"{type(error).__name__}: {said}"
-            findings.append(Finding(check.__name__, FAILED, f"it ended with an error ({what})"))
+            findings.append(Finding(name, FAILED, f"it ended with an error ({what})"))
+        progress.update(1)
     return findings
 
 
@@ -490,6 +549,16 @@ def as_json(findings: Sequence[Finding]) -> str:
         if row["largest_error"] is not None and not math.isfinite(row["largest_error"]):
             row["largest_error"] = None
     return json.dumps(rows, indent=1) + "\n"
+
+
+def _computes_in(lm: AdaInferLM) -> str:
+    """The weights' dtypes, and autocast's."""
+    dtypes = sorted({str(p.dtype).removeprefix("torch.") for p in lm.model.parameters()})
+    return f"{'+'.join(dtypes)}{'' if lm.mixed_precision_dtype is None else f' under {lm.mixed_precision_dtype}'}"
+
+
+def _root_mean_square(values: Sequence[float]) -> float:
+    return math.sqrt(sum(x * x for x in values) / len(values))
 
 
 def spread(n_blocks: int) -> list[int]:
