@@ -33,7 +33,7 @@ class Interval:
     upper: float
 
 
-def tango_z(b: np.ndarray | int, c: np.ndarray | int, n: int, drop: float) -> np.ndarray:
+def tango_z(b: np.ndarray | float, c: np.ndarray | float, n: float, drop: float) -> np.ndarray:
     """Tango's score statistic for a true drop of ``drop``; large where the seen drop is larger."""
     b, c = np.asarray(b, dtype=float), np.asarray(c, dtype=float)
     first = 2 * n * drop - (b + c) - (b - c) * drop
@@ -48,7 +48,7 @@ def tango_z(b: np.ndarray | int, c: np.ndarray | int, n: int, drop: float) -> np
     return np.where(variance > 1e-12 * n, z, np.where(np.abs(distance) < 1e-9 * n, 0.0, certain))
 
 
-def tango_bound(b: int, c: int, n: int, level: float, upper: bool) -> float:
+def tango_bound(b: float, c: float, n: float, level: float, upper: bool) -> float:
     """One-sided confidence bound of the drop: where the score test at 1 - ``level`` stops rejecting."""
     z = float(stats.norm.ppf(level))
     seen, edge = (b - c) / n, 1.0 if upper else -1.0
@@ -64,8 +64,8 @@ def tango_bound(b: int, c: int, n: int, level: float, upper: bool) -> float:
     return float(optimize.brentq(excess, seen, inside, xtol=1e-12))
 
 
-def tango_interval(b: int, c: int, n: int, level: float = 0.95) -> Interval:
-    """The drop with Tango's two-sided interval."""
+def tango_interval(b: float, c: float, n: float, level: float = 0.95) -> Interval:
+    """The drop with Tango's two-sided interval; numbers of documents may be effective ones, so no whole numbers."""
     one_sided = (1 + level) / 2
     return Interval((b - c) / n, tango_bound(b, c, n, one_sided, False), tango_bound(b, c, n, one_sided, True))
 
