@@ -87,7 +87,7 @@ def _add_check(commands: Any) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         help="a regression gate for CI: pass, fail or inconclusive",
         description="Did early exit lose more than --max-drop? Compares a candidate with a baseline, document by\n"
-        "document.\n\n"
+        "document. --tasks and --exclude keep to some tasks; with --run, --tasks is what is evaluated.\n\n"
         "exit status:\n"
         "  0  pass: the drop is established to be at most --max-drop (one-sided 95%)\n"
         "  1  fail: it is established to be larger, in all or in some task, or too little was pruned\n"
@@ -103,7 +103,12 @@ def _add_check(commands: Any) -> None:
     gate = parser.add_argument_group("the gate")
     gate.add_argument("--baseline", metavar="RUN", help=_RUN)
     gate.add_argument("--candidate", metavar="RUN", help="likewise")
-    gate.add_argument("--max-drop", type=float, metavar="X", help="the largest drop allowed: 0.01 is one point")
+    gate.add_argument(
+        "--max-drop",
+        type=float,
+        metavar="X",
+        help="the largest drop allowed: 0.01 is one point; for perplexities it is in nats",
+    )
     gate.add_argument("--min-pruning", type=float, metavar="X", help="the least mean pruning_ratio: 0.15 is 15%%")
     gate.add_argument("--group", help="the group or task whose documents are pooled (default: all)")
     gate.add_argument(

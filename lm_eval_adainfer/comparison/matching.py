@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -175,11 +175,15 @@ def _pair(
 ) -> Pairs:
     first.require(name)
     second.require(name)
-    scale = first.scales[name]
-    if scale != second.scales[name]:
+    scale, other = first.scales[name], second.scales[name]
+    if name in first.undirected:  # older results don't say which way is better
+        scale = replace(scale, lower_is_better=other.lower_is_better)
+    if name in second.undirected:
+        other = replace(other, lower_is_better=scale.lower_is_better)
+    if scale != other:
         raise AdaInferError(
-            f"metric: {name} of task {first.name} is aggregated in another way or direction in each run "
-            f"({scale.aggregation} and {second.scales[name].aggregation}); name another metric"
+            f"metric: {name} of task {first.name} is aggregated in another way in each run ({scale.aggregation} and "
+            f"{other.aggregation}), or one takes higher and one lower for better; name another metric"
         )
     sides = [np.array([scale.value(pair[side], name) for pair in documents]) for side in (0, 1)]
     weights = None
