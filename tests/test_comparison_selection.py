@@ -174,6 +174,8 @@ def test_a_folder_of_several_runs_names_their_paths_and_times(tmp_path, capsys):
     first, second = (f"{a}/m/results_{x}.json of {y}" for x, y in (
         ("2026-01-01T10-20-30.5", "2026-01-01 10:20:30"), ("2026-02-01T01-02-03.5", "2026-02-01 01:02:03")))  # fmt: skip
     assert note.startswith(f"2 runs are in {a} ({second}; {first}); the newest is taken")
+    assert main(["check", "--baseline", str(a), "--candidate", str(a), "--max-drop", "0.1"]) == 3
+    assert note in capsys.readouterr().out
     shutil.copytree(a / "m", a / "other")
     for file in (a / "other").glob("*2026-02*"):
         file.unlink()

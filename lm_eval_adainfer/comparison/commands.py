@@ -254,7 +254,8 @@ def _judge(arguments: argparse.Namespace, selection: Any) -> int:
         candidate = runs.load(arguments.candidate, "candidate", selection=selection)
     runs.require_known(selection, [baseline, candidate])
     title = f"{candidate.label} against {baseline.label}"
-    notes = [f"note: {run.label}: {note}" for run in (baseline, candidate) for note in run.notes]
+    said = [f"{run.label}: {note}" for run in (baseline, candidate) for note in run.notes]
+    reasons: list[str] = []
     other_prompts = bool(arguments.other_prompts)
     if arguments.reproduces:
         found = check.reproduces(baseline, candidate, arguments.tolerance, None, other_prompts)
@@ -262,7 +263,6 @@ def _judge(arguments: argparse.Namespace, selection: Any) -> int:
         as_json: dict[str, Any] = {"status": status, "checks": [vars(c) for c in found]}
         text = "\n".join([status.upper(), *(f"{c.name}: {c.status} ({c.message})" for c in found)])
     else:
-        said: list[str] = []
         verdict = gate.judge(
             match(baseline, candidate, None, other_prompts, said),
             pool_of(baseline, arguments.group),
@@ -272,17 +272,17 @@ def _judge(arguments: argparse.Namespace, selection: Any) -> int:
         )
         found, status, as_json = check.cases(verdict), verdict.status, verdict.as_dict()
         said += verdict.notes
-        text = "\n".join([check.text(verdict, baseline.label, candidate.label), *(f"note: {note}" for note in said)])
-        as_json["notes"] = said
-        notes = [*verdict.reasons, *(f"note: {note}" for note in said), *notes]
+        text, reasons = check.text(verdict, baseline.label, candidate.label), verdict.reasons
+    notes = [f"note: {note}" for note in said]
     code = check.EXIT[status]
     if status == gate.INCONCLUSIVE:
         code = check.EXIT[arguments.on_inconclusive]
-    check.write_reports(title, found, notes, arguments.on_inconclusive, arguments.junit, arguments.summary)
+    check.write_reports(title, found, [*reasons, *notes], arguments.on_inconclusive, arguments.junit, arguments.summary)
     if arguments.format == "json":
-        _show(json.dumps({**as_json, "baseline_run": baseline.label, "candidate_run": candidate.label}, indent=2))
+        labels = {"baseline_run": baseline.label, "candidate_run": candidate.label}
+        _show(json.dumps({**as_json, "notes": said, **labels}, indent=2))
     else:
-        _show(text)
+        _show("\n".join([text, *notes]))
     return code
 
 
