@@ -668,7 +668,10 @@ class AdaInferLM(HFLM):
         return found
 
     def totals(self) -> dict[str, Any]:
-        """This process's totals since it was built: measured seconds, counted tokens, head rows and block calls."""
+        """This process's totals since it was built: measured seconds, counted tokens, head rows and block calls.
+
+        The record of a run holds what one evaluation added to them (``reporting``).
+        """
         return {
             "seconds_in_model_measured": self.seconds,
             "tokens_counted": self.engine.tokens,

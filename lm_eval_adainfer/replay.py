@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from lm_eval_adainfer import tracing
+from lm_eval_adainfer.comparison.statistics import tango_interval
 from lm_eval_adainfer.errors import AdaInferError
 from lm_eval_adainfer.outcomes import exits, stable
 from lm_eval_adainfer.simulation import margins
@@ -258,8 +259,8 @@ def evaluate(
         ``documents``, ``acc``, ``acc_change`` (against the dense answer), ``top1_acc``, ``agreement`` (with the dense
         answer), ``exit_layer``, ``exit_layer_var``, ``pruning_ratio``, ``flops_ratio`` (Eq. 2), ``of_stable`` and
         ``of_first`` (the share of the oracle's saving), and under ``*_low``/``*_high`` 95% intervals: Wilson's over
-        distinct documents for shares, the paired bootstrap over distinct documents for the others. None where nothing
-        tells.
+        distinct documents for shares, Tango's paired score interval over distinct documents for ``acc_change``, the
+        paired bootstrap over distinct documents for the others. None where nothing tells.
     """
     parts, clusters = [], []
     for trace, said in zip(traces, found, strict=True):
@@ -293,12 +294,14 @@ def evaluate(
     mean = _means(sums.sum(0), sizes.sum(0))
     draws = np.random.default_rng(seed).multinomial(len(number), np.full(len(number), 1 / len(number)), RESAMPLES)
     resampled = _means(draws @ sums, draws @ sizes)
-    distinct = (sizes > 0).sum(0)
+    # Answers to one document at several shots may all be alike, so together they count as one document. Where some
+    # documents are asked at more shots than others, the mean is worth this many (Kish's effective sample size).
+    distinct = sizes.sum(0) ** 2 / np.maximum((sizes**2).sum(0), 1)
 
     row: dict[str, Any] = {"documents": len(values), "distinct_documents": len(number)}
     for i, name in ((0, "acc"), (2, "top1_acc"), (3, "agreement")):
         row |= _with_interval(name, mean[i], *_wilson(mean[i], distinct[i]))
-    row |= _bootstrapped("acc_change", mean[1], resampled[:, 1])
+    row |= _with_interval("acc_change", mean[1], *_paired(values[known[:, 1], 1], distinct[1]))
     row |= _bootstrapped("exit_layer", mean[4], resampled[:, 4])
     row["exit_layer_var"] = float(values[:, 4].var())
     row |= _bootstrapped("pruning_ratio", 1 - mean[4] / n_blocks, 1 - resampled[:, 4] / n_blocks)
@@ -329,7 +332,16 @@ def _bootstrapped(name: str, value: Any, resampled: np.ndarray) -> dict[str, flo
     return _with_interval(name, float(value), float(low), float(high))
 
 
-def _wilson(share: float, n: int) -> tuple[float, float]:
+def _paired(changes: np.ndarray, n: float) -> tuple[float, float]:
+    """Tango's 95% interval of a mean of changes that are -1, 0 or 1, worth ``n`` independent documents."""
+    if not len(changes):
+        return np.nan, np.nan
+    won, lost = (n * float((changes == sign).mean()) for sign in (1, -1))
+    found = tango_interval(won, lost, n)
+    return found.lower, found.upper
+
+
+def _wilson(share: float, n: float) -> tuple[float, float]:
     """Wilson's 95% interval of a share of n."""
     if n == 0 or np.isnan(share):
         return np.nan, np.nan

@@ -64,12 +64,14 @@ def _wrap(evaluate: Callable[..., Any]) -> Callable[..., Any]:
             tasks, groups = task_dict["tasks"], task_dict.get("groups", {})
         else:
             groups, tasks = _handle_back_comp(task_dict)
+        before, model.run_totals = model.totals(), {}  # one model object may be evaluated several times
         with ExitStack() as stack:
             watches = {name: stack.enter_context(_watched(task, model)) for name, task in tasks.items()}
             for group in groups.values():
                 stack.enter_context(_group_metrics(group, tasks))
             results = evaluate(lm, task_dict, *args, **kwargs)
-        gathered = model.gather_object(({name: watch.documents for name, watch in watches.items()}, model.totals()))
+        spent = {name: value - before[name] for name, value in model.totals().items()}
+        gathered = model.gather_object(({name: watch.documents for name, watch in watches.items()}, spent))
         if gathered is not None and model.rank == 0:
             documents = {name: _merge([part[0][name] for part in gathered]) for name in watches}
             model.run_totals = _add_up([part[1] for part in gathered])
@@ -226,14 +228,16 @@ def _finish(results: dict[str, Any], documents: dict[str, dict[int, dict[str, An
     """Add what is no mean over documents: the variance, for tasks and groups, and the samples' details."""
     layers = {name: [d["exit_layer"] for d in found.values()] for name, found in documents.items()}
     members = {group.name: [t.task_name for t in group.get_all_tasks()] for group in groups.values()}
-    pooled = {g: [x for name in names for x in layers.get(name, [])] for g, names in members.items()}
+    tasks = {name: row for name, row in results.get("results", {}).items() if name in layers}
     for section in ("results", "groups"):
         for name, row in results.get(section, {}).items():
-            found = layers.get(name) or pooled.get(name)
-            if not found:
-                continue
             for key in [key for key in row if key.startswith("exit_layer,")]:
                 suffix = key.partition(",")[2]
+                # lm-eval's group row under a filter is over the members that have this filter, so its variance is too
+                own = [name] if name in tasks else [t for t in members.get(name, []) if key in tasks.get(t, {})]
+                found = [x for task in own for x in layers[task]]
+                if not found:
+                    continue
                 row[f"{VARIANCE},{suffix}"] = population_variance(found)
                 row[f"{VARIANCE}_stderr,{suffix}"] = "N/A"
     for name, samples in results.get("samples", {}).items():

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 from conftest import in_two_processes, our_tasks
 from lm_eval import simple_evaluate
+from lm_eval.tasks import TaskManager
 
 from lm_eval_adainfer.errors import AdaInferError
 from lm_eval_adainfer.model import AdaInferLM
@@ -142,6 +145,85 @@ def test_tasks_and_groups_are_left_as_they_were(folder, manager):
     assert group.aggregate_metric_list == before
     for task in loaded["tasks"].values():
         assert not {"doc_iterator", "process_results", "aggregation", "higher_is_better"} & set(vars(task))
+
+
+FILTERED = """
+task: {name}
+dataset_path: json
+dataset_kwargs:
+  data_files: {{test: {data}}}
+test_split: test
+output_type: generate_until
+doc_to_text: "{{{{q}}}}"
+doc_to_target: "{{{{a}}}}"
+generation_kwargs: {{until: ["\\n"], max_gen_toks: 3}}
+filter_list: [{filters}]
+metric_list: [{{metric: exact_match, aggregation: mean, higher_is_better: true}}]
+"""
+
+
+def test_group_rows_have_the_variance_of_the_members_under_each_filter(folder, tmp_path):
+    for name, filters, questions in (("one", ["none"], 4), ("two", ["none", "strict"], 7)):
+        data = tmp_path / f"{name}.jsonl"
+        data.write_text("".join(json.dumps({"q": f"{name} {'x' * i}", "a": "y"}) + "\n" for i in range(questions)))
+        listed = ", ".join(f"{{name: {f}, filter: [{{function: take_first}}]}}" for f in filters)
+        (tmp_path / f"{name}.yaml").write_text(FILTERED.format(name=name, data=data, filters=listed))
+    (tmp_path / "group.yaml").write_text(
+        "group: both\ntask: [one, two]\naggregate_metric_list: [{metric: exact_match, weight_by_size: true}]\n"
+    )
+    manager = TaskManager(include_path=str(tmp_path), include_defaults=False)
+    found = evaluate(folder, manager, tasks=["both"], limit=None, num_fewshot=0)
+    layers = {
+        name: [s["exit_layer"] for s in samples if s["filter"] == "none"] for name, samples in found["samples"].items()
+    }
+    assert (len(layers["one"]), len(layers["two"])) == (4, 7)
+    for under, members in (("none", [*layers["one"], *layers["two"]]), ("strict", layers["two"])):
+        for section in ("groups", "results"):
+            row = found[section]["both"]
+            assert row[f"exit_layer,{under}"] == pytest.approx(np.mean(members))
+            assert row[f"exit_layer_var,{under}"] == pytest.approx(np.var(members)) != 0
+    assert found["results"]["both"]["exit_layer_var,none"] != pytest.approx(np.var(layers["two"]))
+
+
+def test_a_model_evaluated_twice_reports_the_counts_of_each_run(folder, manager):
+    lm = AdaInferLM(pretrained=str(folder), stopper="gap:0.3", device="cpu", dtype="float32", batch_size=4)
+    counted = [
+        {name: value for name, value in found["config"]["adainfer"].items() if name.endswith("_counted")}
+        for found in (
+            simple_evaluate(model=lm, tasks=TASKS, limit=limit, bootstrap_iters=0, task_manager=manager)
+            for limit in (5, 5, 2)
+        )
+    ]
+    assert counted[0] == counted[1] and counted[0]["tokens_counted"] > counted[2]["tokens_counted"] > 0
+    alone = evaluate(folder, manager, limit=2, num_fewshot=None)
+    assert {name: alone["config"]["adainfer"][name] for name in counted[2]} == counted[2]
+
+
+TWICE = """
+import json, sys
+from conftest import our_tasks
+from lm_eval import simple_evaluate
+from lm_eval_adainfer.model import AdaInferLM
+
+lm, found = AdaInferLM(pretrained=sys.argv[1], stopper="gap:0.3", dtype="float32", batch_size=4), []
+for _ in range(2):
+    results = simple_evaluate(model=lm, tasks=["adainfer_demo_fact"], limit=6, bootstrap_iters=0, task_manager=our_tasks())
+    found.append(results and results["config"]["adainfer"])
+if lm.rank == 0:
+    open(sys.argv[2], "w").write(json.dumps(found))
+"""
+
+
+def test_two_processes_report_the_counts_of_each_run(folder, tmp_path):
+    (tmp_path / "twice.py").write_text(TWICE)
+    done = in_two_processes(
+        tmp_path / "twice.py", folder, tmp_path / "out.json",
+        PYTHONPATH=os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    first, second = json.loads((tmp_path / "out.json").read_text())
+    assert first["processes"] == second["processes"] == 2
+    assert first["tokens_counted"] == second["tokens_counted"] > 0
 
 
 def statistics(found):

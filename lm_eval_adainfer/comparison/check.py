@@ -10,7 +10,7 @@ from pathlib import Path
 
 from lm_eval_adainfer import container
 from lm_eval_adainfer.comparison.gate import FAIL, INCONCLUSIVE, PASS, Verdict
-from lm_eval_adainfer.comparison.matching import match
+from lm_eval_adainfer.comparison.matching import default_metric, documents_of
 from lm_eval_adainfer.comparison.runs import Run
 from lm_eval_adainfer.comparison.tables import escape_markdown
 from lm_eval_adainfer.errors import AdaInferError
@@ -35,7 +35,7 @@ def cases(verdict: Verdict) -> list[Case]:
         Case(
             f"drop of {verdict.pool}",
             alone,
-            f"{verdict.metric} {verdict.baseline:.4f} -> {verdict.candidate:.4f}, drop {verdict.drop:+.4f} "
+            f"{_metric(verdict)} {verdict.baseline:.4f} -> {verdict.candidate:.4f}, drop {verdict.drop:+.4f} "
             f"(one-sided bounds {verdict.lower:+.4f} and {verdict.upper:+.4f}), allowed {verdict.max_drop:g}",
         )
     ]
@@ -55,6 +55,10 @@ def cases(verdict: Verdict) -> list[Case]:
     return found
 
 
+def _metric(verdict: Verdict) -> str:
+    return f"{verdict.metric} in {verdict.unit}" if verdict.unit else verdict.metric
+
+
 def text(verdict: Verdict, baseline: str, candidate: str) -> str:
     """For people."""
     levels = f"{verdict.lower_level:.0%} and {verdict.upper_level:.0%} one-sided"
@@ -64,7 +68,7 @@ def text(verdict: Verdict, baseline: str, candidate: str) -> str:
         *(f"  also: {reason}" for reason in verdict.reasons[1:]),
         "",
         f"baseline {baseline}, candidate {candidate}; {verdict.documents} documents of {verdict.pool}{flips}",
-        f"{verdict.metric}: {verdict.baseline:.4f} -> {verdict.candidate:.4f}, drop {verdict.drop:+.4f}, "
+        f"{_metric(verdict)}: {verdict.baseline:.4f} -> {verdict.candidate:.4f}, drop {verdict.drop:+.4f}, "
         f"bounds {verdict.lower:+.4f} and {verdict.upper:+.4f} ({levels}), allowed {verdict.max_drop:g}",
     ]
     if verdict.pruning_ratio is not None:
@@ -143,7 +147,7 @@ def reproduces(baseline: Run, candidate: Run, tolerance: float, metric: str | No
         candidate: A run of ``--model adainfer`` with ``stopper=none``.
         tolerance: Of log-probabilities, absolute and relative. Below a difference of that size between two choices,
             the other may win.
-        metric: Compared besides the answers.
+        metric: Compared besides the answers; where a task has none that can be, its answers are compared alone.
         other_prompts: Accept that prompts differ.
 
     Raises:
@@ -158,23 +162,35 @@ def reproduces(baseline: Run, candidate: Run, tolerance: float, metric: str | No
     if not 0 <= tolerance < 1:
         raise AdaInferError(f"tolerance: {tolerance:g} is no number from 0 to below 1; 1e-4 is right for float32")
     found = []
-    for pair in match(baseline, candidate, metric, other_prompts):
+    for first, second, documents in documents_of(baseline, candidate, other_prompts):
+        name = metric or first.wanted or second.wanted or default_metric(first, second)
+        if name is not None:
+            first.require(name)
+            second.require(name)
+        elif any(a.answer is None and not a.scores for a, _ in documents):
+            raise AdaInferError(
+                f"reproduces: the samples of {first.name} hold neither answers nor numbers per document; leave that "
+                "task out (--exclude)"
+            )
+        # a perplexity is the log-probability, which is compared with a tolerance anyway
+        exact = name if name is not None and not first.scales[name].unit else None
         differing, largest = [], 0.0
-        for (a, b), x, y in zip(pair.documents, pair.baseline, pair.candidate, strict=True):
+        for a, b in documents:
             gaps = [abs(s - t) / max(1.0, abs(s)) for s, t in zip(a.scores, b.scores, strict=False)]
             largest = max([largest, *gaps])
             tie = a.answer != b.answer and len(a.scores) > 1 and _tie(a.scores, a.answer, b.answer, tolerance)
-            same = (a.answer == b.answer and x == y) or tie
+            equal = exact is None or a.metrics[exact] == b.metrics[exact]
+            same = (a.answer == b.answer and equal) or tie
             if len(a.scores) != len(b.scores) or not same or any(g > tolerance for g in gaps):
                 differing.append(a.doc_id)
         if differing:
             message = (
-                f"{len(differing)} of {len(pair.documents)} documents differ (the first is {differing[0]}); "
+                f"{len(differing)} of {len(documents)} documents differ (the first is {differing[0]}); "
                 f"log-probabilities by up to {largest:.2g}, allowed {tolerance:g}"
             )
         else:
-            message = f"all {len(pair.documents)} documents agree; log-probabilities differ by up to {largest:.2g}"
-        found.append(Case(f"{pair.task} is reproduced", FAIL if differing else PASS, message))
+            message = f"all {len(documents)} documents agree; log-probabilities differ by up to {largest:.2g}"
+        found.append(Case(f"{first.name} is reproduced", FAIL if differing else PASS, message))
     return found
 
 

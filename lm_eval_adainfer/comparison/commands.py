@@ -23,11 +23,36 @@ def add_parsers(commands: Any) -> None:
 
 
 def _matching(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--metric", help="of the samples (default, per task: acc, exact_match or its first)")
+    parser.add_argument(
+        "--metric",
+        action="append",
+        metavar="[TASK=]METRIC[:FILTER]",
+        help="of all tasks, or of a task, group or glob; repeatable, or with commas (default, per task: acc, "
+        "exact_match or its first)",
+    )
     parser.add_argument("--filter", help="of lm-eval, where a task has several (default: the first)")
+    parser.add_argument(
+        "--exclude", action="append", metavar="NAMES", help="tasks or groups to leave out, separated by commas; * globs"
+    )
     parser.add_argument(
         "--other-prompts", action="store_true", default=None, help="accept that the same documents had other prompts"
     )
+
+
+def _tasks(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--tasks",
+        "-t",
+        action="append",
+        metavar="NAMES",
+        help="only these tasks or groups of the runs, separated by commas; * globs (default: all)",
+    )
+
+
+def _selection(arguments: argparse.Namespace) -> Any:
+    from lm_eval_adainfer.comparison.selection import Selection
+
+    return Selection.parse(arguments.tasks, arguments.exclude, arguments.metric, arguments.filter)
 
 
 def _add_compare(commands: Any) -> None:
@@ -51,6 +76,7 @@ def _add_compare(commands: Any) -> None:
     )
     parser.add_argument("--output", "-o", help="a file for it (default: the terminal)")
     parser.add_argument("--seed", type=int, default=0, help="of permutation tests (default: 0)")
+    _tasks(parser)
     _matching(parser)
     parser.set_defaults(run=_compare)
 
@@ -61,7 +87,7 @@ def _add_check(commands: Any) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         help="a regression gate for CI: pass, fail or inconclusive",
         description="Did early exit lose more than --max-drop? Compares a candidate with a baseline, document by\n"
-        "document.\n\n"
+        "document. --tasks and --exclude keep to some tasks; with --run, --tasks is what is evaluated.\n\n"
         "exit status:\n"
         "  0  pass: the drop is established to be at most --max-drop (one-sided 95%)\n"
         "  1  fail: it is established to be larger, in all or in some task, or too little was pruned\n"
@@ -77,7 +103,12 @@ def _add_check(commands: Any) -> None:
     gate = parser.add_argument_group("the gate")
     gate.add_argument("--baseline", metavar="RUN", help=_RUN)
     gate.add_argument("--candidate", metavar="RUN", help="likewise")
-    gate.add_argument("--max-drop", type=float, metavar="X", help="the largest drop allowed: 0.01 is one point")
+    gate.add_argument(
+        "--max-drop",
+        type=float,
+        metavar="X",
+        help="the largest drop allowed: 0.01 is one point; for perplexities it is in nats",
+    )
     gate.add_argument("--min-pruning", type=float, metavar="X", help="the least mean pruning_ratio: 0.15 is 15%%")
     gate.add_argument("--group", help="the group or task whose documents are pooled (default: all)")
     gate.add_argument(
@@ -130,6 +161,7 @@ def _add_report(commands: Any) -> None:
     parser.add_argument("--traces", metavar="FOLDER", help="of adainfer trace, of the same model")
     parser.add_argument("--output", "-o", required=True, help="the folder for the page and the pictures")
     parser.add_argument("--title", default="Early exit, measured", help="of the page")
+    _tasks(parser)
     _matching(parser)
     parser.set_defaults(run=_report)
 
@@ -141,8 +173,8 @@ def _compare(arguments: argparse.Namespace) -> int:
 
     if len(arguments.runs) < 2:
         raise AdaInferError("runs: one run has nothing to be compared with; give two or more")
-    baseline, *others = runs.load_all(arguments.runs, "runs", arguments.filter)
-    found = [compare(baseline, r, arguments.metric, bool(arguments.other_prompts), arguments.seed) for r in others]
+    baseline, *others = runs.load_all(arguments.runs, "runs", selection=_selection(arguments))
+    found = [compare(baseline, r, None, bool(arguments.other_prompts), arguments.seed) for r in others]
     text = tables.render(found, arguments.format)
     if arguments.output:
         container.write_atomically(Path(arguments.output), (text + "\n").encode("utf-8", "replace"))
@@ -164,8 +196,10 @@ def _check(arguments: argparse.Namespace) -> int:
         raise AdaInferError("check: it needs --baseline and --candidate, or --run; see adainfer check --help")
     if arguments.max_drop is None and not arguments.reproduces:
         raise AdaInferError("max-drop: it is missing; --max-drop 0.01 allows a drop of one point")
+    selection = _selection(arguments)
     if not arguments.run_both:
-        return _judge(arguments)
+        return _judge(arguments, selection)
+    selection = _selection_to_run(arguments, selection)
     from lm_eval_adainfer.comparison import running
 
     with tempfile.TemporaryDirectory() as temporary:
@@ -181,45 +215,74 @@ def _check(arguments: argparse.Namespace) -> int:
             batch_size=arguments.batch_size,
             device=arguments.device,
         )
-        return _judge(arguments)
+        return _judge(arguments, selection)
 
 
-def _judge(arguments: argparse.Namespace) -> int:
+def _selection_to_run(arguments: argparse.Namespace, selection: Any) -> Any:
+    """What is compared of the runs that ``--run`` makes of ``--tasks``: all of it, so names are lm-eval's, tags too.
+
+    Raises:
+        AdaInferError: On a name in the other options that lm-eval does not know, before anything runs.
+    """
+    from dataclasses import replace
+
+    named = {*selection.exclude, *(w.tasks for w in selection.wanted if w.tasks)}
+    if named:
+        from lm_eval.tasks import TaskManager
+
+        manager = TaskManager(include_path=arguments.include_path)
+        for name in sorted(named):
+            if not manager.match_tasks([name]):
+                raise AdaInferError(f"check: {name!r} in --exclude or --metric is no task or group that lm-eval knows")
+    return replace(selection, tasks=())
+
+
+def _judge(arguments: argparse.Namespace, selection: Any) -> int:
     import json
+    from dataclasses import replace
 
     from lm_eval_adainfer.comparison import check, gate, runs
     from lm_eval_adainfer.comparison.compare import POOLED, pool_of
     from lm_eval_adainfer.comparison.matching import match
 
-    baseline = runs.load(arguments.baseline, "baseline", arguments.filter)
-    candidate = runs.load(arguments.candidate, "candidate", arguments.filter)
+    if arguments.run_both:  # of a baseline that was there before, the tasks that have just been run
+        candidate = runs.load(arguments.candidate, "candidate", selection=selection)
+        its_tasks = replace(selection, tasks=tuple(candidate.tasks))
+        baseline = runs.load(arguments.baseline, "baseline", selection=its_tasks)
+    else:
+        baseline = runs.load(arguments.baseline, "baseline", selection=selection)
+        candidate = runs.load(arguments.candidate, "candidate", selection=selection)
+    runs.require_known(selection, [baseline, candidate])
     title = f"{candidate.label} against {baseline.label}"
-    notes = [f"note: {run.label}: {note}" for run in (baseline, candidate) for note in run.notes]
+    said = [f"{run.label}: {note}" for run in (baseline, candidate) for note in run.notes]
+    reasons: list[str] = []
     other_prompts = bool(arguments.other_prompts)
     if arguments.reproduces:
-        found = check.reproduces(baseline, candidate, arguments.tolerance, arguments.metric, other_prompts)
+        found = check.reproduces(baseline, candidate, arguments.tolerance, None, other_prompts)
         status = gate.FAIL if any(c.status == gate.FAIL for c in found) else gate.PASS
         as_json: dict[str, Any] = {"status": status, "checks": [vars(c) for c in found]}
         text = "\n".join([status.upper(), *(f"{c.name}: {c.status} ({c.message})" for c in found)])
     else:
         verdict = gate.judge(
-            match(baseline, candidate, arguments.metric, other_prompts),
+            match(baseline, candidate, None, other_prompts, said),
             pool_of(baseline, arguments.group),
             arguments.max_drop,
             arguments.min_pruning,
             arguments.group or POOLED,
         )
         found, status, as_json = check.cases(verdict), verdict.status, verdict.as_dict()
-        text = check.text(verdict, baseline.label, candidate.label)
-        notes = [*verdict.reasons, *notes]
+        said += verdict.notes
+        text, reasons = check.text(verdict, baseline.label, candidate.label), verdict.reasons
+    notes = [f"note: {note}" for note in said]
     code = check.EXIT[status]
     if status == gate.INCONCLUSIVE:
         code = check.EXIT[arguments.on_inconclusive]
-    check.write_reports(title, found, notes, arguments.on_inconclusive, arguments.junit, arguments.summary)
+    check.write_reports(title, found, [*reasons, *notes], arguments.on_inconclusive, arguments.junit, arguments.summary)
     if arguments.format == "json":
-        _show(json.dumps({**as_json, "baseline_run": baseline.label, "candidate_run": candidate.label}, indent=2))
+        labels = {"baseline_run": baseline.label, "candidate_run": candidate.label}
+        _show(json.dumps({**as_json, "notes": said, **labels}, indent=2))
     else:
-        _show(text)
+        _show("\n".join([text, *notes]))
     return code
 
 
@@ -257,6 +320,9 @@ def _read_config(arguments: argparse.Namespace) -> dict[str, Any]:
             raise AdaInferError(f"config: {file} has the unknown key {key!r}; keys are {', '.join(sorted(kinds))}")
         if action.nargs == 0:
             right, wanted = isinstance(value, bool), "true or false"
+        elif key in ("tasks", "exclude", "metric") and isinstance(value, list):
+            right, wanted = all(isinstance(v, str) for v in value), "a text or a list of texts"
+            value = ",".join(value) if right else value
         elif action.type is float:
             right, wanted = isinstance(value, (int, float)) and not isinstance(value, bool), "a number"
         elif action.type is int:
@@ -281,9 +347,9 @@ def _report(arguments: argparse.Namespace) -> int:
     from lm_eval_adainfer.comparison import report, runs
 
     report.require()
-    found = runs.load_all(arguments.runs, "runs", arguments.filter, prompts=True)
+    found = runs.load_all(arguments.runs, "runs", prompts=True, selection=_selection(arguments))
     page = report.write(
-        found, arguments.output, arguments.traces, arguments.title, arguments.metric, bool(arguments.other_prompts)
+        found, arguments.output, arguments.traces, arguments.title, None, bool(arguments.other_prompts)
     )
     _show(str(page))
     return 0

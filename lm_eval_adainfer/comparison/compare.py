@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 
 from lm_eval_adainfer.comparison import statistics
-from lm_eval_adainfer.comparison.matching import Pairs, match
+from lm_eval_adainfer.comparison.matching import Pairs, main_kind, match
 from lm_eval_adainfer.comparison.runs import Run
 from lm_eval_adainfer.comparison.samples import Document
+from lm_eval_adainfer.comparison.selection import listing
 from lm_eval_adainfer.errors import AdaInferError
 
 POOLED = "all documents"
@@ -20,11 +21,13 @@ EXIT = ("exit_layer", "pruning_ratio", "flops_ratio", "flops_ratio_total")
 
 @dataclass(frozen=True)
 class Row:
-    """One task, group or the pool; documents weigh the same."""
+    """One task, group or the pool; documents weigh the same, or by their words or bytes in a ratio of sums."""
 
     name: str
     kind: str  # task, group or pooled
     metric: str
+    unit: str  # of what is compared in the metric's place, nats per document, say; empty for the metric itself
+    lower_is_better: bool
     documents: int
     baseline: float
     candidate: float
@@ -76,13 +79,26 @@ def compare(
     Raises:
         AdaInferError: Where the runs did not do the same thing.
     """
-    pairs = match(baseline, candidate, metric, other_prompts)
+    said: list[str] = []
+    pairs = match(baseline, candidate, metric, other_prompts, said)
     by_task = {p.task: p for p in pairs}
-    groups = {name: [by_task[t] for t in tasks] for name, tasks in baseline.groups.items()}
     rows = [row(p.task, "task", [p], seed) for p in pairs]
-    rows += [row(name, "group", found, seed) for name, found in groups.items()]
-    if len(pairs) > 1:
-        rows.append(row(POOLED, "pooled", pairs, seed))
+    for name, tasks in baseline.groups.items():
+        members = [by_task[t] for t in tasks if t in by_task]
+        if members:
+            alike, others = main_kind(members)
+            rows.append(row(name, "group", alike, seed))
+            if others:
+                said.append(f"the row of {name} leaves out {_named(others)}, which are on another scale")
+    rest, first = pairs, True
+    while rest:
+        alike, rest = main_kind(rest)
+        if len(alike) > 1:
+            name = POOLED if first else f"{POOLED} of {'/'.join(dict.fromkeys(p.metric for p in alike))}"
+            rows.append(row(name, "pooled", alike, seed))
+        if first and rest and len(alike) > 1:
+            said.append(f"{POOLED} leave out {_named(rest)}, which are on another scale")
+        first = False
     seconds = {}
     for kind, a, b in (
         ("in the model", baseline.seconds_in_model, candidate.seconds_in_model),
@@ -90,8 +106,8 @@ def compare(
     ):
         if a and b:
             seconds[kind] = (a, b)
-    notes = [f"{run.label}: {note}" for run in (baseline, candidate) for note in run.notes]
-    metrics = {p.metric for p in pairs}
+    notes = [*(f"{run.label}: {note}" for run in (baseline, candidate) for note in run.notes), *said]
+    metrics = {p.metric for p in main_kind(pairs)[0]}
     if len(metrics) > 1:
         notes.append(f"the pool mixes the metrics {', '.join(sorted(metrics))}; --metric or --group keeps to one")
     return Comparison(baseline.label, candidate.label, rows, seconds, notes)
@@ -113,27 +129,39 @@ def pool_of(run: Run, group: str | None) -> list[str]:
     raise AdaInferError(f"group: {group!r} is no group or task of {run.label}; it has {known}")
 
 
+def _named(pairs: Sequence[Pairs]) -> str:
+    return listing(f"{p.task} ({p.metric})" for p in pairs)
+
+
 def row(name: str, kind: str, pairs: Sequence[Pairs], seed: int = 0) -> Row:
     """The paired statistics of some tasks' documents together."""
     baseline, candidate = (np.concatenate([getattr(p, side) for p in pairs]) for side in ("baseline", "candidate"))
-    differences, n = candidate - baseline, len(baseline)
+    differences, n, weights = candidate - baseline, len(baseline), weights_of(pairs)
+    lower_is_better, unit = pairs[0].lower_is_better, pairs[0].unit
+    flips: tuple[int, int] | None = None
     if all(p.binary for p in pairs):
-        lost, won = int((differences < 0).sum()), int((differences > 0).sum())
-        flips: tuple[int, int] | None = (lost, won)
-        found = statistics.tango_interval(won, lost, n)
-        p_value, test = statistics.mcnemar_p(lost, won), "exact McNemar"
+        up, down = int((differences > 0).sum()), int((differences < 0).sum())
+        flips = (up, down) if lower_is_better else (down, up)
+        found = statistics.tango_interval(up, down, n)
+        p_value, test = statistics.mcnemar_p(*flips), "exact McNemar"
     else:
-        flips = None
-        found = statistics.t_interval(differences, reach=reach(baseline, candidate))
-        p_value, test = statistics.sign_flip_p(differences, seed), "sign-flip permutation"
+        furthest = reach(baseline, candidate, unit)
+        if weights is None:
+            found = statistics.t_interval(differences, reach=furthest)
+        else:
+            found = statistics.ratio_interval(differences, weights, reach=furthest, seed=seed)
+        sums = differences if weights is None else differences * weights
+        p_value, test = statistics.sign_flip_p(sums, seed), "sign-flip permutation"
     documents = [pair for p in pairs for pair in p.documents]
     return Row(
         name=name,
         kind=kind,
         metric="/".join(dict.fromkeys(p.metric for p in pairs)),
+        unit=unit,
+        lower_is_better=lower_is_better,
         documents=n,
-        baseline=float(baseline.mean()),
-        candidate=float(candidate.mean()),
+        baseline=float(np.average(baseline, weights=weights)),
+        candidate=float(np.average(candidate, weights=weights)),
         difference=found.drop,
         lower=found.lower,
         upper=found.upper,
@@ -146,10 +174,18 @@ def row(name: str, kind: str, pairs: Sequence[Pairs], seed: int = 0) -> Row:
     )
 
 
-def reach(baseline: np.ndarray, candidate: np.ndarray) -> float:
+def reach(baseline: np.ndarray, candidate: np.ndarray, unit: str = "") -> float:
     """The largest difference a document can show: 1 for metrics between 0 and 1, else the range seen."""
     both = np.concatenate([baseline, candidate])
-    return 1.0 if both.min() >= 0 and both.max() <= 1 else float(both.max() - both.min()) or 1.0
+    if not unit and both.min() >= 0 and both.max() <= 1:
+        return 1.0
+    return float(both.max() - both.min()) or 1.0
+
+
+def weights_of(pairs: Sequence[Pairs]) -> np.ndarray | None:
+    """The documents' weights in a ratio of sums; None where all weigh the same."""
+    found = [p.weights for p in pairs if p.weights is not None]
+    return np.concatenate(found) if found else None
 
 
 def _agreement(documents: list[tuple[Document, Document]]) -> float | None:

@@ -82,29 +82,37 @@ def short(text: str, length: int = 26) -> str:
     return text if len(text) <= length else f"{text[: length - 1]}…"
 
 
-def frontier(points: Sequence[Point], metric: str) -> Figure:
-    """Accuracy against counted compute; a dashed line joins the runs that no other beats in both."""
+def frontier(points: Sequence[Point], metric: str, share: bool = True, lower_is_better: bool = False) -> Figure:
+    """Accuracy against counted compute; a dashed line joins the runs that no other beats in both.
+
+    Args:
+        points: The runs.
+        metric: For the axis.
+        share: Whether it is a share, shown in percent.
+        lower_is_better: Whether the lower of two scores is the better.
+    """
+    sign, scale = (-1 if lower_is_better else 1), (100 if share else 1)
     figure = Figure(figsize=(5.8, 4.2), layout="constrained")
     axes = figure.subplots()
-    measured = sorted((p for p in points if not p.simulated), key=lambda p: (p.compute, -p.accuracy))
+    measured = sorted((p for p in points if not p.simulated), key=lambda p: (p.compute, -sign * p.accuracy))
     best: list[Point] = []
     for point in measured:
-        if not best or point.accuracy > best[-1].accuracy:
+        if not best or sign * point.accuracy > sign * best[-1].accuracy:
             best.append(point)
     if len(best) > 1:
-        axes.plot([100 * p.compute for p in best], [100 * p.accuracy for p in best], "--", color=_FAINT, lw=1.2,
+        axes.plot([100 * p.compute for p in best], [scale * p.accuracy for p in best], "--", color=_FAINT, lw=1.2,
                   label="frontier", zorder=1)  # fmt: skip
     for i, p in enumerate(points):
-        x, y = 100 * p.compute, 100 * p.accuracy
+        x, y = 100 * p.compute, scale * p.accuracy
         marker = "*" if p.simulated else "s" if p.dense else _MARKERS[i % 6]
         axes.errorbar(
-            x, y, yerr=[[100 * max(0.0, p.accuracy - p.lower)], [100 * max(0.0, p.upper - p.accuracy)]],
+            x, y, yerr=[[scale * max(0.0, p.accuracy - p.lower)], [scale * max(0.0, p.upper - p.accuracy)]],
             fmt=marker, ms=12 if p.simulated else 7, capsize=3, color=COLOURS[i % 6], label=short(p.label, 44),
             mfc="none" if p.simulated else COLOURS[i % 6],
         )  # fmt: skip
     axes.set_xlim(0, max(105.0, 105 * max(p.compute for p in points)))
     axes.set_xlabel("compute, counted FLOPs (% of the dense run)")
-    axes.set_ylabel(f"{short(metric)} (%), with 95% interval")
+    axes.set_ylabel(f"{short(metric, 44)}{' (%)' if share else ''}, with 95% interval")
     figure.legend(loc="outside lower center", ncols=2 if len(points) < 9 else 3, fontsize=9)
     return figure
 

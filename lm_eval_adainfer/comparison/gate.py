@@ -12,14 +12,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 
 from lm_eval_adainfer.comparison import statistics
-from lm_eval_adainfer.comparison.compare import reach, row
-from lm_eval_adainfer.comparison.matching import Pairs
+from lm_eval_adainfer.comparison.compare import reach, row, weights_of
+from lm_eval_adainfer.comparison.matching import Pairs, main_kind
+from lm_eval_adainfer.comparison.selection import listing
 from lm_eval_adainfer.errors import AdaInferError
 
 PASS, FAIL, INCONCLUSIVE = "pass", "fail", "inconclusive"
@@ -66,6 +68,8 @@ class Verdict:
     pruning_ratio: float | None
     min_pruning: float | None
     guards: list[Guard]
+    unit: str = ""  # of all drops and of max_drop, where it isn't the metric's own
+    notes: list[str] = field(default_factory=list)
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -82,20 +86,35 @@ def judge(
     """Judge a candidate.
 
     Args:
-        pairs: All tasks; each has a guard.
+        pairs: All tasks; each has a guard, except those that are on another scale than the pool.
         pool: The tasks whose documents are pooled.
-        max_drop: The largest drop that is allowed, in the metric's unit: one point of accuracy is 0.01.
+        max_drop: The largest drop that is allowed, in the metric's unit: one point of accuracy is 0.01. For
+            perplexities it is in nats (``Verdict.unit``).
         min_pruning: The least mean ``pruning_ratio`` of the pool.
         name: Of the pool.
 
     Raises:
         AdaInferError: On limits that make no sense for these runs.
     """
-    pooled = [p for p in pairs if p.task in set(pool)]
-    drops = np.concatenate([p.drops for p in pooled])
-    unit = max(_reach(p) for p in pooled)
-    if not math.isfinite(max_drop) or max_drop < 0 or (max_drop >= 1 and unit <= 1):
+    members = [p for p in pairs if p.task in set(pool)]
+    if not members:
+        raise AdaInferError(f"group: {name} has no task that can be compared document by document; give another")
+    pooled, notes = main_kind(members)[0], []
+    if others := [p for p in pairs if p.kind != pooled[0].kind]:
+        pairs = [p for p in pairs if p.kind == pooled[0].kind]
+        notes.append(
+            f"not judged: {listing(f'{p.task} ({p.metric})' for p in others)}, on another scale than --max-drop is "
+            "held against; check these by themselves with --tasks"
+        )
+    found, unit = _Drops.of(pooled), pooled[0].unit
+    if unit and not (math.isfinite(max_drop) and max_drop >= 0):
+        raise AdaInferError(f"max-drop: {max_drop:g} is no number from 0, in {unit}")
+    if not unit and (not math.isfinite(max_drop) or max_drop < 0 or (max_drop >= 1 and found.reach <= 1)):
         raise AdaInferError(f"max-drop: {max_drop:g} is no share from 0 to below 1; one point of accuracy is 0.01")
+    if unit:
+        nats = max_drop * (math.log(2) if unit.startswith("bits") else 1)
+        factor = f"{math.exp(nats):.4g}" if nats < 700 else "any number"
+        notes.append(f"--max-drop is in {unit} here: {max_drop:g} allows perplexity to rise by a factor of {factor}")
     if min_pruning is not None and not 0 <= min_pruning < 1:
         raise AdaInferError(f"min-pruning: {min_pruning:g} is no share from 0 to below 1; 15% is 0.15")
     seen = row(name, "pooled", pooled)
@@ -103,31 +122,30 @@ def judge(
         raise AdaInferError("min-pruning: the candidate logged no pruning_ratio; give a run of --model adainfer")
 
     lower_level = 1 - ERROR * (POOL_SHARE if len(pairs) > 1 else 1)
-    binary = all(p.binary for p in pooled)
-    lower, upper = _bounds(drops, binary, unit, lower_level, max_drop)
+    lower, upper = found.bounds(lower_level, max_drop)
     guards = _guards(pairs, max_drop) if len(pairs) > 1 else []
-    far = max(max_drop + FAR * unit, FAR_TIMES * max_drop)
-    within = _p_above(drops, binary, unit, max_drop) <= ERROR and _p_above(drops, binary, unit, far) <= FAR_ERROR
-
-    dropped = _p_below(drops, binary, unit, max_drop) <= 1 - lower_level + 1e-12
+    far = max(max_drop + FAR * found.reach, FAR_TIMES * max_drop)
+    within = found.p_above(max_drop) <= ERROR and found.p_above(far) <= FAR_ERROR
+    dropped = found.p_below(max_drop) <= 1 - lower_level + 1e-12
+    limit = f"{max_drop:g} {unit}".rstrip()
 
     reasons = []
     if dropped:
         sure = f"by at least {lower:.4f} ({lower_level:.0%} one-sided)"
-        reasons.append(f"{name} dropped by more than {max_drop:g}: {sure}")
+        reasons.append(f"{name} dropped by more than {limit}: {sure}")
     for guard in guards:
         if guard.failed:
             seen_there = f"seen are {guard.drop:.4f} (Holm's p {guard.p_holm:.2g})"
-            reasons.append(f"task {guard.task} dropped by more than {max_drop:g}: {seen_there}")
+            reasons.append(f"task {guard.task} dropped by more than {limit}: {seen_there}")
     if min_pruning is not None and seen.pruning_ratio is not None and seen.pruning_ratio < min_pruning - 1e-12:
         reasons.append(f"pruning_ratio is {seen.pruning_ratio:.4f}, under {min_pruning:g}")
     status = FAIL if reasons else PASS if within else INCONCLUSIVE
     needed = None
     if status == PASS:
-        reasons.append(f"{name} dropped by at most {upper:.4f} (95% one-sided), allowed are {max_drop:g}")
+        reasons.append(f"{name} dropped by at most {upper:.4f} (95% one-sided), allowed are {limit}")
     elif status == INCONCLUSIVE:
-        needed = _needed(drops, max_drop, far)
-        reasons.append(_advice(name, lower, upper, max_drop, far, needed))
+        needed = found.needed(max_drop, far)
+        reasons.append(_advice(name, lower, upper, max_drop, far, needed, unit))
     return Verdict(
         status=status,
         reasons=reasons,
@@ -136,31 +154,113 @@ def judge(
         pool=name,
         metric=seen.metric,
         max_drop=max_drop,
-        documents=len(drops),
+        documents=len(found.drops),
         baseline=seen.baseline,
         candidate=seen.candidate,
-        drop=float(drops.mean()),
+        drop=found.mean,
         lower=lower,
         upper=upper,
         lower_level=lower_level,
         upper_level=1 - ERROR,
-        discordant=int(np.count_nonzero(drops)) if binary else None,
+        discordant=int(np.count_nonzero(found.drops)) if found.binary else None,
         documents_needed=needed,
         pruning_ratio=seen.pruning_ratio,
         min_pruning=min_pruning,
         guards=guards,
+        unit=unit,
+        notes=notes,
     )
 
 
+@dataclass(frozen=True)
+class _Drops:
+    """What the documents of some tasks on one scale lost, and the tests that go with that scale."""
+
+    drops: np.ndarray  # [documents]
+    weights: np.ndarray | None  # [documents], in a ratio of sums
+    binary: bool
+    reach: float  # the largest drop that a document can show
+
+    @classmethod
+    def of(cls, pairs: Sequence[Pairs]) -> _Drops:
+        """Of all their documents."""
+        furthest = max(reach(p.baseline, p.candidate, p.unit) for p in pairs)
+        drops = np.concatenate([p.drops for p in pairs])
+        return cls(drops, weights_of(pairs), all(p.binary for p in pairs), furthest)
+
+    @property
+    def mean(self) -> float:
+        """The drop seen."""
+        return float(np.average(self.drops, weights=self.weights))
+
+    @cached_property
+    def draws(self) -> np.ndarray | None:
+        """Of the bootstrap, sorted; None unless it is a ratio of sums."""
+        return None if self.weights is None else statistics.ratio_draws(self.drops, self.weights, self.reach)
+
+    @property
+    def flips(self) -> tuple[int, int]:
+        """Documents lost and won."""
+        return int((self.drops > 0).sum()), int((self.drops < 0).sum())
+
+    def p_above(self, limit: float) -> float:
+        """P of "the true drop is ``limit`` or more"."""
+        if self.binary:
+            return statistics.exact_p(*self.flips, len(self.drops), limit)
+        if self.draws is not None:
+            return statistics.draws_p(self.draws, limit)
+        return statistics.t_p(self.drops, limit, self.reach)
+
+    def p_below(self, limit: float) -> float:
+        """P of "the true drop is ``limit`` or less"."""
+        if self.draws is not None:
+            return statistics.draws_p(-self.draws, -limit)
+        return _Drops(-self.drops, None, self.binary, self.reach).p_above(-limit)
+
+    def bounds(self, lower_level: float, at: float) -> tuple[float, float]:
+        """One-sided bounds, the upper at 95%; ``at`` is where a test is made that they must agree with."""
+        if self.binary:
+            lost, won = self.flips
+            n = len(self.drops)
+            return (
+                statistics.exact_bound(lost, won, n, lower_level, False, at),
+                statistics.exact_bound(lost, won, n, 1 - ERROR, True, at),
+            )
+        if self.draws is not None:
+            return (
+                statistics.draws_bound(self.draws, lower_level, False),
+                statistics.draws_bound(self.draws, 1 - ERROR, True),
+            )
+        return (
+            statistics.t_interval(self.drops, 2 * lower_level - 1, self.reach).lower,
+            statistics.t_interval(self.drops, 1 - 2 * ERROR, self.reach).upper,
+        )
+
+    def interval(self) -> statistics.Interval:
+        """Two-sided, 95%, to look at."""
+        if self.binary:
+            return statistics.tango_interval(*self.flips, len(self.drops))
+        if self.draws is not None:
+            bounds = (statistics.draws_bound(self.draws, 0.975, upper) for upper in (False, True))
+            return statistics.Interval(self.mean, *bounds)
+        return statistics.t_interval(self.drops, reach=self.reach)
+
+    def needed(self, max_drop: float, far: float) -> int | None:
+        """Documents that would settle it; None where no number would."""
+        weights = np.ones(len(self.drops)) if self.weights is None else self.weights / self.weights.mean()
+        seen = len(self.drops), self.mean, float(np.mean((weights * (self.drops - self.mean)) ** 2))
+        needed = statistics.documents_needed(*seen, max_drop, ERROR)
+        if self.mean >= max_drop or needed is None:
+            return needed
+        also = statistics.documents_needed(*seen, far, FAR_ERROR)
+        return None if also is None else max(needed, also)
+
+
 def _guards(pairs: Sequence[Pairs], max_drop: float) -> list[Guard]:
-    raw = [_p_below(p.drops, p.binary, _reach(p), max_drop) for p in pairs]
+    by_task = [_Drops.of([p]) for p in pairs]
     found = []
-    for pair, p_holm in zip(pairs, statistics.holm(raw), strict=True):
-        drops, n = pair.drops, len(pair.drops)
-        if pair.binary:
-            interval = statistics.tango_interval(int((drops > 0).sum()), int((drops < 0).sum()), n)
-        else:
-            interval = statistics.t_interval(drops, reach=_reach(pair))
+    for pair, own, p_holm in zip(pairs, by_task, statistics.holm([d.p_below(max_drop) for d in by_task]), strict=True):
+        interval, n = own.interval(), len(own.drops)
         failed = p_holm <= ERROR * (1 - POOL_SHARE)
         found.append(
             Guard(pair.task, pair.metric, n, interval.drop, interval.lower, interval.upper, p_holm, failed)
@@ -168,47 +268,14 @@ def _guards(pairs: Sequence[Pairs], max_drop: float) -> list[Guard]:
     return found
 
 
-def _reach(pair: Pairs) -> float:
-    return reach(pair.baseline, pair.candidate)
-
-
-def _p_above(drops: np.ndarray, binary: bool, unit: float, limit: float) -> float:
-    """P of "the true drop is ``limit`` or more"."""
-    if binary:
-        return statistics.exact_p(int((drops > 0).sum()), int((drops < 0).sum()), len(drops), limit)
-    return statistics.t_p(drops, limit, unit)
-
-
-def _p_below(drops: np.ndarray, binary: bool, unit: float, limit: float) -> float:
-    return _p_above(-drops, binary, unit, -limit)
-
-
-def _bounds(drops: np.ndarray, binary: bool, unit: float, lower_level: float, at: float) -> tuple[float, float]:
-    if not binary:
-        return (
-            statistics.t_interval(drops, 2 * lower_level - 1, unit).lower,
-            statistics.t_interval(drops, 1 - 2 * ERROR, unit).upper,
-        )
-    lost, won, n = int((drops > 0).sum()), int((drops < 0).sum()), len(drops)
-    return (
-        statistics.exact_bound(lost, won, n, lower_level, False, at),
-        statistics.exact_bound(lost, won, n, 1 - ERROR, True, at),
-    )
-
-
-def _needed(drops: np.ndarray, max_drop: float, far: float) -> int | None:
-    seen = len(drops), float(drops.mean()), float(drops.var())
-    needed = statistics.documents_needed(*seen, max_drop, ERROR)
-    if seen[1] >= max_drop or needed is None:
-        return needed
-    also = statistics.documents_needed(*seen, far, FAR_ERROR)
-    return None if also is None else max(needed, also)
-
-
-def _advice(name: str, lower: float, upper: float, max_drop: float, far: float, needed: int | None) -> str:
-    text = f"{name} dropped by {lower:.4f} to {upper:.4f}, and {max_drop:g} lies in between"
+def _advice(
+    name: str, lower: float, upper: float, max_drop: float, far: float, needed: int | None, unit: str = ""
+) -> str:
+    text = f"{name} dropped by {lower:.4f} to {upper:.4f} {unit}".rstrip() + f", and {max_drop:g} lies in between"
     if upper <= max_drop:
         text = f"answers of {name} flip so often that a drop of {far:g} can't be ruled out well enough"
+        if unit:
+            text = f"documents of {name} differ so much that a drop of {far:g} {unit} can't be ruled out well enough"
     if needed is None:
         return f"{text}; the drop seen is so near the limit that no number of documents would settle it"
     return f"{text}; at the discordance seen, about {needed:,} documents would settle it (with 80% probability)"

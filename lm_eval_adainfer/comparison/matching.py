@@ -2,25 +2,40 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-from lm_eval_adainfer.comparison.runs import Run, Task
+from lm_eval_adainfer.comparison.runs import EXIT_METRICS, PREFERRED, Run, Task
 from lm_eval_adainfer.comparison.samples import Document
+from lm_eval_adainfer.comparison.scales import OWN_AGGREGATION
 from lm_eval_adainfer.errors import AdaInferError
 
 
 @dataclass(frozen=True)
 class Pairs:
-    """One task's documents in two runs, in one order."""
+    """One task's documents in two runs, in one order.
+
+    Attributes:
+        task: The task's name.
+        metric: The metric's name.
+        lower_is_better: Whether a lower value is better.
+        baseline: [documents], the metric, or what is compared in its place (``scales.Scale``).
+        candidate: Likewise.
+        documents: Those of both runs.
+        weights: [documents], words or bytes where the metric is a ratio of sums; None where all weigh the same.
+        unit: Of what is compared in the metric's place, nats per document, say; empty for the metric itself.
+    """
 
     task: str
     metric: str
     lower_is_better: bool
-    baseline: np.ndarray  # [documents], the metric
+    baseline: np.ndarray
     candidate: np.ndarray
     documents: list[tuple[Document, Document]]
+    weights: np.ndarray | None = None
+    unit: str = ""
 
     @property
     def drops(self) -> np.ndarray:
@@ -30,17 +45,70 @@ class Pairs:
     @property
     def binary(self) -> bool:
         """Whether documents are right or wrong."""
-        return bool(np.isin(self.baseline, (0, 1)).all() and np.isin(self.candidate, (0, 1)).all())
+        return not self.unit and bool(np.isin(self.baseline, (0, 1)).all() and np.isin(self.candidate, (0, 1)).all())
+
+    @property
+    def kind(self) -> tuple[str, bool]:
+        """What its documents may be pooled with: values in one unit of which the same way is better.
+
+        Shares (from 0 to 1) go together, whatever the metric.
+        """
+        both = np.concatenate([self.baseline, self.candidate])
+        share = not self.unit and both.min() >= 0 and both.max() <= 1
+        return ("" if share else self.unit or self.metric), self.lower_is_better
 
 
-def match(baseline: Run, candidate: Run, metric: str | None = None, other_prompts: bool = False) -> list[Pairs]:
+def main_kind(pairs: Sequence[Pairs]) -> tuple[list[Pairs], list[Pairs]]:
+    """The tasks that can be pooled, and the others: shares where there are some, else what the first task has."""
+    kinds = [p.kind for p in pairs]
+    kind = ("", False) if ("", False) in kinds else kinds[0]
+    return [p for p in pairs if p.kind == kind], [p for p in pairs if p.kind != kind]
+
+
+def match(
+    baseline: Run,
+    candidate: Run,
+    metric: str | None = None,
+    other_prompts: bool = False,
+    notes: list[str] | None = None,
+) -> list[Pairs]:
     """Pair the documents of all tasks.
 
     Args:
         baseline: The first run.
         candidate: The second.
-        metric: For all tasks; by default each task's own (see ``Task.metric``).
+        metric: For all tasks; by default the one named for each task, else acc, exact_match or its first.
         other_prompts: Accept that the same documents were asked with other prompts.
+        notes: Takes a sentence for every task that is compared in another unit, or not at all.
+
+    Raises:
+        AdaInferError: Where tasks, versions, shots, filters, documents or prompts differ, or where no task has a
+            metric whose documents can be compared.
+    """
+    found, first_reason = [], None
+    notes = [] if notes is None else notes
+    for first, second, documents in documents_of(baseline, candidate, other_prompts):
+        name = metric or first.wanted or second.wanted or default_metric(first, second)
+        reasons = "; ".join(f"{m} {reason}" for m, reason in {**second.apart, **first.apart}.items())
+        if name is None:
+            reasons = reasons or "its samples hold no number per document"
+            notes.append(f"task {first.name} is kept apart and not compared: {reasons}")
+            first_reason = first_reason or reasons
+            continue
+        if reasons and not (metric or first.wanted or second.wanted):
+            notes.append(f"of task {first.name}, {name} is compared, and not what can't be paired: {reasons}")
+        found.append(_pair(first, second, documents, name, notes))
+    if not found:
+        raise AdaInferError(
+            f"metric: no task can be compared document by document (corpus metrics can't be paired): {first_reason}"
+        )
+    return found
+
+
+def documents_of(
+    baseline: Run, candidate: Run, other_prompts: bool = False
+) -> list[tuple[Task, Task, list[tuple[Document, Document]]]]:
+    """Both runs' tasks and their documents in pairs.
 
     Raises:
         AdaInferError: Where tasks, versions, shots, filters, documents or prompts differ.
@@ -51,12 +119,14 @@ def match(baseline: Run, candidate: Run, metric: str | None = None, other_prompt
         only = sorted(first ^ second)
         owner = baseline if only[0] in first else candidate
         raise AdaInferError(
-            f"{what}: {len(only)} of the tasks are in one of them only ({only[0]} in {owner.label}); run the same tasks"
+            f"{what}: {len(only)} of the tasks are in one of them only ({only[0]} in {owner.label}); run the same "
+            "tasks, or select them with --tasks or --exclude"
         )
-    return [_pair(baseline.tasks[t], candidate.tasks[t], what, metric, other_prompts) for t in baseline.tasks]
+    both = [(baseline.tasks[t], candidate.tasks[t]) for t in baseline.tasks]
+    return [(a, b, _matched(a, b, what, other_prompts)) for a, b in both]
 
 
-def _pair(first: Task, second: Task, what: str, metric: str | None, other_prompts: bool) -> Pairs:
+def _matched(first: Task, second: Task, what: str, other_prompts: bool) -> list[tuple[Document, Document]]:
     for kind, a, b in (
         ("version", first.version, second.version),
         ("number of shots", first.shots, second.shots),
@@ -83,13 +153,63 @@ def _pair(first: Task, second: Task, what: str, metric: str | None, other_prompt
             raise AdaInferError(
                 f"{what}: document {differ[0]} of task {first.name} (of {len(differ)} such) {reason}"
             )
-    name = first.metric(metric)
-    second.metric(name)
+    return documents
+
+
+def default_metric(first: Task, second: Task) -> str | None:
+    """The metric that is compared unless the user names one; None where no metric can be.
+
+    Raises:
+        AdaInferError: Where one run has no numbers of a metric of which the other has some: it may be damaged.
+    """
+    for task, other in ((first, second), (second, first)):
+        for name, reason in task.apart.items():
+            if name in other.scales and not reason.startswith(OWN_AGGREGATION):
+                task.require(name)
+    usable = [m for m in first.scales if m not in EXIT_METRICS and m not in second.apart]
+    return next((m for m in (*PREFERRED, *usable) if m in usable), None)
+
+
+def _pair(
+    first: Task, second: Task, documents: list[tuple[Document, Document]], name: str, notes: list[str]
+) -> Pairs:
+    first.require(name)
+    second.require(name)
+    scale, other = first.scales[name], second.scales[name]
+    if name in first.undirected:  # older results don't say which way is better
+        scale = replace(scale, lower_is_better=other.lower_is_better)
+    if name in second.undirected:
+        other = replace(other, lower_is_better=scale.lower_is_better)
+    if scale != other:
+        raise AdaInferError(
+            f"metric: {name} of task {first.name} is aggregated in another way in each run ({scale.aggregation} and "
+            f"{other.aggregation}), or one takes higher and one lower for better; name another metric"
+        )
+    sides = [np.array([scale.value(pair[side], name) for pair in documents]) for side in (0, 1)]
+    weights = None
+    if scale.weighted:
+        weights = np.array([scale.weight(a, name) for a, _ in documents])
+        differ = [a.doc_id for (a, b), w in zip(documents, weights, strict=True) if scale.weight(b, name) != w]
+        if differ:
+            raise AdaInferError(
+                f"metric: {name} of task {first.name} counts document {differ[0]} with another weight in each run; run "
+                "both alike"
+            )
+    means = [float(np.average(values, weights=weights)) for values in sides]
+    if scale.unit and scale.metric_of(means[0]) != means[0]:
+        shown = " and ".join(f"{scale.metric_of(mean):.5g}" for mean in means)
+        notes.append(f"{name} of task {first.name}, {shown}, is compared in {scale.unit} (lower is better)")
+    elif scale.unit:
+        notes.append(f"{name} of task {first.name} is compared as a ratio of sums over documents (lower is better)")
+    elif name in first.undirected and name in second.undirected:
+        notes.append(f"nothing says whether a higher {name} of task {first.name} is better; higher is taken for better")
     return Pairs(
         task=first.name,
         metric=name,
-        lower_is_better=name in first.lower_is_better,
-        baseline=np.array([a.metrics[name] for a, _ in documents]),
-        candidate=np.array([b.metrics[name] for _, b in documents]),
+        lower_is_better=scale.lower_is_better,
+        baseline=sides[0],
+        candidate=sides[1],
         documents=documents,
+        weights=weights,
+        unit=scale.unit,
     )

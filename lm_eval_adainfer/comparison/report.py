@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from importlib.util import find_spec
 from pathlib import Path
@@ -12,8 +12,8 @@ import numpy as np
 
 from lm_eval_adainfer import __version__, container
 from lm_eval_adainfer.comparison import statistics
-from lm_eval_adainfer.comparison.compare import POOLED, compare
-from lm_eval_adainfer.comparison.matching import Pairs, match
+from lm_eval_adainfer.comparison.compare import POOLED, compare, reach, weights_of
+from lm_eval_adainfer.comparison.matching import Pairs, main_kind, match
 from lm_eval_adainfer.comparison.runs import Run
 from lm_eval_adainfer.errors import AdaInferError
 from lm_eval_adainfer.reporting import population_variance
@@ -30,7 +30,8 @@ _SHOWN = 5  # easiest and deepest documents
 class Cell:
     """One run on one column's documents."""
 
-    accuracy: float
+    score: float
+    share: bool  # from 0 to 1, shown in percent
     pruning: float | None
     layers: float | None
     variance: float | None
@@ -90,10 +91,12 @@ def write(
                 "give traces of the same model"
             )
     baseline, others = runs[0], runs[1:]
-    pairs = {run.label: match(baseline, run, metric, other_prompts) for run in runs}
+    said: list[str] = []
+    pairs = {run.label: match(baseline, run, metric, other_prompts, said) for run in runs}
+    columns = _columns(baseline, pairs)
     comparisons = [compare(baseline, run, metric, other_prompts) for run in others]
     folder, pictures = Path(output), []
-    for name, heading, caption, figure in _figures(runs, pairs, found):
+    for name, heading, caption, figure in _figures(runs, _pooled(pairs), found):
         pictures.append(_save(folder, name, heading, caption, figure))
     environment = Environment(
         loader=PackageLoader("lm_eval_adainfer.comparison", "templates"), autoescape=True, undefined=StrictUndefined
@@ -103,41 +106,60 @@ def write(
         made=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         version=__version__,
         runs=runs,
-        columns=list(_columns(baseline)),
-        leaderboard=_leaderboard(runs, pairs),
+        columns=list(columns),
+        leaderboard=_leaderboard(runs, pairs, columns),
         comparisons=comparisons,
         pictures=pictures,
         documents=[(run.label, run.n_blocks, *_extremes(run, pairs[run.label])) for run in runs if _early(run, pairs)],
-        notes=[f"{run.label}: {note}" for run in runs for note in run.notes],
+        notes=list(dict.fromkeys([*(f"{run.label}: {note}" for run in runs for note in run.notes), *said])),
     )
     container.write_atomically(folder / "index.html", page.encode("utf-8", "replace"))
     return folder / "index.html"
 
 
-def _columns(run: Run) -> dict[str, list[str]]:
-    """Column -> tasks: every task where they fit, else the groups; and all together."""
-    tasks = {run.aliases.get(t, t): [t] for t in run.tasks}
-    if len(tasks) < len(run.tasks):  # two tasks go by one alias
-        tasks = {t: [t] for t in run.tasks}
+def _pooled(pairs: dict[str, list[Pairs]]) -> dict[str, list[Pairs]]:
+    """Of every run, the tasks that can be pooled, in all runs the same."""
+    alike = [{p.task for p in main_kind(found)[0]} for found in pairs.values()]
+    common = set.intersection(*alike) or alike[0]
+    return {label: [p for p in found if p.task in common] for label, found in pairs.items()}
+
+
+def _columns(run: Run, pairs: dict[str, list[Pairs]]) -> dict[str, list[str]]:
+    """Column -> tasks: every task where they fit, else the groups; and all together that can be pooled."""
+    names = [p.task for p in pairs[run.label]]
+    poolable = {p.task for p in _pooled(pairs)[run.label]}
+    tasks = {run.aliases.get(t, t): [t] for t in names}
+    if len(tasks) < len(names):  # two tasks go by one alias
+        tasks = {t: [t] for t in names}
     if len(tasks) == 1:
         return tasks
     if len(tasks) > _WIDE:
-        names = sorted(run.groups, key=lambda g: -len(run.groups[g]))[:_WIDE]
-        tasks = {run.aliases.get(g, g): run.groups[g] for g in names}
-    return {POOLED: list(run.tasks), **{name: t for name, t in tasks.items() if len(t) < len(run.tasks)}}
+        members = {g: [t for t in found if t in poolable] for g, found in run.groups.items()}
+        groups = sorted((g for g in members if members[g]), key=lambda g: -len(members[g]))[:_WIDE]
+        tasks = {run.aliases.get(g, g): members[g] for g in groups}
+    pool = [t for t in names if t in poolable]
+    units = {p.task: p.unit for p in pairs[run.label]}
+    tasks = {f"{name}, {units[t[0]]}" if units[t[0]] else name: t for name, t in tasks.items()}
+    if len(pool) == 1 and tasks:
+        return tasks
+    return {POOLED: pool, **{name: t for name, t in tasks.items() if t != pool}}
 
 
-def _leaderboard(runs: list[Run], pairs: dict[str, list[Pairs]]) -> list[tuple[str, list[Cell]]]:
+def _leaderboard(
+    runs: list[Run], pairs: dict[str, list[Pairs]], columns: dict[str, list[str]]
+) -> list[tuple[str, list[Cell]]]:
     """A row per run, a cell per column, like the paper's Tables 2, 7 and 8; the best early exit is marked."""
-    table = {run.label: [_cell(pairs[run.label], tasks) for tasks in _columns(runs[0]).values()] for run in runs}
+    table = {run.label: [_cell(pairs[run.label], tasks) for tasks in columns.values()] for run in runs}
+    lower = [next(p.lower_is_better for p in pairs[runs[0].label] if p.task in tasks) for tasks in columns.values()]
     candidates = [run.label for run in runs[1:]]
     rows = []
     for label, cells in table.items():
         marked = []
         for i, cell in enumerate(cells):
+            scores = [table[c][i].score for c in candidates]
             best = len(candidates) > 1 and label in candidates
-            best = best and cell.accuracy >= max(table[c][i].accuracy for c in candidates)
-            marked.append(Cell(cell.accuracy, cell.pruning, cell.layers, cell.variance, best))
+            best = best and cell.score == (min(scores) if lower[i] else max(scores))
+            marked.append(replace(cell, best=best))
         rows.append((label, marked))
     return rows
 
@@ -145,12 +167,13 @@ def _leaderboard(runs: list[Run], pairs: dict[str, list[Pairs]]) -> list[tuple[s
 def _cell(pairs: list[Pairs], tasks: list[str]) -> Cell:
     chosen = [p for p in pairs if p.task in set(tasks)]
     documents = [b for p in chosen for _, b in p.documents]
-    accuracy = float(np.concatenate([p.candidate for p in chosen]).mean())
+    score = float(np.average(np.concatenate([p.candidate for p in chosen]), weights=weights_of(chosen)))
+    share = all(not p.kind[0] for p in chosen)
     layers = [d.metrics["exit_layer"] for d in documents if "exit_layer" in d.metrics]
     pruning = [d.metrics["pruning_ratio"] for d in documents if "pruning_ratio" in d.metrics]
     if len(layers) != len(documents) or len(pruning) != len(documents):
-        return Cell(accuracy, None, None, None)
-    return Cell(accuracy, sum(pruning) / len(pruning), sum(layers) / len(layers), population_variance(layers))
+        return Cell(score, share, None, None, None)
+    return Cell(score, share, sum(pruning) / len(pruning), sum(layers) / len(layers), population_variance(layers))
 
 
 def _early(run: Run, pairs: dict[str, list[Pairs]]) -> bool:
@@ -189,6 +212,7 @@ def _figures(runs: list[Run], pairs: dict[str, list[Pairs]], traces: list[Trace]
     found = []
     with figures.style():
         points, metric = _points(runs, pairs, traces)
+        first = pairs[runs[0].label][0]
         caption = (
             "FLOPs are counted, checks of the head included (flops_ratio_total); runs that don't log them ran dense. "
             "Bars: 95% interval over documents (each run by itself; the differences in the tables are paired)."
@@ -198,7 +222,8 @@ def _figures(runs: list[Run], pairs: dict[str, list[Pairs]], traces: list[Trace]
                 " The oracle is simulated on the traced documents: exit after the first block that answers right, "
                 "without the cost of checking."
             )
-        found.append(("frontier", "Accuracy against compute", caption, figures.frontier(points, metric)))
+        found.append(("frontier", "Accuracy against compute", caption,
+                      figures.frontier(points, metric, not first.kind[0], first.lower_is_better)))  # fmt: skip
         layers = _exit_layers(runs, pairs)
         n_blocks = max((run.n_blocks or 0 for run in runs), default=0)
         if layers and n_blocks:
@@ -251,18 +276,23 @@ def _points(runs: list[Run], pairs: dict[str, list[Pairs]], traces: list[Trace])
 
     points = []
     for i, run in enumerate(runs):
-        values = np.concatenate([p.candidate for p in pairs[run.label]])
+        values, weights = np.concatenate([p.candidate for p in pairs[run.label]]), weights_of(pairs[run.label])
         if all(p.binary for p in pairs[run.label]):
             mean, lower, upper = (float(x[0]) for x in statistics.wilson(values[:, None]))
         else:
-            interval = statistics.t_interval(values)
-            mean, lower, upper = interval.drop, interval.lower, interval.upper
+            mean, furthest = float(np.average(values, weights=weights)), reach(values, values, pairs[run.label][0].unit)
+            if weights is None:
+                spread = statistics.t_interval(values - mean, reach=furthest)
+            else:
+                spread = statistics.ratio_interval(values - mean, weights, reach=furthest)
+            lower, upper = mean + spread.lower, mean + spread.upper
         name = f"{run.label} (baseline)" if i == 0 else run.label
         points.append(Point(name, _compute(pairs[run.label]), mean, lower, upper, dense=i == 0))
     simulated = blocks.oracle([t for t in traces if t.name in runs[0].tasks])
-    if simulated:
+    if simulated and not pairs[runs[0].label][0].kind[0]:
         points.append(Point("oracle, simulated", *simulated, simulated=True))
-    return points, "/".join(dict.fromkeys(p.metric for p in pairs[runs[0].label]))
+    first = pairs[runs[0].label]
+    return points, "/".join(dict.fromkeys(p.metric for p in first)) + (f", {first[0].unit}" if first[0].unit else "")
 
 
 def _compute(pairs: list[Pairs]) -> float:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import math
 import re
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,13 +13,17 @@ from typing import Any
 from tqdm import tqdm
 
 from lm_eval_adainfer.comparison.samples import Document, finite, read_document, read_json, samples
+from lm_eval_adainfer.comparison.scales import Scale, scale_of, undirected
+from lm_eval_adainfer.comparison.selection import Selection, Wanted
 from lm_eval_adainfer.errors import AdaInferError
 
 _DATE = r"\d{4}-\d\d-\d\dT\d\d-\d\d-\d\d(?:\.\d+)?"
 _EXIT = ("exit_layer", "pruning_ratio", "flops_ratio", "flops_ratio_total", "layers_run")
-_OURS = frozenset((*_EXIT, "exit_layer_var", "top1_acc"))
-_PREFERRED = ("acc", "exact_match")
+EXIT_METRICS = frozenset((*_EXIT, "exit_layer_var", "top1_acc"))
+PREFERRED = ("acc", "exact_match")
+_SECTIONS = ("results", "config", "configs", "versions", "n-shot", "higher_is_better", "n-samples", "group_subtasks")
 _MOST_BLOCKS = 10_000
+_FILES_SHOWN = 6
 _logger = logging.getLogger(__name__)
 
 
@@ -31,30 +37,36 @@ class Task:
     filters: tuple[str, ...]
     version: str
     shots: str
-    metrics: tuple[str, ...]  # those with a number per document, the task's own first
-    lower_is_better: frozenset[str] = frozenset()
+    source: Path
+    scales: dict[str, Scale]  # of the metrics whose documents can be compared, the task's own first
+    apart: dict[str, str] = field(default_factory=dict)  # of the other metrics, why they can't
+    wanted: str | None = None  # the metric that the user named
+    undirected: frozenset[str] = frozenset()  # metrics of which nothing says which way is better
 
-    def metric(self, wanted: str | None) -> str:
-        """The wanted metric, or the first of acc, exact_match and the task's first.
+    def require(self, name: str) -> None:
+        """Refuse a metric by which the documents can't be compared.
 
         Raises:
-            AdaInferError: Where the samples have no such number.
+            AdaInferError: Where the samples have no such number, or a broken one.
         """
-        own = [m for m in self.metrics if m not in _OURS]
-        if wanted is not None:
-            if wanted not in self.metrics:
-                raise AdaInferError(
-                    f"metric: the samples of {self.name} have no number {wanted!r} per document; they have "
-                    f"{', '.join(own) or 'none'}"
-                )
-            return wanted
-        for name in (*_PREFERRED, *own):
-            if name in own:
-                return name
-        raise AdaInferError(
-            f"metric: the samples of {self.name} hold no number per document (corpus metrics can't be paired); "
-            "leave that task out"
-        )
+        if name not in self.scales:
+            own = [m for m in self.scales if m not in EXIT_METRICS]
+            reason = f" ({name} {self.apart[name]})" if name in self.apart else ""
+            hint = "; name one per task (TASK=METRIC), or leave the task out (--exclude)"
+            if name in self.filters:
+                hint = f"; {name!r} is a filter, so give --filter {name}"
+            metric, _, its_filter = name.partition(",")
+            if its_filter:
+                hint = f"; lm-eval names results METRIC,FILTER, so give --metric {metric} --filter {its_filter}"
+            raise AdaInferError(
+                f"metric: the samples of {self.name} have no number {name!r} per document{reason}; they have "
+                f"{', '.join(own) or 'none'}{hint}"
+            )
+        for document in self.documents.values():
+            for value in (document.metrics.get(name, 0.0), *document.pairs.get(name, ())):
+                if not math.isfinite(value):
+                    what = f"{name} of document {document.doc_id} is {value} in {self.source}"
+                    raise AdaInferError(f"metric: {what}, no number to compare; run it again")
 
 
 @dataclass
@@ -68,6 +80,8 @@ class Run:
     groups: dict[str, list[str]]  # group -> its tasks, through nested groups
     aliases: dict[str, str]
     seconds_total: float | None
+    held: tuple[str, ...] = ()  # all its tasks, those that were not selected too
+    held_groups: dict[str, list[str]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -88,7 +102,13 @@ class Run:
         return found if isinstance(found, int) and 0 < found <= _MOST_BLOCKS else None
 
 
-def load(path: str | Path, argument: str = "run", filter: str | None = None, prompts: bool = False) -> Run:
+def load(
+    path: str | Path,
+    argument: str = "run",
+    filter: str | None = None,
+    prompts: bool = False,
+    selection: Selection | None = None,
+) -> Run:
     """Read a run.
 
     Args:
@@ -96,29 +116,35 @@ def load(path: str | Path, argument: str = "run", filter: str | None = None, pro
         argument: The user's argument, for messages.
         filter: Of lm-eval, where a task has several; by default the first that the samples name.
         prompts: Keep the documents' prompts (the report shows some).
+        selection: Which tasks are read, and the metric and filter of each; by default all, and ``filter``.
 
     Raises:
-        AdaInferError: On files that are missing, damaged or not lm-eval's.
+        AdaInferError: On files that are missing, damaged or not lm-eval's, and on tasks that it does not hold.
     """
+    selection = selection or Selection(filter=filter)
     name, place = _split_name(str(path))
     notes: list[str] = []
     file = _results_file(Path(place), argument, notes)
     results = read_json(file, argument)
     if not isinstance(results, dict) or not isinstance(results.get("results"), dict):
         raise AdaInferError(f"{argument}: {file} is no results file of lm-eval: it has no 'results'; give another")
-    sections = {
-        key: _mapping(results, key, file, argument)
-        for key in ("config", "configs", "versions", "n-shot", "higher_is_better", "n-samples", "group_subtasks")
-    }
+    sections = {key: _mapping(results, key, file, argument) for key in _SECTIONS}
     files = _sample_files(file, list(sections["configs"]) or list(results["results"]))
-    names = [task for task in sections["configs"] or results["results"] if task in files]
-    absent = [t for t in sections["configs"] if t not in files and t not in sections["group_subtasks"]]
+    held = [t for t in sections["configs"] or results["results"] if t in files or t not in sections["group_subtasks"]]
+    held = held if sections["configs"] else [t for t in held if t in files]
+    held_groups = _groups(sections["group_subtasks"], held)
+    chosen = selection.choose(held, held_groups, f"{argument} {place}")
+    names = [task for task in chosen if task in files]
+    absent = [task for task in chosen if task not in files]
     if not names or absent:
         which = f" for task {absent[0]}" if absent and names else ""
         raise AdaInferError(
             f"{argument}: {file} has no samples beside it{which}; run lm_eval with --log_samples and --output_path"
         )
-    tasks = {task: _read_task(task, files[task], sections, argument, filter, prompts, notes) for task in names}
+    tasks = {}
+    for task in names:
+        wanted = selection.for_task(task, held, held_groups)
+        tasks[task] = _read_task(task, files[task], sections, argument, wanted, prompts, notes)
     run = Run(
         label=name or _label(sections["config"]),
         source=file,
@@ -127,6 +153,8 @@ def load(path: str | Path, argument: str = "run", filter: str | None = None, pro
         groups=_groups(sections["group_subtasks"], tasks),
         aliases=_aliases(results["results"]),
         seconds_total=finite(results.get("total_evaluation_time_seconds")),
+        held=tuple(held),
+        held_groups=held_groups,
         notes=notes,
     )
     for note in notes:
@@ -135,16 +163,32 @@ def load(path: str | Path, argument: str = "run", filter: str | None = None, pro
 
 
 def load_all(
-    paths: list[str], argument: str = "runs", filter: str | None = None, prompts: bool = False
+    paths: list[str],
+    argument: str = "runs",
+    filter: str | None = None,
+    prompts: bool = False,
+    selection: Selection | None = None,
 ) -> list[Run]:
-    """Read runs and give each a label of its own."""
-    runs = [load(path, argument, filter, prompts) for path in tqdm(paths, desc="Reading runs", disable=len(paths) < 3)]
+    """Read runs and give each a label of its own; the arguments are those of :func:`load`."""
+    shown = tqdm(paths, desc="Reading runs", disable=len(paths) < 3)
+    runs = [load(path, argument, filter, prompts, selection) for path in shown]
+    if selection is not None:
+        require_known(selection, runs)
     seen: dict[str, int] = {}
     for run in runs:
         seen[run.label] = seen.get(run.label, 0) + 1
         if seen[run.label] > 1:
             run.label += f" ({seen[run.label]})"
     return runs
+
+
+def require_known(selection: Selection, runs: Sequence[Run]) -> None:
+    """Refuse a selection that names tasks which none of the runs holds.
+
+    Raises:
+        AdaInferError: On such a name.
+    """
+    selection.require_known([(run.label, run.held, run.held_groups) for run in runs])
 
 
 def _split_name(text: str) -> tuple[str | None, str]:
@@ -162,16 +206,26 @@ def _results_file(path: Path, argument: str, notes: list[str]) -> Path:
     found = [f for f in sorted(path.rglob("*.json")) if f.name == "results.json" or re.search(_DATE, f.name)]
     if not found:
         raise AdaInferError(f"{argument}: {path} holds no results_*.json of lm-eval; give its --output_path")
-    folders = sorted({f.parent for f in found})
+    found.sort(key=lambda f: _date_of(f) or "")
+    folders = {f.parent for f in found}
     if len(folders) > 1:
         raise AdaInferError(
-            f"{argument}: {path} holds runs of {len(folders)} models ({folders[0].name}, {folders[1].name}, ...); "
-            "give one of these folders"
+            f"{argument}: {path} holds runs of {len(folders)} models ({_with_times(found)}); give one of these files "
+            "or its folder"
         )
-    found.sort(key=lambda f: _date_of(f) or "")
     if len(found) > 1:
-        notes.append(f"{len(found)} runs are in {folders[0]}; the newest, {found[-1].name}, is taken")
+        newest = "the newest is taken; give a file to take another"
+        notes.append(f"{len(found)} runs are in {path} ({_with_times(found)}); {newest}")
     return found[-1]
+
+
+def _with_times(files: Sequence[Path]) -> str:
+    """Some results files and when each was written, the newest first."""
+    shown = []
+    for file in sorted(files, key=lambda f: _date_of(f) or "", reverse=True)[:_FILES_SHOWN]:
+        date, _, time = (_date_of(file) or "").partition("T")
+        shown.append(f"{file} of {date} {time[:8].replace('-', ':')}" if date else f"{file} without a time")
+    return "; ".join(shown) + ("; ..." if len(files) > _FILES_SHOWN else "")
 
 
 def _date_of(file: Path) -> str | None:
@@ -197,10 +251,14 @@ def _read_task(
     file: Path,
     sections: dict[str, Any],
     argument: str,
-    wanted: str | None,
+    asked: Wanted,
     prompts: bool,
     notes: list[str],
 ) -> Task:
+    config = sections["configs"].get(task)
+    config = config if isinstance(config, dict) else {}
+    rolling = config.get("output_type") == "loglikelihood_rolling"
+    wanted, logged = asked.filter, dict[str, None]()  # the metrics' names in their order
     kept: dict[str, dict[int, Document]] = {}
     for number, sample in samples(file, argument):
         where = f"{argument}: {file}, line {number}"
@@ -216,9 +274,16 @@ def _read_task(
             kept.setdefault(name, {})
             continue
         documents = kept.setdefault(name, {})
-        document = read_document(sample, where, prompts)
+        document = read_document(sample, where, prompts, rolling)
+        for exit_metric in _EXIT:
+            if not math.isfinite(value := document.metrics.get(exit_metric, 0.0)):
+                raise AdaInferError(f"{where}: {exit_metric} of document {document.doc_id} is {value}; run it again")
         if document.doc_id in documents:
             raise AdaInferError(f"{where} repeats document {document.doc_id}; two runs may be in one file")
+        if not documents:
+            listed = sample.get("metrics")
+            names = listed if isinstance(listed, list) else [*document.metrics, *document.pairs]
+            logged = dict.fromkeys(m for m in names if isinstance(m, str))
         documents[document.doc_id] = document
     if not kept:
         raise AdaInferError(f"{argument}: {file} is empty; run lm_eval again with --log_samples")
@@ -235,12 +300,10 @@ def _read_task(
             f"{argument}: {file} holds {len(documents)} documents, but the results say {expected}; "
             "the file is cut off or not this run's, so run it again"
         )
-    first = next(iter(documents.values()))
     better = sections["higher_is_better"].get(task)
     better = better if isinstance(better, dict) else {}
-    names = [m for m in first.metrics if all(m in d.metrics for d in documents.values())]
-    config = sections["configs"].get(task)
-    shots = sections["n-shot"].get(task, config.get("num_fewshot") if isinstance(config, dict) else None)
+    scales, apart = _scales(task, chosen, logged, list(documents.values()), sections, config, better)
+    shots = sections["n-shot"].get(task, config.get("num_fewshot"))
     return Task(
         name=task,
         documents=documents,
@@ -248,9 +311,40 @@ def _read_task(
         filters=tuple(kept),
         version=str(sections["versions"].get(task)),
         shots=str(shots if shots is not None else 0),
-        metrics=tuple(names),
-        lower_is_better=frozenset(m for m in names if better.get(m) is False),
+        source=file,
+        scales=scales,
+        apart=apart,
+        wanted=asked.metric or None,
+        undirected=frozenset(m for m in scales if m not in EXIT_METRICS and undirected(m, better.get(m))),
     )
+
+
+def _scales(
+    task: str,
+    filter: str,
+    logged: Collection[str],
+    documents: list[Document],
+    sections: dict[str, Any],
+    config: dict[str, Any],
+    better: dict[str, Any],
+) -> tuple[dict[str, Scale], dict[str, str]]:
+    """How each metric is compared, and of those that can't be, why."""
+    results, listed = sections["results"].get(task), config.get("metric_list")
+    results = results if isinstance(results, dict) else {}
+    declared = {
+        entry.get("metric"): entry.get("aggregation")
+        for entry in (listed if isinstance(listed, list) else [])
+        if isinstance(entry, dict) and isinstance(entry.get("metric"), str)
+    }
+    scales, apart = {}, {}
+    for metric in logged:
+        reported = finite(results.get(f"{metric},{filter}", results.get(metric)))
+        found = scale_of(metric, documents, declared.get(metric), better.get(metric), reported)
+        if isinstance(found, Scale):
+            scales[metric] = found
+        else:
+            apart[metric] = found
+    return scales, apart
 
 
 def _mapping(results: dict[str, Any], key: str, file: Path, argument: str) -> dict[str, Any]:
@@ -260,7 +354,7 @@ def _mapping(results: dict[str, Any], key: str, file: Path, argument: str) -> di
     return found
 
 
-def _groups(subtasks: dict[str, Any], tasks: dict[str, Task]) -> dict[str, list[str]]:
+def _groups(subtasks: dict[str, Any], tasks: Collection[str]) -> dict[str, list[str]]:
     def members(name: str, above: tuple[str, ...] = ()) -> list[str]:
         inside = subtasks.get(name)
         if not isinstance(inside, list) or name in above:

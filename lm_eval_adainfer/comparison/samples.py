@@ -9,12 +9,13 @@ import hashlib
 import json
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from lm_eval_adainfer.errors import AdaInferError
 
+_NO_METRICS = frozenset(("doc", "arguments", "resps", "filtered_resps", "target"))
 _PROMPT, _TARGET = 1500, 300  # characters kept; of a prompt the last, since the question is there
 
 
@@ -25,11 +26,12 @@ class Document:
     doc_id: int
     doc_hash: str
     prompt_hash: str
-    metrics: dict[str, float]
+    metrics: dict[str, float]  # as logged, so that a broken run's may be NaN
     answer: Any  # the chosen index, whether greedy decoding gives the answer, or the text; None where unknown
     scores: tuple[float, ...]  # log-probabilities, where there are any
     prompt: str
     target: str
+    pairs: dict[str, tuple[float, float]] = field(default_factory=dict)  # metrics that log (log-likelihood, weight)
 
 
 def read_json(file: Path, argument: str) -> Any:
@@ -70,28 +72,40 @@ def samples(file: Path, argument: str) -> Iterator[tuple[int, Any]]:
         ) from None
 
 
-def read_document(sample: dict[str, Any], where: str, prompts: bool) -> Document:
-    """Keep of a sample what a comparison needs; ``where`` names it in messages."""
+def read_document(sample: dict[str, Any], where: str, prompts: bool, rolling: bool = False) -> Document:
+    """Keep of a sample what a comparison needs.
+
+    Args:
+        sample: As lm-eval logs it.
+        where: Names it in messages.
+        prompts: Keep the prompt and the target.
+        rolling: It is of ``loglikelihood_rolling``, whose response is a number and no text.
+
+    Raises:
+        AdaInferError: Where the document can't be told from others.
+    """
     doc_id = sample["doc_id"]
     listed = sample.get("metrics")
     names = (
         [m for m in listed if isinstance(m, str)]
         if isinstance(listed, list)
-        else [k for k, v in sample.items() if k != "doc_id" and type(v) in (int, float, bool)]  # older lm-eval
-    )
-    metrics = {}
+        else [  # older lm-eval
+            k for k, v in sample.items()
+            if k != "doc_id" and (type(v) in (int, float, bool) or (isinstance(v, list) and k not in _NO_METRICS))
+        ]
+    )  # fmt: skip
+    metrics, pairs = {}, {}
     for name in names:
         value = sample.get(name)
-        if not isinstance(value, (int, float)):
-            continue  # corpus metrics log what they need, in any form
-        try:
-            value = float(value)
-        except OverflowError:
-            value = math.inf
-        if not math.isfinite(value):
-            raise AdaInferError(f"{where}: {name} of document {doc_id} is {value}, no number to compare; run it again")
-        metrics[name] = value
-    answer, scores = _answer(sample.get("filtered_resps"))
+        if isinstance(value, (int, float)):  # corpus metrics log what they need, in any form
+            metrics[name] = _float(value)
+        elif isinstance(value, list) and len(value) == 2 and all(type(v) in (int, float) for v in value):
+            pairs[name] = (_float(value[0]), _float(value[1]))
+    responses = sample.get("filtered_resps")
+    if rolling and isinstance(responses, list):
+        answer, scores = None, tuple(s for s in map(finite, responses) if s is not None)
+    else:
+        answer, scores = _answer(responses)
     prompt = _prompt(sample.get("arguments"))
     doc_hash, prompt_hash = sample.get("doc_hash"), sample.get("prompt_hash")
     if not isinstance(doc_hash, str):
@@ -103,7 +117,14 @@ def read_document(sample: dict[str, Any], where: str, prompts: bool) -> Document
         prompt_hash = _hash(prompt) if prompt is not None else ""
     shown = (prompt or "")[-_PROMPT:] if prompts else ""
     target = str(sample.get("target", ""))[:_TARGET] if prompts else ""
-    return Document(doc_id, doc_hash, prompt_hash, metrics, answer, scores, shown, target)
+    return Document(doc_id, doc_hash, prompt_hash, metrics, answer, scores, shown, target, pairs)
+
+
+def _float(value: int | float) -> float:
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf
 
 
 def _answer(responses: Any) -> tuple[Any, tuple[float, ...]]:

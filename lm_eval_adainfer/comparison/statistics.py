@@ -33,7 +33,7 @@ class Interval:
     upper: float
 
 
-def tango_z(b: np.ndarray | int, c: np.ndarray | int, n: int, drop: float) -> np.ndarray:
+def tango_z(b: np.ndarray | float, c: np.ndarray | float, n: float, drop: float) -> np.ndarray:
     """Tango's score statistic for a true drop of ``drop``; large where the seen drop is larger."""
     b, c = np.asarray(b, dtype=float), np.asarray(c, dtype=float)
     first = 2 * n * drop - (b + c) - (b - c) * drop
@@ -48,7 +48,7 @@ def tango_z(b: np.ndarray | int, c: np.ndarray | int, n: int, drop: float) -> np
     return np.where(variance > 1e-12 * n, z, np.where(np.abs(distance) < 1e-9 * n, 0.0, certain))
 
 
-def tango_bound(b: int, c: int, n: int, level: float, upper: bool) -> float:
+def tango_bound(b: float, c: float, n: float, level: float, upper: bool) -> float:
     """One-sided confidence bound of the drop: where the score test at 1 - ``level`` stops rejecting."""
     z = float(stats.norm.ppf(level))
     seen, edge = (b - c) / n, 1.0 if upper else -1.0
@@ -64,8 +64,8 @@ def tango_bound(b: int, c: int, n: int, level: float, upper: bool) -> float:
     return float(optimize.brentq(excess, seen, inside, xtol=1e-12))
 
 
-def tango_interval(b: int, c: int, n: int, level: float = 0.95) -> Interval:
-    """The drop with Tango's two-sided interval."""
+def tango_interval(b: float, c: float, n: float, level: float = 0.95) -> Interval:
+    """The drop with Tango's two-sided interval; numbers of documents may be effective ones, so no whole numbers."""
     one_sided = (1 + level) / 2
     return Interval((b - c) / n, tango_bound(b, c, n, one_sided, False), tango_bound(b, c, n, one_sided, True))
 
@@ -183,6 +183,56 @@ def _adjusted(differences: np.ndarray, reach: float) -> tuple[float, float, int]
     return float(np.mean(x)), float(np.std(x, ddof=1)) / sqrt(len(x)), len(x) - 1
 
 
+def ratio_draws(differences: np.ndarray, weights: np.ndarray, reach: float = 1.0, seed: int = 0) -> np.ndarray:
+    """Weighted means of a difference over resampled documents, sorted: the bootstrap of a ratio of sums.
+
+    Perplexity per word, say, is a sum of log-probabilities over a sum of words, of which each document brings its
+    part. As in :func:`t_interval`, two pseudo-documents, +reach and -reach, of average weight, keep the interval of few
+    or equal documents from having no width.
+
+    Args:
+        differences: [documents], per unit of weight.
+        weights: [documents].
+        reach: The largest difference a document can show.
+        seed: Of the draws; there are as many as :func:`sign_flip_p` has permutations.
+    """
+    x = np.concatenate([differences, [reach, -reach]])
+    w = np.concatenate([weights, [weights.mean()] * 2])
+    generator, n, draws = np.random.default_rng(seed), len(x), _draws(len(x))
+    found = []
+    block = max(1, 2_000_000 // n)
+    for start in range(0, draws, block):
+        chosen = generator.integers(0, n, size=(min(block, draws - start), n))
+        found.append((x * w)[chosen].sum(1) / w[chosen].sum(1))
+    return np.sort(np.concatenate(found))
+
+
+def draws_bound(draws: np.ndarray, level: float, upper: bool) -> float:
+    """One-sided bound from sorted draws: where :func:`draws_p` stops being at most 1 - ``level``."""
+    if not upper:
+        return -draws_bound(-draws[::-1], level, True)
+    beyond = int((1 - level) * (len(draws) + 1) + 1e-9)  # p counts the value seen as one more draw
+    return float(draws[len(draws) - max(beyond, 1)])
+
+
+def draws_p(draws: np.ndarray, drop: float) -> float:
+    """One-sided p of "the true mean is ``drop`` or more", small where few draws are that high."""
+    return float((1 + np.count_nonzero(draws >= drop)) / (len(draws) + 1))
+
+
+def ratio_interval(
+    differences: np.ndarray, weights: np.ndarray, level: float = 0.95, reach: float = 1.0, seed: int = 0
+) -> Interval:
+    """The drop of a ratio of sums, with its interval from :func:`ratio_draws`."""
+    draws, side = ratio_draws(differences, weights, reach, seed), (1 + level) / 2
+    drop = float(np.average(differences, weights=weights))
+    return Interval(drop, draws_bound(draws, side, False), draws_bound(draws, side, True))
+
+
+def _draws(n: int) -> int:
+    return _PERMUTATIONS if n <= _MANY else _FEWER
+
+
 def wilson(hits: np.ndarray, level: float = 0.95) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Share of hits per column of ``[documents, columns]``, and Wilson's interval, which has a width at 0% and 100%."""
     n, share = len(hits), hits.mean(axis=0)
@@ -207,7 +257,7 @@ def sign_flip_p(differences: np.ndarray, seed: int = 0) -> float:
         signs = 1 - 2 * ((np.arange(2 ** len(x))[:, None] >> np.arange(len(x))) & 1)
         return float(np.mean(np.abs(signs @ x) >= seen))
     generator, hits = np.random.default_rng(seed), 0
-    permutations = _PERMUTATIONS if len(x) <= _MANY else _FEWER
+    permutations = _draws(len(x))
     block = max(1, 2_000_000 // len(x))
     for start in range(0, permutations, block):
         rows = min(block, permutations - start)

@@ -13,8 +13,8 @@ from lm_eval_adainfer.comparison.compare import Comparison, Row
 FORMATS = ("table", "markdown", "latex", "csv", "json")
 _LEGEND = (
     "diff: candidate minus baseline, with a 95% interval over documents (right-or-wrong metrics: Tango's score "
-    "interval, exact McNemar p; others: t, sign-flip permutation p). agree: same answer. exit layer, pruned, FLOPs "
-    "(flops_ratio_total): counted, of the candidate."
+    "interval, exact McNemar p; others: t, for ratios of sums resampled documents, sign-flip permutation p). agree: "
+    "same answer. exit layer, pruned, FLOPs (flops_ratio_total): counted, of the candidate."
 )
 
 
@@ -37,7 +37,7 @@ def _cells(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
     rows = comparison.rows
     columns = {
         "task": lambda r: r.name,
-        "metric": lambda r: r.metric,
+        "metric": lambda r: f"{r.metric}, {r.unit}" if r.unit else r.metric,
         "docs": lambda r: str(r.documents),
         "baseline": lambda r: number(r.baseline),
         "candidate": lambda r: number(r.candidate),
