@@ -104,10 +104,7 @@ def collect(files: Sequence[Path], features: Sequence[str], label: str) -> Examp
     numbers: dict[tuple[str, str, int], int] = {}
     for file in files:
         meta, arrays = tracing.read(file)
-        if metas and (meta["n_blocks"], meta["head_hash"]) != (metas[0]["n_blocks"], metas[0]["head_hash"]):
-            raise AdaInferError(
-                f"traces: {file} is of {meta['model']}, the others of {metas[0]['model']}; fit one model at a time"
-            )
+        tracing.require_one_model(file, meta, metas[0] if metas else meta)
         x = columns(features, meta, arrays)
         tracing.require_finite(file, x)
         y, known = _labels(meta, arrays, label)

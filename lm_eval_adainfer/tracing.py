@@ -27,7 +27,7 @@ from __future__ import annotations
 import logging
 import shutil
 from collections import defaultdict, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from random import Random
@@ -63,6 +63,9 @@ META = (
     "hidden_size", "vocab_size", "block_weights",
 )  # fmt: skip
 _NUMBERS = ("n_blocks", "num_fewshot", "documents", "hidden_size", "vocab_size")
+# traces that are read together must agree in these: the model as it computed, and how its documents were asked
+MODEL = ("n_blocks", "head_hash", "weights_hash", "dtype", "autocast")
+ASKED = ("add_bos_token", "chat_template", "system_instruction", "fewshot_as_multiturn")
 SPLITS = ("train", "test")
 OUTPUT_TYPES = ("loglikelihood", "multiple_choice", "generate_until")
 PART_DOCUMENTS = 128  # a killed run loses at most so many finished ones
@@ -450,6 +453,22 @@ def _wrong(meta: dict[str, Any], arrays: dict[str, np.ndarray]) -> str | None:
     if documents * sizes["L"] * most > _MOST_SCORES:
         return f"documents of {most} requests"
     return None
+
+
+def require_one_model(path: str | Path, meta: Mapping[str, Any], first: Mapping[str, Any]) -> None:
+    """Raise AdaInferError where a trace is not of the model of another, or its documents were asked in another way.
+
+    Args:
+        path: The trace's.
+        meta: The trace's.
+        first: The other's, with which it is to be pooled.
+    """
+    for key in (*MODEL, *ASKED):
+        if meta.get(key) != first.get(key):
+            raise AdaInferError(
+                f"traces: {path} is of {meta['model']} with {key} {str(meta.get(key)):.60}, the others are of "
+                f"{first['model']} with {key} {str(first.get(key)):.60}; give traces of one model, asked in one way"
+            )
 
 
 def require_finite(path: str | Path, features: np.ndarray) -> None:
