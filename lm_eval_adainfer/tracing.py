@@ -466,8 +466,8 @@ def require_one_model(path: str | Path, meta: Mapping[str, Any], first: Mapping[
     for key in (*MODEL, *ASKED):
         if meta.get(key) != first.get(key):
             raise AdaInferError(
-                f"traces: {path} is of {meta['model']} with {key} {str(meta.get(key)):.60}, the others are of "
-                f"{first['model']} with {key} {str(first.get(key)):.60}; give traces of one model, asked in one way"
+                f"traces: {path} is of {meta['model']} with {key} {meta.get(key)!s:.60}, the others are of "
+                f"{first['model']} with {key} {first.get(key)!s:.60}; give traces of one model, asked in one way"
             )
 
 

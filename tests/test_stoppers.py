@@ -228,8 +228,8 @@ def test_another_estimator_is_named_for_what_it_is(name):
 
 def test_an_estimator_that_decides_otherwise_than_its_numbers_is_refused():
     class Cautious(SVC):
-        def predict(self, X):
-            return (self.decision_function(X) > 1).astype(int)
+        def predict(self, x):
+            return (self.decision_function(x) > 1).astype(int)
 
     x, y = data(0, 2)
     refused(lambda: SVMStopper.from_sklearn(Cautious().fit(x, y), NAMES[:2]), "svc", "decisions")
