@@ -15,6 +15,7 @@ from lm_eval_adainfer.errors import AdaInferError
 from lm_eval_adainfer.features import FEATURES, RECORDED, check_names
 from lm_eval_adainfer.simulation import columns
 from lm_eval_adainfer.strategies import crf
+from lm_eval_adainfer.strategies.base import Stopper
 from lm_eval_adainfer.strategies.classifier import ClassifierStopper
 from lm_eval_adainfer.strategies.crf import CRFStopper
 from lm_eval_adainfer.strategies.network import LogisticStopper, MLPStopper
@@ -29,6 +30,7 @@ HELD_OUT = 5  # one in so many documents is for Platt scaling
 CLASSIFIERS: dict[str, type[ClassifierStopper]] = {
     "logistic": LogisticStopper, "mlp": MLPStopper, "boosted": BoostedStopper,
 }  # fmt: skip
+KINDS = ("svm", "crf", *CLASSIFIERS)
 
 
 @dataclass
@@ -97,8 +99,7 @@ def examples(
 def collect(files: Sequence[Path], features: Sequence[str], label: str) -> Examples:
     """:func:`examples`, and which documents they are of."""
     check_names(features, "features")
-    if label not in LABELS:
-        raise AdaInferError(f"label: {label!r} is none of {', '.join(LABELS)}")
+    check_label(label)
     xs, ys, owners = [], [], []
     metas: list[dict[str, Any]] = []
     numbers: dict[tuple[str, str, int], int] = {}
@@ -134,6 +135,35 @@ def _labels(meta: dict[str, Any], arrays: dict[str, np.ndarray], label: str) -> 
         return outcomes.stable(found.answer)[found.instance], np.ones(len(top), dtype=bool)
     goal = top[:, -1] if label == "final" else arrays["gold_token"]
     return top == goal[:, None], goal >= 0
+
+
+def fit(kind: str, paths: Sequence[str | Path], **options: Any) -> Stopper:
+    """Fit a stopper of any of ``KINDS``.
+
+    Args:
+        kind: What to fit.
+        paths: Trace files or folders of them.
+        **options: Those that all of them take (``label``, ``features``, ``seed``, ``threshold``), or the kind's own.
+
+    Raises:
+        AdaInferError: On an unknown kind, and as :func:`fit_svm`, :func:`fit_crf` and :func:`fit_classifier`.
+    """
+    check_kind(kind)
+    if kind in CLASSIFIERS:
+        return fit_classifier(kind, paths, **options)
+    return (fit_svm if kind == "svm" else fit_crf)(paths, **options)
+
+
+def check_kind(kind: Any) -> None:
+    """Raise AdaInferError where ``kind`` is none of ``KINDS``."""
+    if kind not in KINDS:
+        raise AdaInferError(f"fit: {kind!r} is none of {', '.join(KINDS)}")
+
+
+def check_label(label: Any) -> None:
+    """Raise AdaInferError where ``label`` is none of ``LABELS``."""
+    if label not in LABELS:
+        raise AdaInferError(f"label: {label!r} is none of {', '.join(LABELS)}")
 
 
 def fit_svm(

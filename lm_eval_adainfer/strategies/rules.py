@@ -106,7 +106,7 @@ class PatienceStopper(Rule):
 
     def __init__(self, blocks: int):
         if blocks != int(blocks) or blocks < 1:
-            raise AdaInferError(f"stopper: patience:{blocks} has no number of blocks of 1 or more; give patience:3, say")
+            raise AdaInferError(f"stopper: patience:{blocks} names no number of 1 or more; give patience:3, say")
         self.blocks = int(blocks)
 
     def parameters(self) -> dict[str, Any]:
