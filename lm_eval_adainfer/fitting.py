@@ -347,6 +347,7 @@ def _info(found: Examples, label: str, y: np.ndarray, seed: int, fitter: str = "
         "num_fewshot": sorted({meta["num_fewshot"] for meta in metas}),
         "split": sorted({meta["split"] for meta in metas}),
         "documents": sum(meta["documents"] for meta in metas),
+        **{key: metas[0][key] for key in tracing.ASKED if metas[0].get(key) is not None},
         "label": label,
         "examples": len(y),
         "examples_available": len(found.y),
