@@ -65,7 +65,7 @@ META = (
 )  # fmt: skip
 _NUMBERS = ("n_blocks", "num_fewshot", "documents", "hidden_size", "vocab_size")
 # traces that are read together must agree in these: the model as it computed, and how its documents were asked
-MODEL = ("n_blocks", "head_hash", "weights_hash", "dtype", "autocast", "add_bos_token")
+MODEL = ("n_blocks", "dtype", "autocast", "head_hash", "weights_hash", "add_bos_token")
 ASKED = ("chat_template", "system_instruction", "fewshot_as_multiturn")
 SPLITS = ("train", "test")
 OUTPUT_TYPES = ("loglikelihood", "multiple_choice", "generate_until")
