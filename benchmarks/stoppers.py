@@ -121,6 +121,8 @@ def interval(values: np.ndarray) -> str:
 
 def report(folder: Path, names: list[str]) -> str:
     files = fitting.find([folder])
+    for file in files:
+        tracing.require_one_model(file, tracing.read(file)[0], tracing.read(files[0])[0])
     train = [f for f in files if tracing.read(f)[0]["split"] == "train"]
     tasks = [read_task(f) for f in files if tracing.read(f)[0]["split"] == "test"]
     model = tasks[0].meta

@@ -213,10 +213,7 @@ def _read(files: Sequence[Path], stopper: Stopper, loss: str, check_layers: Any)
     for file in files:
         meta, arrays = tracing.read(file)
         first = parts[0].meta if parts else meta
-        if (meta["n_blocks"], meta["head_hash"]) != (first["n_blocks"], first["head_hash"]):
-            raise AdaInferError(
-                f"traces: {file} is of {meta['model']}, the others of {first['model']}; give one model's"
-            )
+        tracing.require_one_model(file, meta, first)
         if any((p.meta["task"], p.meta["split"]) == (meta["task"], meta["split"]) for p in parts):
             raise AdaInferError(
                 f"traces: {file} is a second trace of {meta['task']}; give one, since a document must count once"

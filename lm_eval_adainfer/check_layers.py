@@ -90,8 +90,7 @@ def _read(files: Sequence[Path], stopper: Stopper) -> _Instances:
     for file in files:
         meta, arrays = tracing.read(file)
         first = first or meta
-        if (meta["n_blocks"], meta["head_hash"]) != (first["n_blocks"], first["head_hash"]):
-            raise AdaInferError(f"traces: {file} is of {meta['model']}, the others of {first['model']}; give one")
+        tracing.require_one_model(file, meta, first)
         stops = margins(stopper, meta, arrays) > 0
         top = arrays["top_token"]
         tokens = np.where(arrays["position"] > 0, 1, arrays["prompt_tokens"]).astype(np.float64)

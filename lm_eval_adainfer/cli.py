@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from lm_eval_adainfer import __version__, laboratory, stopper_commands
+from lm_eval_adainfer import __version__, asking, laboratory, stopper_commands
 from lm_eval_adainfer.comparison.commands import add_parsers as add_comparison_parsers
 from lm_eval_adainfer.errors import AdaInferError
 
@@ -87,8 +87,7 @@ def _parser() -> argparse.ArgumentParser:
         "time. Exit status 0: nothing differs, 1: something does.",
         epilog="example: adainfer verify --model_args pretrained=adainfer-demo,dtype=float32,stopper=svm",
     )
-    verify.add_argument("--model_args", "-a", required=True, help="as lm_eval's: pretrained=...,stopper=...,dtype=...")
-    verify.add_argument("--device", help="as lm_eval's: cuda, cpu, ...")
+    asking.add_model_arguments(verify, model_help="pretrained=...,stopper=...,dtype=...")
     verify.add_argument("--json", metavar="FILE", help="write the findings there, too")
     verify.set_defaults(run=_verify)
 
@@ -102,13 +101,10 @@ def _parser() -> argparse.ArgumentParser:
         epilog="example: adainfer trace --model_args pretrained=adainfer-demo,dtype=float32 "
         "--tasks adainfer_demo --num_fewshot 3 --limit 300 -o traces/",
     )
-    trace.add_argument("--model_args", "-a", required=True, help="as lm_eval's: pretrained=...,dtype=...")
-    trace.add_argument("--tasks", "-t", required=True, help="task or group names, separated by commas")
-    trace.add_argument(
-        "--num_fewshot",
-        "-f",
-        type=_shots,
-        help="shots per document, or several numbers: 0,5,10,15,20 makes a file each (default: the task's own)",
+    asking.add_arguments(
+        trace,
+        shots=_shots,
+        shots_help="shots per document, or several numbers: 0,5,10,15,20 makes a file each (default: the task's own)",
     )
     trace.add_argument(
         "--split",
@@ -117,12 +113,8 @@ def _parser() -> argparse.ArgumentParser:
         help="train: the training split, or the 30%% of the evaluation documents that a fixed hash sets apart where "
         "there is none; test: the evaluation documents without these",
     )
-    trace.add_argument("--limit", "-L", type=int, help="at most so many documents per task, drawn with --seed")
     trace.add_argument("--seed", type=int, default=0, help="of the drawn documents")
     trace.add_argument("--fewshot_seed", type=int, default=1234, help="of the shots, as lm_eval's")
-    trace.add_argument("--batch_size", "-b", default="8", help="as lm_eval's: a number or auto")
-    trace.add_argument("--device", help="as lm_eval's: cuda, cpu, ...")
-    trace.add_argument("--include_path", help="a folder of further task YAMLs")
     trace.add_argument("--output", "-o", required=True, help="the folder for the .trace files")
     trace.set_defaults(run=_trace)
 
@@ -202,15 +194,9 @@ def _influence_parser(commands: Any) -> None:
         epilog="example: adainfer influence --model_args pretrained=adainfer-demo,dtype=float32 "
         "--tasks adainfer_demo --limit 50 -o bi.stopper",
     )
-    influence.add_argument("--model_args", "-a", required=True, help="as lm_eval's: pretrained=...,dtype=...")
-    influence.add_argument("--tasks", "-t", required=True, help="task or group names, separated by commas")
-    influence.add_argument("--num_fewshot", "-f", type=int, help="shots per document (default: the task's own)")
-    influence.add_argument("--limit", "-L", type=int, help="at most so many documents per task, drawn with --seed")
+    asking.add_arguments(influence)
     influence.add_argument("--seed", type=int, default=0, help="of the drawn documents")
     influence.add_argument("--fewshot_seed", type=int, default=1234, help="of the shots, as lm_eval's")
-    influence.add_argument("--batch_size", "-b", default="8", help="as lm_eval's: a number or auto")
-    influence.add_argument("--device", help="as lm_eval's: cuda, cpu, ...")
-    influence.add_argument("--include_path", help="a folder of further task YAMLs")
     influence.add_argument("--drop", type=int, help="blocks that stopper=FILE drops (default: a quarter)")
     influence.add_argument("--output", "-o", required=True, help="the stopper file")
     influence.set_defaults(run=_influence)
@@ -231,6 +217,7 @@ def _influence(arguments: argparse.Namespace) -> None:
     from lm_eval_adainfer.strategies import artifact
 
     tracing.check_arguments("train", arguments.limit, arguments.num_fewshot)
+    asked = asking.Asking.of(arguments)
     lm, tasks = load_model_and_tasks(arguments)
     stopper = influence.of_tasks(
         lm,
@@ -240,6 +227,7 @@ def _influence(arguments: argparse.Namespace) -> None:
         seed=arguments.seed,
         fewshot_seed=arguments.fewshot_seed,
         drop=arguments.drop,
+        asked=asked,
     )
     artifact.save(stopper, arguments.output)
     print("block  Block Influence (measured)")
@@ -310,6 +298,7 @@ def _trace(arguments: argparse.Namespace) -> None:
     from lm_eval_adainfer import tracing
 
     tracing.check_arguments(arguments.split, arguments.limit, arguments.num_fewshot)
+    asked = asking.Asking.of(arguments)
     lm, tasks = load_model_and_tasks(arguments)
     files = tracing.trace(
         lm,
@@ -320,13 +309,14 @@ def _trace(arguments: argparse.Namespace) -> None:
         limit=arguments.limit,
         seed=arguments.seed,
         fewshot_seed=arguments.fewshot_seed,
+        asked=asked,
     )
     for file in files:
         print(file)
 
 
 def load_model_and_tasks(arguments: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
-    """The model and the tasks (name to task) of a command with the arguments of ``adainfer trace``.
+    """The model and the tasks (name to task) of a command with the options of ``asking.add_arguments``.
 
     Raises:
         AdaInferError: On wrong arguments, in the words of whoever found it first.
@@ -338,7 +328,8 @@ def load_model_and_tasks(arguments: argparse.Namespace) -> tuple[Any, dict[str, 
     if arguments.include_path and not Path(arguments.include_path).is_dir():
         raise AdaInferError(f"include_path: {arguments.include_path} is no folder; give one that holds task YAMLs")
     install()
-    manager = TaskManager(include_path=arguments.include_path)
+    metadata = {**asking.key_values(arguments.model_args), **(arguments.metadata or {})}  # as lm_eval's command has it
+    manager = TaskManager(include_path=arguments.include_path, metadata=metadata)
     tasks = load_tasks(manager, [name for name in arguments.tasks.split(",") if name])
     return load_model(arguments.model_args, arguments.device, batch_size=arguments.batch_size), tasks
 
@@ -349,11 +340,9 @@ def load_model(model_args: str, device: str | None, **defaults: Any) -> Any:
     Raises:
         AdaInferError: On wrong arguments, in the words of whoever found it first.
     """
-    from lm_eval.utils import simple_parse_args_string
-
     from lm_eval_adainfer.model import AdaInferLM
 
-    options: dict[str, Any] = {**defaults, **simple_parse_args_string(model_args)}
+    options: dict[str, Any] = {**defaults, **asking.key_values(model_args)}
     if device:
         options["device"] = device
     try:

@@ -15,6 +15,7 @@ from lm_eval_adainfer.errors import AdaInferError
 from lm_eval_adainfer.features import FEATURES, RECORDED, check_names
 from lm_eval_adainfer.simulation import columns
 from lm_eval_adainfer.strategies import crf
+from lm_eval_adainfer.strategies.base import Stopper
 from lm_eval_adainfer.strategies.classifier import ClassifierStopper
 from lm_eval_adainfer.strategies.crf import CRFStopper
 from lm_eval_adainfer.strategies.network import LogisticStopper, MLPStopper
@@ -29,6 +30,7 @@ HELD_OUT = 5  # one in so many documents is for Platt scaling
 CLASSIFIERS: dict[str, type[ClassifierStopper]] = {
     "logistic": LogisticStopper, "mlp": MLPStopper, "boosted": BoostedStopper,
 }  # fmt: skip
+KINDS = ("svm", "crf", *CLASSIFIERS)
 
 
 @dataclass
@@ -97,17 +99,13 @@ def examples(
 def collect(files: Sequence[Path], features: Sequence[str], label: str) -> Examples:
     """:func:`examples`, and which documents they are of."""
     check_names(features, "features")
-    if label not in LABELS:
-        raise AdaInferError(f"label: {label!r} is none of {', '.join(LABELS)}")
+    check_label(label)
     xs, ys, owners = [], [], []
     metas: list[dict[str, Any]] = []
     numbers: dict[tuple[str, str, int], int] = {}
     for file in files:
         meta, arrays = tracing.read(file)
-        if metas and (meta["n_blocks"], meta["head_hash"]) != (metas[0]["n_blocks"], metas[0]["head_hash"]):
-            raise AdaInferError(
-                f"traces: {file} is of {meta['model']}, the others of {metas[0]['model']}; fit one model at a time"
-            )
+        tracing.require_one_model(file, meta, metas[0] if metas else meta)
         x = columns(features, meta, arrays)
         tracing.require_finite(file, x)
         y, known = _labels(meta, arrays, label)
@@ -137,6 +135,35 @@ def _labels(meta: dict[str, Any], arrays: dict[str, np.ndarray], label: str) -> 
         return outcomes.stable(found.answer)[found.instance], np.ones(len(top), dtype=bool)
     goal = top[:, -1] if label == "final" else arrays["gold_token"]
     return top == goal[:, None], goal >= 0
+
+
+def fit(kind: str, paths: Sequence[str | Path], **options: Any) -> Stopper:
+    """Fit a stopper of any of ``KINDS``.
+
+    Args:
+        kind: What to fit.
+        paths: Trace files or folders of them.
+        **options: Those that all of them take (``label``, ``features``, ``seed``, ``threshold``), or the kind's own.
+
+    Raises:
+        AdaInferError: On an unknown kind, and as :func:`fit_svm`, :func:`fit_crf` and :func:`fit_classifier`.
+    """
+    check_kind(kind)
+    if kind in CLASSIFIERS:
+        return fit_classifier(kind, paths, **options)
+    return (fit_svm if kind == "svm" else fit_crf)(paths, **options)
+
+
+def check_kind(kind: Any) -> None:
+    """Raise AdaInferError where ``kind`` is none of ``KINDS``."""
+    if kind not in KINDS:
+        raise AdaInferError(f"fit: {kind!r} is none of {', '.join(KINDS)}")
+
+
+def check_label(label: Any) -> None:
+    """Raise AdaInferError where ``label`` is none of ``LABELS``."""
+    if label not in LABELS:
+        raise AdaInferError(f"label: {label!r} is none of {', '.join(LABELS)}")
 
 
 def fit_svm(
@@ -320,6 +347,7 @@ def _info(found: Examples, label: str, y: np.ndarray, seed: int, fitter: str = "
         "num_fewshot": sorted({meta["num_fewshot"] for meta in metas}),
         "split": sorted({meta["split"] for meta in metas}),
         "documents": sum(meta["documents"] for meta in metas),
+        **{key: metas[0][key] for key in tracing.ASKED if metas[0].get(key) is not None},
         "label": label,
         "examples": len(y),
         "examples_available": len(found.y),

@@ -11,6 +11,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from lm_eval_adainfer import __version__, tracing
+from lm_eval_adainfer.asking import Asking
 from lm_eval_adainfer.errors import AdaInferError
 from lm_eval_adainfer.features import cosine
 from lm_eval_adainfer.forward import BlockState, run_blocks
@@ -57,6 +58,7 @@ def of_tasks(
     seed: int = 0,
     fewshot_seed: int = 1234,
     drop: int | None = None,
+    asked: Asking | None = None,
 ) -> ShortGPTStopper:
     """Measure Block Influence on the prompts of tasks' training documents (those that ``adainfer trace`` takes).
 
@@ -68,6 +70,7 @@ def of_tasks(
         seed: Of that draw.
         fewshot_seed: Of the shots.
         drop: How many blocks the strategy drops; None for a quarter.
+        asked: Chat template, system instruction and the like; by default none.
 
     Raises:
         AdaInferError: Where no task has a prompt, or an argument is out of range.
@@ -77,12 +80,13 @@ def of_tasks(
         raise AdaInferError(
             f"drop: {drop} of {lm.anatomy.n_blocks} blocks can't be dropped; give 1 to {lm.anatomy.n_blocks - 1}"
         )
+    asked = asked or Asking()
     texts: list[list[int]] = []
     for name, task in tasks.items():
         shots = num_fewshot if num_fewshot is not None else task.get_config("num_fewshot") or 0
         with tracing._documents_of(task, name, "train", limit, seed, shots):
             task.set_fewshot_seed(seed=fewshot_seed)
-            task.build_all_requests(limit=None, rank=0, world_size=1)
+            asked.build_requests(lm, task)
             prompts = dict.fromkeys(i.args[0] for i in task.instances if i.args[0])
         texts += [lm.tok_encode(prompt)[-lm.max_length :] for prompt in prompts]
     texts = [text for text in texts if text]
@@ -98,6 +102,7 @@ def of_tasks(
         "prompts": len(texts),
         "tokens": sum(map(len, texts)),
         "seed": seed,
+        **{key: value for key, value in asked.identity(lm, "loglikelihood").items() if value is not None},
         "versions": {"lm_eval_adainfer": __version__},
     }
     return ShortGPTStopper({"influence": measure(lm, texts, size)}, drop, info)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from lm_eval_adainfer import asking
 from lm_eval_adainfer.errors import AdaInferError
 
 
@@ -51,15 +52,16 @@ def add_commands(commands: Any, formatter: Any) -> None:
         "--tasks adainfer_demo --limit 100 -o table2/",
     )
     recipe.add_argument("name", help="table2, table4, table5, table6, draws, figure1, figure3, or a YAML file")
-    recipe.add_argument("--model_args", "-a", required=True, help="as lm_eval's: pretrained=...,dtype=...")
-    recipe.add_argument("--tasks", "-t", help="task or group names, separated by commas (default: the recipe's)")
-    recipe.add_argument("--num_fewshot", "-f", help="numbers of shots, separated by commas (default: the recipe's)")
-    recipe.add_argument("--limit", "-L", type=int, help="at most so many documents per task and split")
+    asking.add_arguments(
+        recipe,
+        required=("model_args",),
+        tasks_help="task or group names, separated by commas (default: the recipe's)",
+        shots=str,
+        shots_help="numbers of shots, separated by commas (default: the recipe's)",
+        limit_help="at most so many documents per task and split",
+    )
     recipe.add_argument("--seed", type=int, default=0, help="of documents, drawn training sets, fits and intervals")
     recipe.add_argument("--other_model", help="for table5: a folder of training traces of another model")
-    recipe.add_argument("--batch_size", "-b", default="8", help="as lm_eval's: a number or auto")
-    recipe.add_argument("--device", help="as lm_eval's: cuda, cpu, ...")
-    recipe.add_argument("--include_path", help="a folder of further task YAMLs")
     recipe.add_argument("--output", "-o", required=True, help="the folder for tables, figures and traces/")
     recipe.set_defaults(run=_recipe)
 
@@ -90,12 +92,13 @@ def _recipe(arguments: argparse.Namespace) -> None:
     tracing.check_arguments("test", arguments.limit, recipe.shots)
     if recipe.study == "table" and arguments.other_model and not Path(arguments.other_model).exists():
         raise AdaInferError(f"other_model: {arguments.other_model} does not exist; give a folder of .trace files")
+    asked = asking.Asking.of(arguments)
     arguments.tasks = arguments.tasks or ",".join(recipe.tasks)
     lm, tasks = load_model_and_tasks(arguments)
 
     def tracer(shots: Sequence[int], split: str) -> list[Path]:
         folder = Path(arguments.output) / "traces"
-        return tracing.trace(lm, tasks, folder, shots, split, arguments.limit, arguments.seed)
+        return tracing.trace(lm, tasks, folder, shots, split, arguments.limit, arguments.seed, asked=asked)
 
     for file in recipes.run(recipe, tracer, arguments.output, arguments.seed, arguments.other_model):
         print(file)

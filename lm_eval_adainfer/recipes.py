@@ -1,9 +1,9 @@
 """The paper's studies, a YAML recipe each: trace (resumably), fit, replay, and write Markdown, CSV and figures.
 
 A recipe (``stoppers/recipes/``) names a ``study`` (``table``, ``accuracy``: Figure 1, ``features``: Figures 3 and 4),
-``tasks``, ``shots``, and for tables ``train_shots`` and ``stoppers``: what ``replay`` takes, or ``{fit: svm, train:
-drawn | all | same | others | other_model, features: [...], label: ..., threshold: ..., draw: 0}``. All figures are
-*simulated* from the traces.
+``tasks``, ``shots``, and for tables ``train_shots`` and ``stoppers``: what ``replay`` takes, or ``{fit: svm | crf |
+logistic | mlp | boosted, train: drawn | all | same | others | other_model, features: [...], label: ..., threshold: ...,
+draw: 0}``. What is left out is as in ``adainfer fit``. All figures are *simulated* from the traces.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import yaml
 
 from lm_eval_adainfer import container, fitting, paths, studies, tables
 from lm_eval_adainfer.errors import AdaInferError
+from lm_eval_adainfer.features import check_names
 from lm_eval_adainfer.replay import Trace, document_margins, evaluate, load, parse
 from lm_eval_adainfer.strategies.base import Stopper
 
@@ -93,14 +94,31 @@ def read(name: str) -> Recipe:
         raise AdaInferError(f"recipe: {path} names no stoppers; give a name and what replay takes for each")
     for stopper, how in stoppers.items():
         if isinstance(how, dict):
-            wrong = set(how) - _FIT_KEYS
-            if wrong or "fit" not in how or how.get("train", "all") not in _TRAIN:
-                raise AdaInferError(
-                    f"recipe: {path} can't fit {stopper!r} ({how}); give fit: svm and train: one of {', '.join(_TRAIN)}"
-                )
+            _check_fit(path, stopper, how)
     tasks = content.get("tasks", [])
     tasks = [tasks] if isinstance(tasks, str) else tasks
     return Recipe(path.stem, content["study"], content.get("title", path.stem), tasks, shots, train_shots, stoppers)
+
+
+def _check_fit(path: Path, stopper: str, how: dict[str, Any]) -> None:
+    """Raise AdaInferError where a recipe asks for a fit that nobody can make: before anything is traced for it."""
+    if set(how) - _FIT_KEYS or "fit" not in how or how.get("train", "all") not in _TRAIN:
+        raise AdaInferError(
+            f"recipe: {path} can't fit {stopper!r} ({how}); give fit: svm and train: one of {', '.join(_TRAIN)}"
+        )
+    features, threshold, draw = how.get("features", ["gap"]), how.get("threshold", 0.0), how.get("draw", 0)
+    try:
+        fitting.check_kind(how["fit"])
+        fitting.check_label(how.get("label", "final"))
+        if not isinstance(features, list) or not all(isinstance(name, str) for name in features):
+            raise AdaInferError(f"features: {features!r} is no list of names; give [gap, top_prob], say")
+        check_names(features, "features")
+        if not isinstance(threshold, (int, float)) or isinstance(threshold, bool):
+            raise AdaInferError(f"threshold: {threshold!r} is no number; give 0.95, say")
+        if not isinstance(draw, int) or isinstance(draw, bool):
+            raise AdaInferError(f"draw: {draw!r} is no whole number; give 0, say")
+    except AdaInferError as error:
+        raise AdaInferError(f"recipe: {path} can't fit {stopper!r}: {error}") from None
 
 
 def run(
@@ -177,11 +195,8 @@ class _Fits:
         files, sentence = self._files(how, task)
         key = (tuple(files), str(sorted(how.items(), key=str)))
         if key not in self._made:
-            fit = getattr(fitting, f"fit_{how['fit']}", None)
-            if fit is None:
-                raise AdaInferError(f"fit: there is no {how['fit']!r} in this release")
             options = {k: how[k] for k in ("features", "label", "threshold") if k in how}
-            self._made[key] = fit(files, seed=self.seed, **options)
+            self._made[key] = fitting.fit(how["fit"], files, seed=self.seed, **options)
             self._say(sentence)
         return self._made[key]
 

@@ -169,11 +169,7 @@ def load(files: Sequence[str | Path], split: str | None = None) -> list[Trace]:
             doc_ids, document = np.unique(arrays["doc_id"], return_inverse=True)
         trace = Trace(file, meta, arrays, document, doc_ids)
         first = first or trace
-        if _model(meta) != _model(first.meta):
-            raise AdaInferError(
-                f"traces: {file} is of {meta['model']} ({meta['n_blocks']} blocks), the others are of "
-                f"{first.meta['model']} ({first.n_blocks} blocks); replay one model at a time"
-            )
+        tracing.require_one_model(file, meta, first.meta)
         if trace.setting in seen:
             raise AdaInferError(f"traces: {seen[trace.setting]} and {file} are both of {trace.name}; give one of them")
         seen[trace.setting] = file
@@ -182,10 +178,6 @@ def load(files: Sequence[str | Path], split: str | None = None) -> list[Trace]:
     if not traces:
         raise AdaInferError(f"split: none of these {len(files)} traces is of split {split}; give another, or leave out")
     return traces
-
-
-def _model(meta: dict[str, Any]) -> tuple[Any, ...]:
-    return meta["n_blocks"], meta["head_hash"], meta.get("weights_hash"), meta.get("dtype")
 
 
 def parse(spec: Any, n_blocks: int) -> Stopper | str:
@@ -438,8 +430,8 @@ def warn(stopper: Stopper, traces: Sequence[Trace]) -> None:
     artifact.warn_if_foreign(stopper, meta["model"], meta["n_blocks"], meta["head_hash"])
     info = getattr(stopper, "info", None) or {}
     same = sorted(
-        {t.meta["task"] for t in traces if t.meta["split"] in info.get("split", ()) and _model(t.meta)[:2] ==
-         (info.get("n_blocks"), info.get("head_hash"))} & set(info.get("tasks", ()))
+        {t.meta["task"] for t in traces if t.meta["split"] in info.get("split", ()) and
+         all(t.meta[key] == info.get(key) for key in ("n_blocks", "head_hash"))} & set(info.get("tasks", ()))
     )  # fmt: skip
     if same:
         _logger.warning(

@@ -6,6 +6,8 @@ import logging
 from argparse import Namespace
 from typing import Any
 
+from lm_eval_adainfer.errors import AdaInferError
+
 _logger = logging.getLogger(__name__)
 
 _KINDS = {
@@ -74,7 +76,8 @@ def add_calibrate(commands: Any, how: Any) -> None:
         description="Choose the loosest threshold at which, with the given confidence, at most a share of "
         "--max-drop of all documents loses its right answer (Learn-then-Test). The documents must be like those that "
         "will be evaluated and must not have been used in fitting. Where no threshold qualifies, the file that is "
-        "written never stops, and the exit status is 0 all the same: that is a result.",
+        "written never stops, and the exit status is 0 all the same: that is a result. A crf can't be told never to "
+        "stop: there, nothing is written and the exit status is 2.",
         epilog="example: adainfer calibrate traces/ --stopper svm.pkl --max-drop 0.01 --confidence 0.95 -o safe.pkl",
     )
     command.add_argument("traces", nargs="+", help=".trace files, or folders of them")
@@ -98,9 +101,12 @@ def _calibrate(arguments: Namespace) -> None:
     from lm_eval_adainfer.strategies import artifact
 
     max_drop, confidence = arguments.max_drop, arguments.confidence
+    given = artifact.parse(arguments.stopper)
+    calibration.grid(given)  # what has no threshold, or could not be saved, is refused before the work
+    artifact.require_savable(given)
     stopper, found = calibration.calibrate(
         fitting.find(arguments.traces),
-        artifact.parse(arguments.stopper),
+        given,
         max_drop,
         confidence,
         arguments.loss,
@@ -113,13 +119,13 @@ def _calibrate(arguments: Namespace) -> None:
             found.overlap,
             found.documents,
         )
-    elif found.overlap is None and stopper.kind != "gap":
+    elif found.overlap is None and stopper.arrays:
         _logger.warning("stopper: its file does not tell which documents it was fitted on; make sure they are others")
     if found.first_token_only:
         _logger.info("traces: some know the first token of an answer alone, and so does the promise; trace again")
-    artifact.save(stopper, arguments.output)
     promised = f"at most {max_drop:.2%} lost ({arguments.loss}) at {confidence:.0%} confidence"
     if found.stops:
+        artifact.save(stopper, arguments.output)
         print(
             f"{arguments.output}: threshold {found.threshold:.6g}, {promised}; {found.losses} of {found.documents} "
             f"calibration documents lost, pruning_ratio {found.pruning:.3f} (simulated)"
@@ -135,4 +141,12 @@ def _calibrate(arguments: Namespace) -> None:
         )
     else:
         needed = f"with {found.documents} documents none passed; about {found.needed} would be needed"
+    try:
+        artifact.require_savable(stopper)
+    except AdaInferError:  # a crf has no threshold that it can't exceed
+        raise AdaInferError(
+            f"stopper: no threshold of this {stopper.kind} qualifies for {promised} ({needed}), and a {stopper.kind} "
+            "can't be told never to stop, so nothing is written; run stopper=none instead"
+        ) from None
+    artifact.save(stopper, arguments.output)
     print(f"{arguments.output}: never stops, since no threshold qualifies for {promised}: {needed}")

@@ -27,7 +27,7 @@ from __future__ import annotations
 import logging
 import shutil
 from collections import defaultdict, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from random import Random
@@ -40,6 +40,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from lm_eval_adainfer import __version__, container, features
+from lm_eval_adainfer.asking import Asking
 from lm_eval_adainfer.errors import AdaInferError
 from lm_eval_adainfer.features import Observation
 from lm_eval_adainfer.forward import BlockState, run_blocks
@@ -63,6 +64,9 @@ META = (
     "hidden_size", "vocab_size", "block_weights",
 )  # fmt: skip
 _NUMBERS = ("n_blocks", "num_fewshot", "documents", "hidden_size", "vocab_size")
+# traces that are read together must agree in these: the model as it computed, and how its documents were asked
+MODEL = ("n_blocks", "dtype", "autocast", "head_hash", "weights_hash", "add_bos_token")
+ASKED = ("chat_template", "system_instruction", "fewshot_as_multiturn")
 SPLITS = ("train", "test")
 OUTPUT_TYPES = ("loglikelihood", "multiple_choice", "generate_until")
 PART_DOCUMENTS = 128  # a killed run loses at most so many finished ones
@@ -219,6 +223,7 @@ def trace(
     limit: int | None = None,
     seed: int = 0,
     fewshot_seed: int = 1234,
+    asked: Asking | None = None,
 ) -> list[Path]:
     """Trace tasks, a file for each and each number of shots; what an earlier, equal call finished is kept.
 
@@ -232,6 +237,7 @@ def trace(
         limit: At most so many documents, drawn with ``seed``.
         seed: Of that draw.
         fewshot_seed: Of the shots, as ``lm_eval``'s.
+        asked: Chat template, system instruction and the like; by default none.
 
     Returns:
         The files.
@@ -243,19 +249,20 @@ def trace(
     for name, task in tasks.items():
         if task.OUTPUT_TYPE not in OUTPUT_TYPES:
             raise AdaInferError(f"tasks: {name} is a {task.OUTPUT_TYPE} task; traced are {', '.join(OUTPUT_TYPES)}")
+    asked = asked or Asking()
     files: list[Path] = []
     model = model_identity(lm)
     numbers = list(num_fewshot) if isinstance(num_fewshot, Sequence) else [num_fewshot]
-    for asked in numbers:
+    for number in numbers:
         for name, task in tasks.items():
-            shots = asked if asked is not None else task.get_config("num_fewshot") or 0
+            shots = number if number is not None else task.get_config("num_fewshot") or 0
             path = Path(output) / f"{name}_{shots}shot_{split}.trace"
             files.append(path)
             if len(numbers) > 1:
                 _logger.info("%s: file %d of %d", path, len(files), len(numbers) * len(tasks))
             with _documents_of(task, name, split, limit, seed, shots) as doc_ids:
                 task.set_fewshot_seed(seed=fewshot_seed)
-                task.build_all_requests(limit=None, rank=0, world_size=1)
+                asked.build_requests(lm, task)
                 identity = {
                     **model,
                     "task": name,
@@ -266,6 +273,7 @@ def trace(
                     "limit": limit,
                     "seed": seed,
                     "fewshot_seed": fewshot_seed,
+                    **asked.identity(lm, task.OUTPUT_TYPE),
                     "requests": f"{stable_hash(*(text for i in task.instances for text in i.args)):x}"[:16],
                 }
                 if path.exists():
@@ -450,6 +458,22 @@ def _wrong(meta: dict[str, Any], arrays: dict[str, np.ndarray]) -> str | None:
     if documents * sizes["L"] * most > _MOST_SCORES:
         return f"documents of {most} requests"
     return None
+
+
+def require_one_model(path: str | Path, meta: Mapping[str, Any], first: Mapping[str, Any]) -> None:
+    """Raise AdaInferError where a trace is not of the model of another, or its documents were asked in another way.
+
+    Args:
+        path: The trace's.
+        meta: The trace's.
+        first: The other's, with which it is to be pooled.
+    """
+    for key in (*MODEL, *ASKED):
+        if meta.get(key) != first.get(key):
+            raise AdaInferError(
+                f"traces: {path} is of {meta['model']} with {key} {meta.get(key)!s:.60}, the others are of "
+                f"{first['model']} with {key} {first.get(key)!s:.60}; give traces of one model, asked in one way"
+            )
 
 
 def require_finite(path: str | Path, features: np.ndarray) -> None:

@@ -310,7 +310,28 @@ def test_the_stock_baseline_gets_none_of_our_model_args(tmp_path, monkeypatch, o
 
     seen = []
     monkeypatch.setattr(running, "_evaluate", lambda model, args, *rest: seen.append((model, args)))
-    ours = "stopper=none,min_layer=2,check_layers=all,generation=early,kv_policy=recompute,head_check=exact,log_features=True"
+    ours = (
+        "stopper=none,min_layer=2,check_layers=all,generation=early,kv_policy=recompute,head_check=exact,"
+        "log_features=True,prefix_cache=0"
+    )
     running.run_both(f"pretrained=m,dtype=float32,{ours}", "adainfer_demo_topic", tmp_path, stock_baseline=True)
     assert seen[0] == ("hf", {"pretrained": "m", "dtype": "float32"})
     assert seen[1][0] == "adainfer" and set(seen[1][1]) == {"pretrained", "dtype", *(k.split("=")[0] for k in ours.split(","))}
+
+
+def test_all_of_our_arguments_are_ours_and_none_of_hfs_is(tmp_path, monkeypatch, only_our_tasks):
+    """The reference: the arguments that the model's docstring explains, but the one that HFLM has too."""
+    import re
+
+    from lm_eval_adainfer.comparison import running
+    from lm_eval_adainfer.model import AdaInferLM
+
+    explained = re.findall(r"^        (\w+): ", AdaInferLM.__doc__.split("Raises:")[0], re.MULTILINE)
+    assert running._ours() == set(explained) - {"pretrained"} and "prefix_cache" in explained
+    seen = []
+    monkeypatch.setattr(running, "_evaluate", lambda model, args, *rest: seen.append((model, args)))
+    given = ",".join(f"{name}=1" for name in explained if name != "pretrained")
+    running.run_both(f"{given},max_length=64", "adainfer_demo_topic", tmp_path, stock_baseline=True)
+    assert seen[0][0] == "hf" and set(seen[0][1]) == {"pretrained", "max_length"}
+    running.run_both("stopper=gap:0.5,prefix_cache=0", "adainfer_demo_topic", tmp_path)
+    assert seen[2:] == [("adainfer", {"stopper": "none", "prefix_cache": 0}), ("adainfer", {"stopper": "gap:0.5", "prefix_cache": 0})]

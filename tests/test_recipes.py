@@ -117,6 +117,38 @@ def test_the_other_models_traces_are_its_training_ones(tracer, tmp_path, monkeyp
     assert calls == [["x_3shot_train"]]
 
 
+@pytest.mark.parametrize("kind", ["svm", "crf", "logistic", "mlp", "boosted"])
+def test_every_kind_of_fit_is_what_adainfer_fit_makes(kind, tmp_path):
+    """The reference: the command ``adainfer fit`` on the same traces, replayed."""
+    if kind == "crf":
+        pytest.importorskip("pycrfsuite")
+
+    def tracer(shots, split):
+        files = []
+        for task in ("a", "b"):
+            rng = np.random.default_rng([task == "a", split == "train"])
+            certain = rng.uniform(size=(60, 5, 2))
+            top = (rng.uniform(size=(60, 5)) > certain[:, :, 0]).astype(int)  # 0 where the block is sure
+            top[:, -1] = 0
+            path = tmp_path / "traces" / f"{task}_0shot_{split}.trace"
+            scores = np.stack([1 - top, top], axis=-1) + 0.1 * certain
+            files.append(write(path, certain, top, scores=scores, task=task, split=split))
+        return files
+
+    recipe = a_recipe(stoppers={"mine": {"fit": kind, "train": "all", "threshold": 0.6}}, tasks=["a", "b"], shots=[0])
+    rows = list(csv.DictReader(recipes.run(recipe, tracer, tmp_path / "out", seed=3)[1].open()))
+    train = [str(f) for f in tracer([5], "train")]
+    stopper = str(tmp_path / "s")
+    assert cli.main(["fit", kind, *train, "--seed", "3", "--threshold", "0.6", "-o", stopper]) == 0
+    reference = replay.replay(replay.load(tracer([0], "test")), [stopper])
+    assert {r["task"] for r in rows} == {"a", "b", "pooled"}
+    for row in rows:
+        (expected,) = [r for r in reference if r["task"] == row["task"]]
+        for column in ("acc", "agreement", "exit_layer"):
+            assert float(row[column]) == pytest.approx(expected[column])
+    assert min(float(r["exit_layer"]) for r in rows) < 5
+
+
 def test_a_strategy_that_cannot_be_had_is_named_and_left_out(tracer, tmp_path):
     stoppers = {
         "dense": "none",
@@ -203,6 +235,14 @@ def test_the_command_makes_a_table_of_the_demo_model_and_goes_on_where_it_was(tm
         ("study: table\nshots: [-1]\nstoppers: {a: none}", ["shots", "-1"]),
         ("study: table\nstoppers: {a: {fit: svm, train: mine}}", ["mine", "drawn"]),
         ("study: table\nstoppers: {a: {train: all}}", ["fit"]),
+        ("study: table\nstoppers: {a: {fit: forest}}", ["'a'", "'forest'", "svm, crf, logistic, mlp, boosted"]),
+        ("study: table\nstoppers: {a: {fit: classifier}}", ["'classifier'"]),
+        ("study: table\nstoppers: {a: {fit: [svm]}}", ["['svm']"]),
+        ("study: table\nstoppers: {a: {fit: mlp, label: best}}", ["'best'", "stable"]),
+        ("study: table\nstoppers: {a: {fit: mlp, features: [gab]}}", ["'gab'", "gap"]),
+        ("study: table\nstoppers: {a: {fit: mlp, features: gap}}", ["features", "'gap'", "list"]),
+        ("study: table\nstoppers: {a: {fit: mlp, threshold: high}}", ["threshold", "'high'"]),
+        ("study: table\nstoppers: {a: {fit: mlp, draw: x}}", ["draw", "'x'"]),
     ],
 )
 def test_wrong_recipes_are_one_sentence(text, words, tmp_path):

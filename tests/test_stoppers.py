@@ -15,7 +15,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save as save_safetensors
-from sklearn.svm import SVC
+from sklearn.svm import SVC, SVR, LinearSVC, NuSVC
 
 from lm_eval_adainfer import container
 from lm_eval_adainfer.errors import AdaInferError
@@ -125,11 +125,117 @@ def test_a_decision_is_counted_with_its_support_vectors():
     assert stopper.flops == len(svc.support_vectors_) * (3 * 3 + 4)
 
 
+def named_columns(x, names):
+    pandas = pytest.importorskip("pandas")
+    return pandas.DataFrame(x, columns=list(names))
+
+
+@given(
+    seed=st.integers(0, 10**6),
+    kernel=st.sampled_from(KERNELS),
+    columns=st.lists(st.sampled_from(NAMES), min_size=1, max_size=5, unique=True),
+    shuffle=st.randoms(use_true_random=False),
+    options=st.fixed_dictionaries(
+        {
+            "C": st.sampled_from([0.1, 1.0, 100.0]),
+            "gamma": st.sampled_from(["scale", "auto", 0.7]),
+            "coef0": st.sampled_from([0.0, 0.6]),
+            "degree": st.integers(1, 4),
+            "class_weight": st.sampled_from([None, "balanced", {0: 5.0, 1: 1.0}]),
+            "decision_function_shape": st.sampled_from(["ovo", "ovr"]),
+        }
+    ),
+    nu=st.booleans(),
+    dtype=st.sampled_from([np.float32, np.float64]),
+    sparse=st.booleans(),
+    boolean=st.booleans(),
+)
+@settings(max_examples=60, deadline=None)
+def test_an_estimator_that_knows_its_columns_decides_the_same_in_whatever_order_they_are_named(
+    seed, kernel, columns, shuffle, options, nu, dtype, sparse, boolean
+):
+    """The reference is the estimator's own ``predict`` and ``decision_function`` on a table with its own columns."""
+    from scipy.sparse import csr_matrix
+
+    x, y = data(seed, len(columns))
+    x, y = x.astype(dtype), y.astype(bool) if boolean else y
+    if len(set(y.tolist())) < 2:
+        return
+    if nu:
+        options = {k: v for k, v in options.items() if k not in ("C", "class_weight")}
+    svc = (NuSVC(kernel=kernel, nu=0.2, **options) if nu else SVC(kernel=kernel, **options)).fit(
+        csr_matrix(x) if sparse else named_columns(x, columns), y
+    )
+    asked = list(columns)
+    if not sparse:  # a sparse matrix has no names, so its columns are those that ``features`` says
+        shuffle.shuffle(asked)
+    stopper = SVMStopper.from_sklearn(svc, asked)
+    assert list(stopper.features) == asked
+    points = np.random.default_rng(seed + 1).uniform(-1.5, 1.5, (100, len(columns))).astype(np.float32)
+    table = points.astype(np.float64) if sparse else named_columns(points.astype(np.float64), columns)
+    ours = torch.from_numpy(points[:, [columns.index(name) for name in asked]])
+    expected = svc.decision_function(table)
+    np.testing.assert_allclose(stopper.decision_function(ours).numpy(), expected, rtol=1e-6, atol=1e-5)
+    clear = np.abs(expected) > 1e-5
+    assert (np.array(decisions(stopper, ours)) == svc.predict(table).astype(bool))[clear].all()
+
+
+def test_columns_of_other_names_are_refused_with_both():
+    x, y = data(0, 2)
+    svc = SVC().fit(named_columns(x, ("gap", "entropy")), y)
+    refused(lambda: SVMStopper.from_sklearn(svc, ("gap", "top_prob")), "features", "gap, top_prob", "gap, entropy")
+    refused(lambda: SVMStopper.from_sklearn(svc, ("gap",)), "features", "gap, entropy")
+
+
 # ------------------------------------------------------------------------------------------------ wrong svms
 
 
 def test_an_unfitted_svc_is_refused():
     refused(lambda: SVMStopper.from_sklearn(SVC(), NAMES[:2]), "svc", "not fitted")
+
+
+def other_estimators():
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.model_selection import FixedThresholdClassifier, GridSearchCV, RandomizedSearchCV
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import MinMaxScaler, StandardScaler
+
+    grid = {"C": [1.0, 2.0]}
+    return {
+        "scaled": (make_pipeline(StandardScaler(), MinMaxScaler(), SVC()), ["Pipeline", "StandardScaler, MinMaxScaler"]),
+        "bare": (make_pipeline("passthrough", SVC()), ["Pipeline", "last step", "SVC"]),
+        "grid": (GridSearchCV(SVC(), grid), ["GridSearchCV", "best_estimator_", "SVC"]),
+        "random": (RandomizedSearchCV(SVC(), grid, n_iter=1), ["RandomizedSearchCV", "best_estimator_"]),
+        "no refit": (GridSearchCV(SVC(), grid, refit=False), ["GridSearchCV", "refit=True"]),
+        "grid of a pipeline": (
+            GridSearchCV(make_pipeline(StandardScaler(), SVC()), {"svc__C": [1.0]}),
+            ["GridSearchCV", "best_estimator_", "Pipeline"],
+        ),
+        "threshold": (FixedThresholdClassifier(SVC(), threshold=1.0), ["FixedThresholdClassifier", "sklearn.svm.SVC"]),
+        "linear": (LinearSVC(), ["LinearSVC", "sklearn.svm.SVC"]),
+        "regression": (SVR(), ["SVR", "sklearn.svm.SVC"]),
+        "logistic": (LogisticRegression(), ["LogisticRegression", "adainfer fit"]),
+    }
+
+
+@pytest.mark.parametrize("name", other_estimators())
+def test_another_estimator_is_named_for_what_it_is(name):
+    estimator, words = other_estimators()[name]
+    x, y = data(0, 2)
+    message = refused(lambda: SVMStopper.from_sklearn(estimator.fit(x, y), NAMES[:2]), "svc", *words)
+    assert "not fitted" not in message
+
+
+def test_an_estimator_that_decides_otherwise_than_its_numbers_is_refused():
+    class Cautious(SVC):
+        def predict(self, x):
+            return (self.decision_function(x) > 1).astype(int)
+
+    x, y = data(0, 2)
+    refused(lambda: SVMStopper.from_sklearn(Cautious().fit(x, y), NAMES[:2]), "svc", "decisions")
+    changed = SVC().fit(x, y)
+    changed.intercept_ = changed.intercept_ + 1  # decision_function does not read it
+    refused(lambda: SVMStopper.from_sklearn(changed, NAMES[:2]), "svc", "decisions")
 
 
 @pytest.mark.parametrize(

@@ -36,15 +36,16 @@ def load(folder: str) -> list[Trace]:
     """All traces of a folder.
 
     Raises:
-        AdaInferError: Where there are none, or they are of models of different depth.
+        AdaInferError: Where there are none, or they are not of one model.
     """
     place = Path(folder)
     files = [place] if place.is_file() else sorted(place.glob("*.trace")) if place.is_dir() else []
     if not files:
         raise AdaInferError(f"traces: {folder} holds no .trace files; make some with adainfer trace")
-    found = [_read(file) for file in files]
-    if len({t.n_blocks for t in found}) > 1:
-        raise AdaInferError(f"traces: {folder} holds traces of models of different depth; keep one model per folder")
+    read = [(file, *tracing.read(file)) for file in files]
+    for file, meta, _ in read:
+        tracing.require_one_model(file, meta, read[0][1])
+    found = [_checked(*one) for one in read]
     names = [t.task for t in found]
     first, last = min(names), max(names)
     alike = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), 0)
@@ -52,8 +53,7 @@ def load(folder: str) -> list[Trace]:
     return [replace(t, task=t.task[len(prefix) :]) for t in found]
 
 
-def _read(file: Path) -> Trace:
-    meta, arrays = tracing.read(file)
+def _checked(file: Path, meta: dict[str, Any], arrays: dict[str, np.ndarray]) -> Trace:
     try:
         return _trace(file, meta, arrays)
     except (TypeError, ValueError, IndexError, KeyError, AttributeError) as error:  # arrays of other shapes or kinds

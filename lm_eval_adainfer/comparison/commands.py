@@ -9,6 +9,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from lm_eval_adainfer import asking
 from lm_eval_adainfer.errors import AdaInferError
 
 _RUN = "a results_*.json of lm_eval or its --output_path, made with --log_samples; NAME=PATH names it"
@@ -137,13 +138,13 @@ def _add_check(commands: Any) -> None:
         default=None,
         help="evaluate the candidate, and stopper=none (with --reproduces: --model hf) unless --baseline is given",
     )
-    run.add_argument("--model_args", "-a", help="of the candidate, as lm_eval's: pretrained=...,stopper=...")
-    run.add_argument("--tasks", "-t", help="task or group names, separated by commas")
-    run.add_argument("--num_fewshot", "-f", type=int, help="as lm_eval's")
-    run.add_argument("--limit", "-L", type=int, help="documents per task")
-    run.add_argument("--batch_size", "-b", help="as lm_eval's (default: 8)")
-    run.add_argument("--device", help="as lm_eval's")
-    run.add_argument("--include_path", help="a folder of further task YAMLs")
+    asking.add_arguments(
+        run,
+        required=(),
+        model_help="pretrained=...,stopper=... (the candidate's)",
+        limit_help="documents per task",
+        batch_size=None,
+    )
     run.add_argument("--output", "-o", help="a folder that keeps the two runs (default: they are thrown away)")
     parser.set_defaults(run=_check)
 
@@ -202,6 +203,7 @@ def _check(arguments: argparse.Namespace) -> int:
     selection = _selection_to_run(arguments, selection)
     from lm_eval_adainfer.comparison import running
 
+    asked = asking.Asking.of(arguments)
     with tempfile.TemporaryDirectory() as temporary:
         arguments.baseline, arguments.candidate = running.run_both(
             arguments.model_args,
@@ -210,6 +212,7 @@ def _check(arguments: argparse.Namespace) -> int:
             stock_baseline=bool(arguments.reproduces),
             include_path=arguments.include_path,
             baseline=arguments.baseline,
+            asked=asked,
             num_fewshot=arguments.num_fewshot,
             limit=arguments.limit,
             batch_size=arguments.batch_size,
@@ -318,6 +321,12 @@ def _read_config(arguments: argparse.Namespace) -> dict[str, Any]:
         action = kinds.get(name)
         if action is None:
             raise AdaInferError(f"config: {file} has the unknown key {key!r}; keys are {', '.join(sorted(kinds))}")
+        if name in asking.FROM_YAML:
+            value, wanted = asking.from_yaml(name, given := value), asking.FROM_YAML[name]
+            if value is None:
+                raise AdaInferError(f"config: {file}: {key} is {given!r}; it takes {wanted}")
+            found[name] = value
+            continue
         if action.nargs == 0:
             right, wanted = isinstance(value, bool), "true or false"
         elif key in ("tasks", "exclude", "metric") and isinstance(value, list):

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 from typing import Any
 
 from lm_eval_adainfer import paths
+from lm_eval_adainfer.asking import Asking, key_values
 from lm_eval_adainfer.errors import AdaInferError
-
-_OURS = ("stopper", "min_layer", "check_layers", "generation", "kv_policy", "head_check", "log_features")
 
 
 def run_both(
@@ -18,6 +18,7 @@ def run_both(
     stock_baseline: bool = False,
     include_path: str | None = None,
     baseline: str | None = None,
+    asked: Asking | None = None,
     **options: Any,
 ) -> tuple[str, str]:
     """Evaluate the baseline and the candidate.
@@ -29,6 +30,7 @@ def run_both(
         stock_baseline: Whether the baseline is ``--model hf`` instead of ``stopper=none``.
         include_path: A folder of further task YAMLs.
         baseline: A run that is there already, to use instead.
+        asked: Chat template, system instruction and the like; by default none.
         **options: Of ``simple_evaluate``: num_fewshot, limit, batch_size, device.
 
     Returns:
@@ -38,7 +40,6 @@ def run_both(
         AdaInferError: On unknown tasks, and on arguments with which no model can be made.
     """
     from lm_eval.tasks import TaskManager
-    from lm_eval.utils import simple_parse_args_string
 
     from lm_eval_adainfer.cli import load_tasks
     from lm_eval_adainfer.model import DEMO
@@ -48,17 +49,37 @@ def run_both(
     names = [name for name in tasks.split(",") if name]
     if include_path and not Path(include_path).is_dir():
         raise AdaInferError(f"include_path: {include_path} is no folder; give one that holds task YAMLs")
-    manager = TaskManager(include_path=include_path)
+    asked = asked or Asking()
+    candidate_args = key_values(model_args)
+    manager = TaskManager(include_path=include_path, metadata={**candidate_args, **(asked.metadata or {})})
     load_tasks(manager, names)  # names what is unknown before a model is loaded
-    candidate_args = simple_parse_args_string(model_args)
-    dense = {key: value for key, value in candidate_args.items() if key not in _OURS}
-    if stock_baseline and dense.get("pretrained") == DEMO:
-        dense["pretrained"] = str(paths.demo_model())
+    options |= {
+        "apply_chat_template": asked.apply_chat_template,
+        "system_instruction": asked.system_instruction,
+        "fewshot_as_multiturn": asked.fewshot_as_multiturn,
+        "gen_kwargs": dict(asked.gen_kwargs) if asked.gen_kwargs else None,
+    }
+    if stock_baseline:
+        dense = {key: value for key, value in candidate_args.items() if key not in _ours()}
+        if dense.get("pretrained", DEMO) == DEMO:
+            dense["pretrained"] = str(paths.demo_model())
+    else:
+        dense = {**candidate_args, "stopper": "none"}
     if baseline is None:
         baseline = str(output / "baseline")
         _evaluate("hf" if stock_baseline else "adainfer", dense, names, baseline, manager, options)
     _evaluate("adainfer", candidate_args, names, str(output / "candidate"), manager, options)
     return baseline, str(output / "candidate")
+
+
+def _ours() -> set[str]:
+    """The model's arguments that stock ``hf`` does not have."""
+    from lm_eval.models.huggingface import HFLM
+
+    from lm_eval_adainfer.model import AdaInferLM
+
+    ours, stock = (inspect.signature(cls.__init__).parameters for cls in (AdaInferLM, HFLM))
+    return set(ours) - set(stock)
 
 
 def _evaluate(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -9,10 +10,12 @@ from typing import Any
 
 from lm_eval_adainfer import container, paths
 from lm_eval_adainfer.errors import AdaInferError
+from lm_eval_adainfer.strategies import shortgpt
 from lm_eval_adainfer.strategies.base import Stopper
 from lm_eval_adainfer.strategies.crf import CRFStopper
 from lm_eval_adainfer.strategies.network import LogisticStopper, MLPStopper
 from lm_eval_adainfer.strategies.rules import (
+    RULES,
     FixedStopper,
     GapStopper,
     NoStopper,
@@ -27,8 +30,9 @@ from lm_eval_adainfer.strategies.trees import BoostedStopper
 VERSION = 1
 # kind -> the strategy made of a file's arrays and parameters; add a class here
 KINDS: dict[str, Callable[..., Stopper]] = {
-    **{cls.kind: cls for cls in (SVMStopper, LogisticStopper, MLPStopper, BoostedStopper, CRFStopper, ShortGPTStopper)},
-    "gap": lambda arrays, **parameters: GapStopper(**parameters),  # written by adainfer calibrate
+    **{cls.kind: cls for cls in (SVMStopper, LogisticStopper, MLPStopper, BoostedStopper, CRFStopper)},
+    "shortgpt": shortgpt.rebuild,
+    **{cls.kind: cls.rebuild for cls in RULES},
 }
 SPECS = ("none", "gap:0.8", "softmax:0.9", "saturation:0.98", "patience:3", "fixed:24", "shortgpt:last5")
 _logger = logging.getLogger(__name__)
@@ -38,12 +42,35 @@ def save(stopper: Stopper, path: str | Path) -> None:
     """Write a stopper; the file is safetensors plus JSON whatever its extension.
 
     Raises:
-        AdaInferError: Where the file can't be written, or the strategy is of a kind that files don't hold.
+        AdaInferError: Where the file can't be written, or would not give the strategy again (:func:`require_savable`).
+    """
+    container.write(path, "stopper", VERSION, require_savable(stopper), stopper.arrays)
+
+
+def require_savable(stopper: Stopper) -> dict[str, Any]:
+    """The meta of a stopper's file, after making the strategy again of what the file would hold.
+
+    Raises:
+        AdaInferError: Where that can't be done, or gives another strategy.
     """
     if stopper.kind not in KINDS:
-        raise AdaInferError(f"stopper: {stopper.kind} needs no file; files hold {', '.join(KINDS)}")
+        raise AdaInferError(f"stopper: files hold no {stopper.kind}; they hold {', '.join(KINDS)}")
     meta = {"kind": stopper.kind, "parameters": stopper.parameters(), "info": stopper.info, "seen": stopper.seen}
-    container.write(path, "stopper", VERSION, meta, stopper.arrays)
+    try:
+        meta = json.loads(json.dumps(meta))
+    except (TypeError, ValueError) as error:
+        raise AdaInferError(
+            f"stopper: this {stopper.kind} holds what JSON can't ({error}); its parameters and info should be numbers, "
+            "texts, lists and dicts of these"
+        ) from None
+    again = KINDS[stopper.kind](dict(stopper.arrays), **meta["parameters"])
+    again.info = meta["info"]
+    if type(again) is not type(stopper) or again.fingerprint != stopper.fingerprint:
+        raise AdaInferError(
+            f"stopper: this {stopper.kind} ({type(stopper).__name__}) is not what its file would give again "
+            f"({type(again).__name__}); save a strategy of this package, or add a kind to artifact.KINDS"
+        )
+    return meta
 
 
 def load(path: str | Path) -> Stopper:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -11,7 +13,16 @@ from lm_eval_adainfer.errors import AdaInferError
 from lm_eval_adainfer.strategies.base import Stopper
 
 
-class NoStopper(Stopper):
+class Rule(Stopper):
+    """A strategy without arrays, which its parameters make again."""
+
+    @classmethod
+    def rebuild(cls, arrays: Mapping[str, np.ndarray], **parameters: Any) -> Rule:
+        """The rule that a stopper file holds; the file's arrays, of which there are none, do not matter."""
+        return cls(**parameters)
+
+
+class NoStopper(Rule):
     """``none``: the dense model."""
 
     kind = "none"
@@ -25,7 +36,7 @@ class NoStopper(Stopper):
         return torch.full((values.shape[0],), -1.0, device=values.device)
 
 
-class GapStopper(Stopper):
+class GapStopper(Rule):
     """``gap:T``: stop when P(top 1) - P(top 2) exceeds T (paper: 0.8, section 5.3).
 
     Raises:
@@ -73,21 +84,34 @@ class SaturationStopper(GapStopper):
     kind = "saturation"
     features = ("cos_hidden",)
 
+    def margin(self, block: int, values: Tensor, memory: Tensor | None = None) -> Tensor:
+        """The cosine minus threshold; rounding may put a cosine above 1, and a threshold of 1 never stops."""
+        return super().margin(block, values.clamp(max=1.0), memory)
 
-class PatienceStopper(Stopper):
+
+class PatienceStopper(Rule):
     """``patience:k``: stop when k asked blocks in a row have the same top token (PABEE, arXiv 2006.04152).
 
     PABEE counts how often a prediction was confirmed, so its patience t is k = t + 1 here.
 
     Args:
         blocks: k, 1 or more; 1 stops after the first asked block.
+
+    Raises:
+        AdaInferError: Where k is no whole number of 1 or more.
     """
 
     kind = "patience"
     features = ("agreement",)
 
     def __init__(self, blocks: int):
-        self.blocks = blocks
+        if blocks != int(blocks) or blocks < 1:
+            raise AdaInferError(f"stopper: patience:{blocks} names no number of 1 or more; give patience:3, say")
+        self.blocks = int(blocks)
+
+    def parameters(self) -> dict[str, Any]:
+        """K."""
+        return {"blocks": self.blocks}
 
     def margin(self, block: int, values: Tensor, memory: Tensor | None = None) -> Tensor:
         """Agreement minus k, plus a half: both are whole numbers, and k is enough."""
@@ -98,13 +122,17 @@ class PatienceStopper(Stopper):
         return {**super().describe(), "blocks": self.blocks}
 
 
-class FixedStopper(Stopper):
+class FixedStopper(Rule):
     """``fixed:N``: always after block N, without asking the head."""
 
     kind = "fixed"
 
     def __init__(self, layer: int):
-        self.layer = layer
+        self.layer = int(layer)
+
+    def parameters(self) -> dict[str, Any]:
+        """N."""
+        return {"layer": self.layer}
 
     def bind(self, n_blocks: int) -> None:
         """N must be a block of the model."""
@@ -129,3 +157,8 @@ class FixedStopper(Stopper):
     def describe(self) -> dict[str, Any]:
         """Kind, features, layer."""
         return {**super().describe(), "layer": self.layer}
+
+
+RULES: tuple[type[Rule], ...] = (
+    NoStopper, GapStopper, SoftmaxStopper, SaturationStopper, PatienceStopper, FixedStopper,
+)  # fmt: skip

@@ -19,19 +19,23 @@ class LastStopper(FixedStopper):
 
     kind = "shortgpt"
 
-    def __init__(self, skipped: int):
+    def __init__(self, last: int):
         super().__init__(0)  # the block is known when L is
-        self.skipped = skipped
+        self.last = int(last)
+
+    def parameters(self) -> dict[str, Any]:
+        """N."""
+        return {"last": self.last}
 
     def bind(self, n_blocks: int) -> None:
         """N must leave a block."""
-        _check_number(self.skipped, n_blocks, f"shortgpt:last{self.skipped}")
-        self.layer = n_blocks - self.skipped
+        _check_number(self.last, n_blocks, f"shortgpt:last{self.last}")
+        self.layer = n_blocks - self.last
         self.dropped_blocks = tuple(range(self.layer + 1, n_blocks + 1))
 
     def describe(self) -> dict[str, Any]:
         """Kind, N."""
-        return {"kind": self.kind, "features": [], "last": self.skipped}
+        return {"kind": self.kind, "features": [], "last": self.last}
 
 
 class ShortGPTStopper(FittedStopper):
@@ -92,6 +96,11 @@ class ShortGPTStopper(FittedStopper):
     def describe(self) -> dict[str, Any]:
         """As every fitted strategy's, and the dropped blocks."""
         return {**super().describe(), "dropped_blocks": list(self.dropped_blocks)}
+
+
+def rebuild(arrays: Mapping[str, np.ndarray], **parameters: Any) -> LastStopper | ShortGPTStopper:
+    """The strategy of kind ``shortgpt`` that a stopper file holds: of the last blocks, or by Block Influence."""
+    return LastStopper(**parameters) if "last" in parameters else ShortGPTStopper(arrays, **parameters)
 
 
 def _check_number(dropped: int, n_blocks: int, what: str) -> None:
