@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from lm_eval_adainfer.errors import UnsupportedModelError
+from lm_eval_adainfer.wrappers import base_of
 
 _PROBE_TOKENS = 5
 _FEW_ROWS = 64  # rows of a product with the head that MKL is slow for
@@ -89,7 +90,8 @@ class Anatomy:
     """A decoder-only model taken apart without changing it.
 
     Attributes:
-        model: The causal LM (adapters unwrapped), in charge of its own forward.
+        outer: The model as it was given; a wrapper (PEFT's, say) has to add nothing (``wrappers``).
+        model: The causal LM inside (adapters unwrapped), in charge of its own forward.
         blocks: The L decoder blocks, in order; block numbers start at 1, so block k is ``blocks[k - 1]``.
         vocab_size: V, the width of the logits.
         hidden_size: h, the width of what the head reads.
@@ -116,8 +118,8 @@ class Anatomy:
                 f"peft: {type(adapter).__name__} is prompt learning, which adainfer does not support; use an adapter "
                 "that changes layers, like LoRA"
             )
-        unwrap = getattr(model, "get_base_model", None)  # PEFT; the adapters stay in place
-        self.model: Any = unwrap() if callable(unwrap) else model
+        self.outer: Any = model
+        self.model: Any = base_of(model)
         config: Any = getattr(self.model, "config", None)
         self.config: Any = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
         self.name = type(self.model).__name__

@@ -7,7 +7,6 @@ is then checked against the whole one with these blocks bypassed.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,12 +18,6 @@ from lm_eval_adainfer.errors import UnsupportedModelError
 from lm_eval_adainfer.forward import bypassed
 
 _NUMBERS = ("layer_idx", "layer_id", "layer_index", "layer_number", "block_idx")
-
-
-def copy_with_same_weights(model: Any) -> Any:
-    """The model's modules and config once more, around the same tensors, so that the original keeps its blocks."""
-    tensors = [*model.parameters(), *model.buffers()]
-    return copy.deepcopy(model, {id(x): x for x in tensors})
 
 
 @torch.no_grad()

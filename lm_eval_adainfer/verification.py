@@ -104,7 +104,7 @@ class _Tally:
 
 
 class _Plain:
-    """The reference: plain forwards of the whole model, a row at a time."""
+    """The reference: plain forwards of the whole model as lm-eval would run it, a row at a time."""
 
     def __init__(self, lm: AdaInferLM):
         self.lm, self.anatomy = lm, lm.anatomy
@@ -112,13 +112,19 @@ class _Plain:
         eps = max(torch.finfo(d).eps for d in dtypes if isinstance(d, torch.dtype))
         # by how much of its size rounding may move a number: at the head, and in every block in its own direction
         self.rounding = max(2e-6, eps * (1 + self.anatomy.n_blocks**0.5))
+        # as lm-eval calls it, wrapper and all; but for models that fail with the cache that they make themselves
+        self.given: dict[str, Any] = {}
+        try:
+            self._logits(self.anatomy.probe_ids(1)[0].tolist())
+        except (RuntimeError, ValueError):
+            self.given = {"use_cache": False}
 
     @torch.no_grad()
     def _logits(self, tokens: Sequence[int]) -> Tensor:
         """[S, V], float32."""
         ids = torch.tensor([list(tokens)], device=self.anatomy.input_device)
         with self.lm._autocast():
-            return self.anatomy.model(input_ids=ids, use_cache=False).logits[0].float().cpu()
+            return self.lm.model(ids, **self.given).logits[0].float().cpu()
 
     def logprobs(self, tokens: Sequence[int], k: int) -> Tensor:
         """[S, V] log-probabilities of one row after block k: what comes behind it hands on what it gets."""
