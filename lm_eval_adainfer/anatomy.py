@@ -572,16 +572,24 @@ def few_rows_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 @contextmanager
 def _recorded(module: nn.Module, calls: list[_Call]) -> Iterator[None]:
-    """Append every call of the module."""
+    """Append every call of the module: what it was given, before anybody's pre-hook, and what came of it."""
+    given: list[tuple[list, dict]] = []
+
+    def note(m: nn.Module, args: Any, kwargs: Any) -> None:
+        given.append((list(args), dict(kwargs)))
 
     def record(m: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        calls.append((id(m), (list(args), dict(kwargs)), output))
+        calls.append((id(m), given.pop(), output))
 
-    handle = module.register_forward_hook(record, with_kwargs=True)
+    handles = [
+        module.register_forward_pre_hook(note, with_kwargs=True, prepend=True),
+        module.register_forward_hook(record, with_kwargs=True),
+    ]
     try:
         yield
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
 
 
 @contextmanager

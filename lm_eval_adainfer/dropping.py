@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lm_eval_adainfer.anatomy import Anatomy, tolerance
 from lm_eval_adainfer.errors import UnsupportedModelError
-from lm_eval_adainfer.forward import bypassed
+from lm_eval_adainfer.forward import bypassed, without_hooks
 
 _NUMBERS = ("layer_idx", "layer_id", "layer_index", "layer_number", "block_idx")
 
@@ -67,7 +67,8 @@ def _refusal(anatomy: Anatomy, dropped: Sequence[int], why: str) -> UnsupportedM
 
 def _bypassed(anatomy: Anatomy, dropped: Sequence[int]) -> tuple[Tensor, Tensor]:
     """The whole model's probe logits where these blocks hand on what they get: all, and the last position's."""
-    with bypassed(anatomy, [anatomy.blocks[k - 1] for k in dropped]):
+    blocks = [anatomy.blocks[k - 1] for k in dropped]
+    with without_hooks(blocks), bypassed(anatomy, blocks):
         logits = anatomy.model(input_ids=anatomy.probe_ids(2), use_cache=False).logits.float()
     return logits, logits[:, -1]
 

@@ -127,7 +127,7 @@ def bypassed(
 
 
 @contextmanager
-def _without_hooks(modules: Sequence[nn.Module]) -> Iterator[None]:
+def without_hooks(modules: Sequence[nn.Module]) -> Iterator[None]:
     """Somebody's hooks on the blocks see real calls only, not those that find out what the blocks are given."""
     names = ("_forward_pre_hooks", "_forward_hooks")
     before = [{name: getattr(module, name) for name in names} for module in modules]
@@ -157,13 +157,16 @@ class BlockHooks(Protocol):
 
 @contextmanager
 def hooked(anatomy: Anatomy, hooks: BlockHooks, capture: Sequence[str]) -> Iterator[None]:
-    """Attach ``hooks`` to every block and to its captured parts, for a while."""
+    """Attach ``hooks`` to every block and to its captured parts, for a while.
+
+    Somebody else's hooks on the blocks act in between, on what a block is really given and on what it gives.
+    """
     handles: list[Any] = []
     try:
         for k, block in enumerate(anatomy.blocks, start=1):
             handles.append(
                 block.register_forward_pre_hook(
-                    lambda m, args, kwargs, k=k: hooks.pre_hook(k, args, kwargs), with_kwargs=True
+                    lambda m, args, kwargs, k=k: hooks.pre_hook(k, args, kwargs), with_kwargs=True, prepend=True
                 )
             )
             for which in capture:
@@ -246,7 +249,7 @@ class Forward:
         self.block = 0
         try:
             with (
-                _without_hooks(anatomy.blocks),
+                without_hooks(anatomy.blocks),
                 bypassed(anatomy, anatomy.blocks, self._note),
                 explicit_masks(masks or prefix is not None),
             ):

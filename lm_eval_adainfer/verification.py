@@ -129,10 +129,15 @@ class _Plain:
     def logprobs(self, tokens: Sequence[int], k: int) -> Tensor:
         """[S, V] log-probabilities of one row after block k: what comes behind it hands on what it gets."""
 
-        def hand_on(module: Any, args: tuple, kwargs: dict, output: Any) -> Any:
-            return with_hidden(output, args[0] if args else kwargs["hidden_states"])
+        given: list[Tensor] = []
 
-        handles = [b.register_forward_hook(hand_on, with_kwargs=True) for b in self.anatomy.blocks[k:]]
+        def note(module: Any, args: tuple, kwargs: dict) -> None:  # before anybody's pre-hook
+            given.append((args[0] if args else kwargs["hidden_states"]).clone())
+
+        handles: list[Any] = []
+        for b in self.anatomy.blocks[k:]:
+            handles.append(b.register_forward_pre_hook(note, with_kwargs=True, prepend=True))
+            handles.append(b.register_forward_hook(lambda m, args, output: with_hidden(output, given.pop())))
         try:
             return self._logits(tokens).log_softmax(-1)
         finally:
@@ -147,18 +152,22 @@ class _Plain:
         def part(which: str, output: Any) -> None:  # cloned: some families add to it in place
             now[which] = hidden_of(output).reshape(1, len(tokens), -1).clone()
 
-        def block(module: Any, args: tuple, kwargs: dict, output: Any) -> None:
-            given = args[0] if args else kwargs["hidden_states"]
-            before, earlier = (found[-1].hidden, found[-1].parts) if found else (given, {})
+        given: list[Tensor] = []
+
+        def note(module: Any, args: tuple, kwargs: dict) -> None:  # before anybody's pre-hook
+            given.append((args[0] if args else kwargs["hidden_states"]).clone())
+
+        def block(module: Any, args: tuple, output: Any) -> None:
+            before, earlier = (found[-1].hidden, found[-1].parts) if found else (given[0], {})
             found.append(BlockState(len(found) + 1, hidden_of(output).clone(), before, dict(now), earlier))
 
-        handles = []
+        handles: list[Any] = [self.anatomy.blocks[0].register_forward_pre_hook(note, with_kwargs=True, prepend=True)]
         try:
             for b in self.anatomy.blocks:
                 for which in parts:
                     of = self.anatomy.part(b, which)
                     handles.append(of.register_forward_hook(lambda m, args, output, w=which: part(w, output)))
-                handles.append(b.register_forward_hook(block, with_kwargs=True))
+                handles.append(b.register_forward_hook(block))
             self._logits(tokens)
         finally:
             for handle in handles:
