@@ -9,11 +9,12 @@ it is built, so a model that does not fit is refused in one sentence instead of 
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, is_dataclass
 from functools import cached_property
 from itertools import pairwise
 from typing import Any
@@ -22,6 +23,7 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
+from lm_eval_adainfer import opaque
 from lm_eval_adainfer.errors import UnsupportedModelError
 from lm_eval_adainfer.wrappers import base_of
 
@@ -76,14 +78,24 @@ class BatchRule:
 
 
 def walk(arguments: Any, act: Callable[[str, Tensor], Any], path: str = "") -> Any:
-    """Rebuild nested tuples, lists and dicts with ``act(path, tensor)`` in place of every tensor."""
+    """Rebuild nested tuples, lists, dicts and dataclasses with ``act(path, tensor)`` in place of every tensor."""
     if isinstance(arguments, Tensor):
         return act(path, arguments)
+    inside = opaque.parts(arguments)
+    if inside is None or (is_dataclass(arguments) and not opaque.holds_tensors(list(inside.values()))):
+        return arguments
+    walked = {key: walk(x, act, f"{path}.{key}") for key, x in inside.items()}
     if type(arguments) in (tuple, list):
-        return type(arguments)(walk(x, act, f"{path}.{i}") for i, x in enumerate(arguments))
+        return type(arguments)(walked.values())
+    if isinstance(arguments, tuple):  # named
+        return type(arguments)(*walked.values())
     if type(arguments) is dict:
-        return {key: walk(x, act, f"{path}.{key}") for key, x in arguments.items()}
-    return arguments
+        return walked
+    changed = copy.copy(arguments)
+    put: Any = object.__setattr__ if type(arguments).__dataclass_params__.frozen else setattr
+    for name, value in walked.items():
+        put(changed, name, value)
+    return changed
 
 
 class Anatomy:
@@ -152,6 +164,7 @@ class Anatomy:
         calls: list[_Call] = []  # in order of completion
         shapes: dict[int, dict[tuple[int, str], tuple[int, ...]]] = {2: {}, 3: {}}
         lasts: list[Tensor] = []  # the last block's outputs
+        given: list[list[Any]] = []  # per batch, each block's arguments
         for batch, tokens in ((2, _PROBE_TOKENS - 1), (3, _PROBE_TOKENS)):
             calls.clear()
             with ExitStack() as stack:
@@ -166,6 +179,8 @@ class Anatomy:
             if batch == 2:
                 self.blocks = self._choose_blocks(candidates, calls)
             number = {id(block): k for k, block in enumerate(self.blocks, start=1)}
+            given.append([arguments for i, arguments, _ in calls if i in number])
+            self._require_tensors(given)
             for module_id, arguments, _ in calls:
                 if (k := number.get(module_id)) is not None:
                     shapes[batch].update({(k, path): tuple(x.shape) for path, x in _tensors(list(arguments))})
@@ -195,6 +210,20 @@ class Anatomy:
             raise self._unsupported(
                 f"its final norm and output head could not be separated (logits off by {worst:.2g})"
             )
+
+    def _require_tensors(self, given: Sequence[Sequence[Any]]) -> None:
+        """Refuse a model whose blocks are given something else than tensors that holds a batch."""
+        found = next((x for arguments in given[-1] if (x := opaque.opaque(arguments)) is not None), None)
+        if found is not None:
+            said = opaque.refusal(found)
+            raise UnsupportedModelError(said) if said.startswith("attn") else self._unsupported(said)
+        if len(given) == 2:
+            paths = [opaque.per_row(two, three) for two, three in zip(*given, strict=True)]
+            if found := next((path for path in paths if path is not None), None):
+                raise self._unsupported(
+                    f"its blocks are given a list with an entry per row ({found.rpartition('.')[2]}), which is not cut "
+                    "when rows leave"
+                )
 
     def probe_ids(self, batch: int) -> Tensor:
         """Token ids [batch, 5] for a probe forward: different rows, deterministic, valid for any vocabulary."""

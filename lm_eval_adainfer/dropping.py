@@ -8,7 +8,6 @@ is then checked against the whole one with these blocks bypassed.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn

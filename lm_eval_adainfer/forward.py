@@ -311,7 +311,8 @@ class Forward:
         rows = rows.to(self.hidden.device)
         self._cutter.keep(rows)
         self._beside = self._of_rows(self._beside, rows)
-        for shared in {id(x): x for _, kwargs in self._arguments for x in kwargs.values()}.values():
+        given = (x for args, kwargs in self._arguments for x in (*args, *kwargs.values()))
+        for shared in {id(x): x for x in given}.values():
             if isinstance(shared, UserDict):  # keys and values that later blocks read (Gemma 4)
                 shared.update({key: self._of_rows(value, rows) for key, value in shared.items()})
         self.hidden = self.hidden[rows]

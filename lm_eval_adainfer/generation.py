@@ -27,7 +27,15 @@ from torch import Tensor
 
 from lm_eval_adainfer import features
 from lm_eval_adainfer.anatomy import Anatomy, hidden_of, tolerance, walk, with_hidden
-from lm_eval_adainfer.forward import AllRowsLeft, BlockState, bypassed, explicit_masks, hooked, part_output, without_hooks
+from lm_eval_adainfer.forward import (
+    AllRowsLeft,
+    BlockState,
+    bypassed,
+    explicit_masks,
+    hooked,
+    part_output,
+    without_hooks,
+)
 from lm_eval_adainfer.layouts import LAYOUTS, Tokens
 from lm_eval_adainfer.slots import SlotCache, Stored, Windows, no_cache, watch_windows
 from lm_eval_adainfer.strategies.base import Schedule, Stopper

@@ -1,7 +1,7 @@
 """Checks on a user's own model: what early exit answers against a plain forward of the whole model, row by row.
 
-The reference is slow and obvious: one row at a time, without a cache, blocks k+1..L handing on what they get. It shares
-nothing with the early-exit engine but the list of blocks. Prompts are random tokens, so any tokenizer will do.
+The reference is slow and obvious: lm-eval's own call of the model, wrapper and all, one row at a time and from its
+first token on, blocks k+1..L handing on what they get. It shares nothing with the engine but the list of blocks. Prompts are random tokens, so any tokenizer will do.
 """
 
 from __future__ import annotations
@@ -128,7 +128,6 @@ class _Plain:
 
     def logprobs(self, tokens: Sequence[int], k: int) -> Tensor:
         """[S, V] log-probabilities of one row after block k: what comes behind it hands on what it gets."""
-
         given: list[Tensor] = []
 
         def note(module: Any, args: tuple, kwargs: dict) -> None:  # before anybody's pre-hook

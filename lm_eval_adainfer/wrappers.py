@@ -43,6 +43,8 @@ def uncompiled(model: Any) -> Any:
         return model
     model = with_same_weights(model)  # a copy leaves behind what Module.compile has set
     for module in list(model.modules()):
+        if _compiled_forward(module) is not None:
+            del module.__dict__["forward"]
         for name, child in module.named_children():
             if _is_compiled(child):
                 setattr(module, name, _original(child))
@@ -56,7 +58,20 @@ def with_same_weights(model: Any) -> Any:
 
 
 def _is_compiled(module: nn.Module) -> bool:
-    return isinstance(module, torch._dynamo.OptimizedModule) or module._compiled_call_impl is not None
+    if isinstance(module, torch._dynamo.OptimizedModule) or module._compiled_call_impl is not None:
+        return True
+    forward = _compiled_forward(module)
+    if forward is not None and getattr(forward, "__func__", None) is not type(module).forward:
+        raise UnsupportedModelError(
+            f"pretrained: a compiled function is in place of the forward of {type(module).__name__}; pass the model "
+            "uncompiled"
+        )
+    return forward is not None
+
+
+def _compiled_forward(module: nn.Module) -> Any:
+    """What was compiled where ``module.forward = torch.compile(module.forward)`` was said; None elsewhere."""
+    return getattr(module.__dict__.get("forward"), "_torchdynamo_orig_callable", None)
 
 
 def _original(module: Any) -> Any:
@@ -79,9 +94,9 @@ def base_of(model: Any) -> Any:
         return unwrap()
     if not isinstance(model, PreTrainedModel):
         inner = next((m for m in model.modules() if isinstance(m, PreTrainedModel)), None)
-        if inner is not None and inner.get_output_embeddings() is not None:
-            if {*map(id, inner.parameters())} == {*map(id, model.parameters())}:
-                return inner
+        whole = {*map(id, model.parameters())}
+        if inner is not None and inner.get_output_embeddings() is not None and {*map(id, inner.parameters())} == whole:
+            return inner
     return model
 
 
@@ -148,7 +163,8 @@ def require_same_generation(anatomy: Anatomy) -> None:
     kwargs = calls[0][1] if len(calls) == 1 else {}
     same = found is ids and kwargs.get("input_ids") is ids and all(kwargs.get(k) is v for k, v in given.items())
     if not same or set(kwargs) != {"input_ids", *given} or calls[0][0]:
-        raise _lost(outer, f"has a generate of its own beside the {anatomy.name}'s", "generation", "pass generation=dense")
+        why = f"has a generate of its own beside the {anatomy.name}'s"
+        raise _lost(outer, why, "generation", "pass generation=dense")
 
 
 def _refuse(outer: nn.Module, changed: list[str | None], argument: str = "pretrained", help: str = _HELP) -> None:

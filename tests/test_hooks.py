@@ -92,7 +92,9 @@ def test_a_steered_block_is_steered_while_states_are_propagated(tokenizer):
         lambda m, args, kwargs: seen.append(len((args[0] if args else kwargs["hidden_states"])[0])), with_kwargs=True
     )
     projected = []
-    model.model.layers[2].self_attn.k_proj.register_forward_hook(lambda m, args, output: projected.append(len(output[0])))
+    model.model.layers[2].self_attn.k_proj.register_forward_hook(
+        lambda m, args, output: projected.append(len(output[0]))
+    )
     lm = lm_of(model, tokenizer, stopper="gap:0.3", kv_policy="propagate")
     lm.generate_until(texts(), True)
     assert seen == projected and len(seen) > 5
@@ -131,6 +133,11 @@ def some_blocks(model):
     return model
 
 
+def forward_alone(model):
+    model.forward = torch.compile(model.forward, backend="eager")
+    return model
+
+
 def adapted_and_compiled(model):
     import peft
 
@@ -139,7 +146,9 @@ def adapted_and_compiled(model):
     return torch.compile(peft.get_peft_model(model, lora), backend="eager")
 
 
-@pytest.mark.parametrize("compiled", [whole, in_place, blocks_in_place, some_blocks, adapted_and_compiled])
+@pytest.mark.parametrize(
+    "compiled", [whole, in_place, blocks_in_place, some_blocks, forward_alone, adapted_and_compiled]
+)
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_a_compiled_model_runs_uncompiled_and_stays_as_it_is(family, compiled, tokenizer):
     def uncompiled():
@@ -159,8 +168,18 @@ def test_a_compiled_model_runs_uncompiled_and_stays_as_it_is(family, compiled, t
     assert own == mine
 
 
+def test_a_compiled_function_in_place_of_a_forward_is_refused(tokenizer):
+    model = make_model("llama", vocab_size=257)
+    right = model.forward
+    model.forward = torch.compile(lambda *args, **kwargs: right(*args, **kwargs), backend="eager")
+    with pytest.raises(AdaInferError, match=r"^pretrained: a compiled function .* LlamaForCausalLM; .* uncompiled$"):
+        lm_of(model, tokenizer)
+
+
 def test_hooks_on_a_compiled_module_are_not_lost_in_silence(tokenizer):
     model = torch.compile(make_model("llama", vocab_size=257), backend="eager")
     nn.Module.register_forward_hook(model, lambda m, args, output: output)
-    with pytest.raises(AdaInferError, match=r"^pretrained: hooks on the compiled LlamaForCausalLM would be lost; .* uncompiled"):
+    with pytest.raises(
+        AdaInferError, match=r"^pretrained: hooks on the compiled LlamaForCausalLM would be lost; .* uncompiled"
+    ):
         lm_of(model, tokenizer)

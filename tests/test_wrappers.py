@@ -87,7 +87,9 @@ def test_an_activated_lora_that_is_not_active_does_no_harm(tokenizer):
 @pytest.mark.parametrize(
     "config",
     [
-        peft.IA3Config(task_type="CAUSAL_LM", target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"]),
+        peft.IA3Config(
+            task_type="CAUSAL_LM", target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"]
+        ),
         peft.LoHaConfig(task_type="CAUSAL_LM", target_modules=["q_proj"]),
         peft.VeraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], r=4),
         peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], use_dora=True),
@@ -231,7 +233,9 @@ def test_a_wrapper_with_a_generate_of_its_own_is_refused_when_it_generates_early
 
 def test_adapters_generate_early_as_stock_does(tokenizer):
     for model in (adapted(), Around(adapted())):
-        asked = [instance(t, {"until": ["\n"], "max_gen_toks": 4}, i, kind="generate_until") for i, t in enumerate("ab")]
+        asked = [
+            instance(t, {"until": ["\n"], "max_gen_toks": 4}, i, kind="generate_until") for i, t in enumerate("ab")
+        ]
         stock = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=4, max_length=64).generate_until(asked, True)
         lm = lm_of(model, tokenizer, stopper="softmax:0.999999")
         assert list(map(str, lm.generate_until(asked, True))) == stock
