@@ -9,11 +9,12 @@ it is built, so a model that does not fit is refused in one sentence instead of 
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, is_dataclass
 from functools import cached_property
 from itertools import pairwise
 from typing import Any
@@ -22,8 +23,10 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
+from lm_eval_adainfer import opaque
 from lm_eval_adainfer.errors import UnsupportedModelError
 from lm_eval_adainfer.rounding import Rounding, coarsest, hidden_distance, in_float32, logits_distance, probed
+from lm_eval_adainfer.wrappers import base_of
 
 _PROBE_TOKENS = 5
 _FEW_ROWS = 64  # rows of a product with the head that MKL is slow for
@@ -76,21 +79,32 @@ class BatchRule:
 
 
 def walk(arguments: Any, act: Callable[[str, Tensor], Any], path: str = "") -> Any:
-    """Rebuild nested tuples, lists and dicts with ``act(path, tensor)`` in place of every tensor."""
+    """Rebuild nested tuples, lists, dicts and dataclasses with ``act(path, tensor)`` in place of every tensor."""
     if isinstance(arguments, Tensor):
         return act(path, arguments)
+    inside = opaque.parts(arguments)
+    if inside is None or (is_dataclass(arguments) and not opaque.holds_tensors(list(inside.values()))):
+        return arguments
+    walked = {key: walk(x, act, f"{path}.{key}") for key, x in inside.items()}
     if type(arguments) in (tuple, list):
-        return type(arguments)(walk(x, act, f"{path}.{i}") for i, x in enumerate(arguments))
+        return type(arguments)(walked.values())
+    if isinstance(arguments, tuple):  # named
+        return type(arguments)(*walked.values())
     if type(arguments) is dict:
-        return {key: walk(x, act, f"{path}.{key}") for key, x in arguments.items()}
-    return arguments
+        return walked
+    changed = copy.copy(arguments)
+    put: Any = object.__setattr__ if type(arguments).__dataclass_params__.frozen else setattr
+    for name, value in walked.items():
+        put(changed, name, value)
+    return changed
 
 
 class Anatomy:
     """A decoder-only model taken apart without changing it.
 
     Attributes:
-        model: The causal LM (adapters unwrapped), in charge of its own forward.
+        outer: The model as it was given; a wrapper (PEFT's, say) has to add nothing (``wrappers``).
+        model: The causal LM inside (adapters unwrapped), in charge of its own forward.
         blocks: The L decoder blocks, in order; block numbers start at 1, so block k is ``blocks[k - 1]``.
         vocab_size: V, the width of the logits.
         hidden_size: h, the width of what the head reads.
@@ -119,8 +133,8 @@ class Anatomy:
                 f"peft: {type(adapter).__name__} is prompt learning, which adainfer does not support; use an adapter "
                 "that changes layers, like LoRA"
             )
-        unwrap = getattr(model, "get_base_model", None)  # PEFT; the adapters stay in place
-        self.model: Any = unwrap() if callable(unwrap) else model
+        self.outer: Any = model
+        self.model: Any = base_of(model)
         config: Any = getattr(self.model, "config", None)
         self.config: Any = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
         self.name = type(self.model).__name__
@@ -158,6 +172,7 @@ class Anatomy:
         calls: list[_Call] = []  # in order of completion
         shapes: dict[int, dict[tuple[int, str], tuple[int, ...]]] = {2: {}, 3: {}}
         lasts: list[Tensor] = []  # the last block's outputs
+        given: list[list[Any]] = []  # per batch, each block's arguments
         for batch, tokens in ((2, _PROBE_TOKENS - 1), (3, _PROBE_TOKENS)):
             calls.clear()
             with ExitStack() as stack:
@@ -169,6 +184,8 @@ class Anatomy:
             if batch == 2:
                 self.blocks = self._choose_blocks(candidates, calls)
             number = {id(block): k for k, block in enumerate(self.blocks, start=1)}
+            given.append([arguments for i, arguments, _ in calls if i in number])
+            self._require_tensors(given)
             for module_id, arguments, _ in calls:
                 if (k := number.get(module_id)) is not None:
                     shapes[batch].update({(k, path): tuple(x.shape) for path, x in _tensors(list(arguments))})
@@ -205,6 +222,20 @@ class Anatomy:
             raise UnsupportedModelError(
                 f"dtype: the logits of {self.name} are not finite in {logits.dtype}; try another dtype"
             )
+
+    def _require_tensors(self, given: Sequence[Sequence[Any]]) -> None:
+        """Refuse a model whose blocks are given something else than tensors that holds a batch."""
+        found = next((x for arguments in given[-1] if (x := opaque.opaque(arguments)) is not None), None)
+        if found is not None:
+            said = opaque.refusal(found)
+            raise UnsupportedModelError(said) if said.startswith("attn") else self._unsupported(said)
+        if len(given) == 2:
+            paths = [opaque.per_row(two, three) for two, three in zip(*given, strict=True)]
+            if found := next((path for path in paths if path is not None), None):
+                raise self._unsupported(
+                    f"its blocks are given a list with an entry per row ({found.rpartition('.')[2]}), which is not cut "
+                    "when rows leave"
+                )
 
     def probe_ids(self, batch: int) -> Tensor:
         """Token ids [batch, 5] for a probe forward: different rows, deterministic, valid for any vocabulary."""
@@ -581,16 +612,24 @@ def few_rows_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 @contextmanager
 def _recorded(module: nn.Module, calls: list[_Call]) -> Iterator[None]:
-    """Append every call of the module."""
+    """Append every call of the module: what it was given, before anybody's pre-hook, and what came of it."""
+    given: list[tuple[list, dict]] = []
+
+    def note(m: nn.Module, args: Any, kwargs: Any) -> None:
+        given.append((list(args), dict(kwargs)))
 
     def record(m: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        calls.append((id(m), (list(args), dict(kwargs)), output))
+        calls.append((id(m), given.pop(), output))
 
-    handle = module.register_forward_hook(record, with_kwargs=True)
+    handles = [
+        module.register_forward_pre_hook(note, with_kwargs=True, prepend=True),
+        module.register_forward_hook(record, with_kwargs=True),
+    ]
     try:
         yield
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
 
 
 @contextmanager

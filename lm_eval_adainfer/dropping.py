@@ -7,25 +7,17 @@ is then checked against the whole one with these blocks bypassed.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lm_eval_adainfer.anatomy import Anatomy
 from lm_eval_adainfer.errors import UnsupportedModelError
-from lm_eval_adainfer.forward import bypassed
+from lm_eval_adainfer.forward import bypassed, without_hooks
 from lm_eval_adainfer.rounding import coarsest, in_float32, logits_distance
 
 _NUMBERS = ("layer_idx", "layer_id", "layer_index", "layer_number", "block_idx")
-
-
-def copy_with_same_weights(model: Any) -> Any:
-    """The model's modules and config once more, around the same tensors, so that the original keeps its blocks."""
-    tensors = [*model.parameters(), *model.buffers()]
-    return copy.deepcopy(model, {id(x): x for x in tensors})
 
 
 @torch.no_grad()
@@ -81,7 +73,8 @@ def _refusal(anatomy: Anatomy, dropped: Sequence[int], why: str) -> UnsupportedM
 
 def _bypassed(anatomy: Anatomy, dropped: Sequence[int]) -> tuple[Tensor, Tensor]:
     """The whole model's probe logits where these blocks hand on what they get: all, and the last position's."""
-    with bypassed(anatomy, [anatomy.blocks[k - 1] for k in dropped]):
+    blocks = [anatomy.blocks[k - 1] for k in dropped]
+    with without_hooks(blocks), bypassed(anatomy, blocks):
         logits = anatomy.model(input_ids=anatomy.probe_ids(2), use_cache=False).logits.float()
     return logits, logits[:, -1]
 

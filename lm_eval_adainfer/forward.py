@@ -128,7 +128,7 @@ def bypassed(
 
 
 @contextmanager
-def _without_hooks(modules: Sequence[nn.Module]) -> Iterator[None]:
+def without_hooks(modules: Sequence[nn.Module]) -> Iterator[None]:
     """Somebody's hooks on the blocks see real calls only, not those that find out what the blocks are given."""
     names = ("_forward_pre_hooks", "_forward_hooks")
     before = [{name: getattr(module, name) for name in names} for module in modules]
@@ -158,13 +158,16 @@ class BlockHooks(Protocol):
 
 @contextmanager
 def hooked(anatomy: Anatomy, hooks: BlockHooks, capture: Sequence[str]) -> Iterator[None]:
-    """Attach ``hooks`` to every block and to its captured parts, for a while."""
+    """Attach ``hooks`` to every block and to its captured parts, for a while.
+
+    Somebody else's hooks on the blocks act in between, on what a block is really given and on what it gives.
+    """
     handles: list[Any] = []
     try:
         for k, block in enumerate(anatomy.blocks, start=1):
             handles.append(
                 block.register_forward_pre_hook(
-                    lambda m, args, kwargs, k=k: hooks.pre_hook(k, args, kwargs), with_kwargs=True
+                    lambda m, args, kwargs, k=k: hooks.pre_hook(k, args, kwargs), with_kwargs=True, prepend=True
                 )
             )
             for which in capture:
@@ -247,7 +250,7 @@ class Forward:
         self.block = 0
         try:
             with (
-                _without_hooks(anatomy.blocks),
+                without_hooks(anatomy.blocks),
                 bypassed(anatomy, anatomy.blocks, self._note),
                 explicit_masks(masks or prefix is not None),
             ):
@@ -309,7 +312,8 @@ class Forward:
         rows = rows.to(self.hidden.device)
         self._cutter.keep(rows)
         self._beside = self._of_rows(self._beside, rows)
-        for shared in {id(x): x for _, kwargs in self._arguments for x in kwargs.values()}.values():
+        given = (x for args, kwargs in self._arguments for x in (*args, *kwargs.values()))
+        for shared in {id(x): x for x in given}.values():
             if isinstance(shared, UserDict):  # keys and values that later blocks read (Gemma 4)
                 shared.update({key: self._of_rows(value, rows) for key, value in shared.items()})
         self.hidden = self.hidden[rows]

@@ -28,7 +28,15 @@ from torch import Tensor
 
 from lm_eval_adainfer import features
 from lm_eval_adainfer.anatomy import Anatomy, hidden_of, walk, with_hidden
-from lm_eval_adainfer.forward import AllRowsLeft, BlockState, bypassed, explicit_masks, hooked, part_output
+from lm_eval_adainfer.forward import (
+    AllRowsLeft,
+    BlockState,
+    bypassed,
+    explicit_masks,
+    hooked,
+    part_output,
+    without_hooks,
+)
 from lm_eval_adainfer.layouts import LAYOUTS, Tokens
 from lm_eval_adainfer.rounding import logits_distance, probed
 from lm_eval_adainfer.slots import SlotCache, Stored, Windows, no_cache, watch_windows
@@ -269,7 +277,8 @@ class Step:
             given["position_ids"] = (slot[None, base:] - pad[:, None]).clamp(min=0).to(decoder.device)
         # one query needs no causal mask, and neither do the queries of all keys; whatever lies between does
         partial = length - 1 - base > 0 and length > decoder.prompt_end
-        with explicit_masks(partial), self.layout.active(), bypassed(anatomy, anatomy.blocks[: self.first - 1]):
+        passed = anatomy.blocks[: self.first - 1]
+        with explicit_masks(partial), self.layout.active(), without_hooks(passed), bypassed(anatomy, passed):
             anatomy.model(
                 input_ids=decoder.slots[:, base:length].to(decoder.device),
                 past_key_values=decoder.cache,
@@ -318,12 +327,15 @@ class Step:
         hidden = layout.laid_out(exits, decoder.kept(exits, original.device))
         decoder.cache.call = layout.call(exits, store_only=True)
         new_args, new_kwargs = walk([list(args), kwargs], layout.cutter(k, exits, original, hidden))
+        decoder.current = None  # this call's hooks are other people's alone
         try:
-            self.anatomy.blocks[k - 1].forward(*new_args, **new_kwargs)
+            self.anatomy.blocks[k - 1](*new_args, **new_kwargs)
         except Stored:
             pass
         else:
             raise RuntimeError("a block ran on after its keys and values were stored")
+        finally:
+            decoder.current = self
         for row, count in zip(self.flow, exits.counts, strict=True):
             decoder.results[decoder.rows[row]].stored_tokens[k - 1] += count
 

@@ -19,7 +19,7 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import normalize_gen_kwargs
 from tqdm import tqdm
 
-from lm_eval_adainfer import __version__, dropping, paths, prefixes, reporting
+from lm_eval_adainfer import __version__, dropping, paths, prefixes, reporting, wrappers
 from lm_eval_adainfer.anatomy import Anatomy, input_device
 from lm_eval_adainfer.answers import ExitTrace, LogLikelihood, Rolling, Text
 from lm_eval_adainfer.decoding import Seeds, Stop, decode
@@ -116,6 +116,7 @@ class AdaInferLM(HFLM):
                     f"pretrained: {DEMO} is not in this installation; install the package from its wheel"
                 )
             pretrained = str(paths.demo_model())
+        pretrained = wrappers.uncompiled(pretrained)
         kwargs.setdefault("device", "cuda" if torch.cuda.is_available() else "cpu")
         self._pretrained_name = DEMO if pretrained == str(paths.demo_model()) else pretrained
         try:
@@ -135,7 +136,7 @@ class AdaInferLM(HFLM):
         if self.device.type == "meta":  # a model object whose weights are offloaded
             self._device: torch.device = input_device(self.model)
         if strategy.removes_blocks and not isinstance(pretrained, str):
-            self._model = dropping.copy_with_same_weights(self.model)  # the caller's model keeps its blocks
+            self._model = wrappers.with_same_weights(self.model)  # the caller's model keeps its blocks
         self.anatomy = self._taken_apart()
         self.stopper, self.n_blocks = strategy, self.anatomy.n_blocks
         strategy.bind(self.n_blocks)
@@ -205,6 +206,7 @@ class AdaInferLM(HFLM):
         try:
             anatomy = Anatomy(self.model)
             with self._autocast():
+                wrappers.require_nothing_around(anatomy)
                 verify(anatomy)
         except (AdaInferError, torch.OutOfMemoryError):
             raise
@@ -524,6 +526,7 @@ class AdaInferLM(HFLM):
                 )
         if requests and early and self._windows is None:
             with self._autocast():
+                wrappers.require_same_generation(self.anatomy)
                 self._windows = prepare(self.anatomy)
             if self._windows.missed:
                 eval_logger.warning(f"generation: tokens are laid out {self._windows.layout} ({self._windows.missed})")

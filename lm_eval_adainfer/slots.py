@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+from lm_eval_adainfer import opaque
 from lm_eval_adainfer.anatomy import Anatomy, BatchRule, batch_factors, is_linear, linear_size, walk
 from lm_eval_adainfer.errors import UnsupportedModelError
 from lm_eval_adainfer.forward import explicit_masks
@@ -191,6 +192,8 @@ def _watch_step(
 
         def begin(m: Any, args: Any, kwargs: Any, k: int = k) -> None:
             cache.met = 0
+            if (found := opaque.opaque((list(args), kwargs))) is not None:
+                raise no_cache(anatomy, opaque.refusal(found))
             walk([list(args), kwargs], lambda path, x: shapes.__setitem__((k, path), tuple(x.shape)))
 
         def met(m: Any, args: Any, output: Any) -> None:
@@ -213,6 +216,8 @@ def _watch_step(
         in_every_block = len(cache.weights) == anatomy.n_blocks and all(
             layer in (0, cached + width) for layer in map(cache.get_seq_length, range(len(cache)))
         )
+    except UnsupportedModelError:
+        raise
     except Exception as error:  # whatever a family does with a cache that it does not expect
         raise no_cache(anatomy, _why(anatomy, f"its forward fails with one: {type(error).__name__}")) from error
     finally:

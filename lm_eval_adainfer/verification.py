@@ -1,7 +1,8 @@
 """Checks on a user's own model: what early exit answers against a plain forward of the whole model, row by row.
 
-The reference is slow and obvious: one row at a time, without a cache, blocks k+1..L handing on what they get. It shares
-nothing with the early-exit engine but the list of blocks. Prompts are random tokens, so any tokenizer will do.
+The reference is slow and obvious: lm-eval's own call of the model, wrapper and all, one row at a time and from its
+first token on, blocks k+1..L handing on what they get. It shares nothing with the engine but the list of blocks.
+Prompts are random tokens, so any tokenizer will do.
 
 Where the model computes in a dtype coarser than float32, rounding would hide what is wrong: so it is checked with
 float32 copies of its weights first, and then in its own dtype, where early exit may differ from plain forwards as much
@@ -109,27 +110,37 @@ class _Tally:
 
 
 class _Plain:
-    """The reference: plain forwards of the whole model, a row at a time."""
+    """The reference: plain forwards of the whole model as lm-eval would run it, a row at a time."""
 
     def __init__(self, lm: AdaInferLM, copied: bool):
         self.lm, self.anatomy = lm, lm.anatomy
         with lm._autocast():
             self.rounding = max(2e-6, 2 * measured(self.anatomy, copied).logits)
+        # as lm-eval calls it, wrapper and all; but for models that fail with the cache that they make themselves
+        self.given: dict[str, Any] = {}
+        try:
+            self._logits(self.anatomy.probe_ids(1)[0].tolist())
+        except (RuntimeError, ValueError):
+            self.given = {"use_cache": False}
 
     @torch.no_grad()
     def _logits(self, tokens: Sequence[int], behind: Sequence[int] = ()) -> Tensor:
         """[S, V], float32, also with other tokens behind these, which changes nothing but rounding."""
         ids = torch.tensor([[*tokens, *behind]], device=self.anatomy.input_device)
         with self.lm._autocast():
-            return self.anatomy.model(input_ids=ids, use_cache=False).logits[0, : len(tokens)].float().cpu()
+            return self.lm.model(ids, **self.given).logits[0, : len(tokens)].float().cpu()
 
     def logprobs(self, tokens: Sequence[int], k: int, behind: Sequence[int] = ()) -> Tensor:
         """[S, V] log-probabilities of one row after block k: what comes behind it hands on what it gets."""
+        given: list[Tensor] = []
 
-        def hand_on(module: Any, args: tuple, kwargs: dict, output: Any) -> Any:
-            return with_hidden(output, args[0] if args else kwargs["hidden_states"])
+        def note(module: Any, args: tuple, kwargs: dict) -> None:  # before anybody's pre-hook
+            given.append((args[0] if args else kwargs["hidden_states"]).clone())
 
-        handles = [b.register_forward_hook(hand_on, with_kwargs=True) for b in self.anatomy.blocks[k:]]
+        handles: list[Any] = []
+        for b in self.anatomy.blocks[k:]:
+            handles.append(b.register_forward_pre_hook(note, with_kwargs=True, prepend=True))
+            handles.append(b.register_forward_hook(lambda m, args, output: with_hidden(output, given.pop())))
         try:
             return self._logits(tokens, behind).log_softmax(-1)
         finally:
@@ -144,18 +155,22 @@ class _Plain:
         def part(which: str, output: Any) -> None:  # cloned: some families add to it in place
             now[which] = hidden_of(output).reshape(1, len(tokens), -1).clone()
 
-        def block(module: Any, args: tuple, kwargs: dict, output: Any) -> None:
-            given = args[0] if args else kwargs["hidden_states"]
-            before, earlier = (found[-1].hidden, found[-1].parts) if found else (given, {})
+        given: list[Tensor] = []
+
+        def note(module: Any, args: tuple, kwargs: dict) -> None:  # before anybody's pre-hook
+            given.append((args[0] if args else kwargs["hidden_states"]).clone())
+
+        def block(module: Any, args: tuple, output: Any) -> None:
+            before, earlier = (found[-1].hidden, found[-1].parts) if found else (given[0], {})
             found.append(BlockState(len(found) + 1, hidden_of(output).clone(), before, dict(now), earlier))
 
-        handles = []
+        handles: list[Any] = [self.anatomy.blocks[0].register_forward_pre_hook(note, with_kwargs=True, prepend=True)]
         try:
             for b in self.anatomy.blocks:
                 for which in parts:
                     of = self.anatomy.part(b, which)
                     handles.append(of.register_forward_hook(lambda m, args, output, w=which: part(w, output)))
-                handles.append(b.register_forward_hook(block, with_kwargs=True))
+                handles.append(b.register_forward_hook(block))
             self._logits(tokens)
         finally:
             for handle in handles:

@@ -16,6 +16,7 @@ from lm_eval_adainfer.anatomy import Anatomy
 from lm_eval_adainfer.strategies import artifact
 from lm_eval_adainfer.strategies.base import Schedule
 from lm_eval_adainfer.strategies.shortgpt import LastStopper, ShortGPTStopper
+from lm_eval_adainfer.wrappers import with_same_weights
 
 FEW = ["llama", "gpt2", "opt", "gemma3", "mistral"]
 LIST_NAMES = ("layers", "h")
@@ -106,7 +107,7 @@ class Counts:
 @pytest.mark.parametrize("family", FEW)
 def test_the_cache_gives_the_logits_of_the_whole_prefix(family):
     whole, small = built_without(family, (2, 4))
-    cut = dropping.copy_with_same_weights(whole)
+    cut = with_same_weights(whole)
     dropping.drop(Anatomy(cut), (2, 4))
     texts, cache = torch.randint(1, 257, (2, 4), generator=torch.Generator().manual_seed(0)), None
     new = texts
