@@ -1,7 +1,8 @@
 """Checks on a user's own model: what early exit answers against a plain forward of the whole model, row by row.
 
 The reference is slow and obvious: lm-eval's own call of the model, wrapper and all, one row at a time and from its
-first token on, blocks k+1..L handing on what they get. It shares nothing with the engine but the list of blocks. Prompts are random tokens, so any tokenizer will do.
+first token on, blocks k+1..L handing on what they get. It shares nothing with the engine but the list of blocks.
+Prompts are random tokens, so any tokenizer will do.
 """
 
 from __future__ import annotations
