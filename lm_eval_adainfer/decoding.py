@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import hashlib
+import time
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.generation import GenerationMode, LogitsProcessorList
 
 from lm_eval_adainfer.anatomy import Anatomy
 from lm_eval_adainfer.answers import ExitTrace
 from lm_eval_adainfer.counting import FlopCounter
 from lm_eval_adainfer.errors import AdaInferError, UnsupportedModelError
 from lm_eval_adainfer.generation import Decoded, Decoder
+from lm_eval_adainfer.settings import Settings
 from lm_eval_adainfer.slots import Windows
 from lm_eval_adainfer.strategies.base import Schedule, Stopper
 
@@ -61,15 +62,16 @@ def decode(
     stopper: Stopper,
     schedule: Schedule,
     windows: Windows,
+    settings: Settings,
     context: Tensor,
     attention_mask: Tensor,
-    max_length: int,
+    max_new: int,
+    max_length: int | None,
     tokenizer: Any,
     stop: Sequence[str],
     seeds: Seeds,
     kv_policy: str = "recompute",
     shortlist: int = 0,
-    **kwargs: Any,
 ) -> list[Decoded]:
     """Generate with early exit.
 
@@ -78,88 +80,63 @@ def decode(
         stopper: Says after a block whether a new token leaves.
         schedule: After which blocks it is asked.
         windows: From ``slots.watch_windows``.
+        settings: How tokens are chosen, and when a text is finished.
         context: [B, S] token ids, left-padded.
         attention_mask: [B, S], 0 at padding.
-        max_length: S + new tokens at most.
+        max_new: New tokens of a row at most.
+        max_length: Tokens of a row's prompt and text together at most, where the request says so.
         tokenizer: For stop strings.
         stop: Stop strings.
         seeds: Where rows that sample get their generators.
         kv_policy: As :class:`Decoder`'s.
         shortlist: As :class:`Decoder`'s.
-        **kwargs: As ``model.generate`` takes them (``do_sample``, ``temperature``, ``top_p``, ...).
 
     Raises:
-        AdaInferError: On generation settings that need more than one pass over a row (beams, assistants).
+        UnsupportedModelError: On texts that are longer than the model's rotary embeddings allow.
     """
-    model = anatomy.model
-    config, unknown = model._prepare_generation_config(None, max_length=max_length, **kwargs)
-    refused = {name: value for name, value in unknown.items() if value is not None}
-    refused |= {n: v for n in ("stop_strings", "max_time") if (v := getattr(config, n, None)) is not None}
-    refused |= {"num_return_sequences": config.num_return_sequences} if (config.num_return_sequences or 1) > 1 else {}
-    refused |= {"use_cache": False} if config.use_cache is False else {}
-    if refused:
-        name, value = next(iter(refused.items()))
-        raise AdaInferError(
-            f"generation_kwargs: {name}={value!r} is unknown to early-exit generation; leave it out, or pass "
-            "generation=dense"
-        )
-    if max_length <= context.shape[1]:
-        raise AdaInferError(
-            f"generation_kwargs: max_length={max_length} leaves no room after prompts of {context.shape[1]} tokens; "
-            "give max_gen_toks instead"
-        )
-    limit = anatomy.fixed_positions
-    if limit is not None and max_length > limit:
+    prompts = [row[mask.bool()] for row, mask in zip(context, attention_mask, strict=True)]
+    limits = [settings.new_tokens(len(prompt), max_new, max_length) for prompt in prompts]
+    longest, limit = context.shape[1] + max(limits), anatomy.fixed_positions
+    if limit is not None and longest > limit:
         raise UnsupportedModelError(
             f"generation: beyond {limit} tokens the rotary embeddings of {anatomy.name} depend on the longest text, so "
-            f"texts of up to {max_length} tokens can't exit early; pass generation=dense"
+            f"texts of up to {longest} tokens can't exit early; pass generation=dense"
         )
-    if config.get_generation_mode() not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
-        raise AdaInferError(
-            f"generation_kwargs: {config.get_generation_mode().value} can't exit early; use greedy decoding or "
-            "sampling, or pass generation=dense"
-        )
-    model._prepare_special_tokens(config, True, device=context.device)
-    processors = model._get_logits_processor(
-        config,
-        input_ids_seq_length=context.shape[1],
-        encoder_input_ids=context,
-        logits_processor=LogitsProcessorList(),
-        device=context.device,
-        model_kwargs={},
-    )
-    ends = config._eos_token_tensor
-    finished = Stop(tokenizer, stop, [] if ends is None else ends.flatten().tolist())
+    # each row has processors of its own, so what they remember and count is the row's, and none of it is padding
+    processors = [settings.processors(p[None], new) for p, new in zip(prompts, limits, strict=True)]
+    finished, samples = Stop(tokenizer, stop, settings.end_tokens()), settings.config.do_sample
+    most_seconds, start = settings.config.max_time, time.time()
 
-    prompts = [row[mask.bool()].tolist() for row, mask in zip(context, attention_mask, strict=True)]
-    new = max_length - context.shape[1]
-    decoder = Decoder(anatomy, stopper, schedule, windows, prompts, new, kv_policy, shortlist)
-    decoder.slots[:, : context.shape[1]] = context.cpu()  # padding ids as the tokenizer wrote them, for processors
-    generators = [seeds.generator(prompt, context.device) for prompt in prompts] if config.do_sample else []
+    texts = [prompt.tolist() for prompt in prompts]
+    decoder = Decoder(anatomy, stopper, schedule, windows, texts, max(limits), kv_policy, shortlist)
+    generators = [seeds.generator(text, context.device) for text in texts] if samples else []
     with decoder.attached():
         while decoder.rows:
-            logits = decoder.step()
-            scores = logits
-            if processors:
-                scores = processors(decoder.slots[:, : decoder.length].to(logits.device), logits)
-            best = torch.stack([scores.argmax(dim=-1), logits.amax(dim=-1).isfinite()])  # one reading of the device
-            chosen, finite = best.tolist()
+            logits = scores = decoder.step()
+            if any(processors):
+                ids = decoder.slots[:, : decoder.length].to(logits.device)
+                rows = zip(decoder.rows, decoder.pad, ids, logits, strict=True)
+                scores = torch.cat([processors[row](x[None, pad:], y[None]) for row, pad, x, y in rows])
+            odds = scores.softmax(dim=-1) if samples else scores
+            # one reading of the device for everything
+            read = [scores.argmax(dim=-1), logits.amax(dim=-1).isfinite(), odds.sum(dim=-1).isfinite()]
+            chosen, finite, can_draw = torch.stack(read).tolist()
             for row, is_finite in zip(decoder.rows, finite, strict=True):
                 decoder.results[row].finite &= bool(is_finite)
-            if config.do_sample and not all(finite):
-                raise AdaInferError(
-                    "generation: the logits are NaN or infinite, so no token can be drawn; give a dtype that does not "
-                    "overflow, or do_sample=False"
-                )
-            if config.do_sample:
-                odds = scores.softmax(dim=-1)
+            if samples:
+                if not all(can_draw):
+                    raise AdaInferError(
+                        "generation: the logits are NaN or infinite, so no token can be drawn; give a dtype that does "
+                        "not overflow, or do_sample=False"
+                    )
                 chosen = [
                     int(torch.multinomial(odds[n], 1, generator=generators[row])) for n, row in enumerate(decoder.rows)
                 ]
-            done = [
-                decoder.length + 1 >= max_length or finished([*decoder.results[row].tokens, token])
-                for row, token in zip(decoder.rows, chosen, strict=True)
-            ]
+            is_late = most_seconds is not None and time.time() - start > most_seconds
+            done = []
+            for row, token in zip(decoder.rows, chosen, strict=True):
+                new = [*decoder.results[row].tokens, token]
+                done.append(is_late or len(new) >= limits[row] or finished(new))
             decoder.append(chosen, done)
     return decoder.results
 

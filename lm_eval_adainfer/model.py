@@ -29,6 +29,7 @@ from lm_eval_adainfer.forward import first_not_finite, verify
 from lm_eval_adainfer.generation import KV_POLICIES, prepare
 from lm_eval_adainfer.prefixes import Prefix, Sharing
 from lm_eval_adainfer.scoring import Answer, Document, Engine, Row
+from lm_eval_adainfer.settings import Settings, check_checkpoint
 from lm_eval_adainfer.slots import Windows
 from lm_eval_adainfer.strategies import artifact
 from lm_eval_adainfer.strategies.base import Schedule
@@ -166,6 +167,7 @@ class AdaInferLM(HFLM):
         self.generating_seconds = 0.0
         self.generated_tokens = 0
         self._generated: defaultdict[str, deque[Text]] = defaultdict(deque)
+        self._max_length_asked: int | None = None  # gen_kwargs' max_length of the requests being generated
         self._traces: deque[ExitTrace] = deque()
         self._seeds = Seeds()
         self.generated_rows: list[list[int]] = []  # of the last dense batch, new tokens up to each row's end
@@ -180,7 +182,7 @@ class AdaInferLM(HFLM):
 
     # ------------------------------------------------------------------ set-up
     def _get_config(self, pretrained: str, **kwargs: Any) -> None:
-        """Refuse an encoder-decoder model before its weights are loaded."""
+        """Refuse, before the weights are loaded, an encoder-decoder model and settings that transformers can't read."""
         try:
             super()._get_config(pretrained, **kwargs)
         except OSError as error:  # transformers' and the hub's errors are subclasses
@@ -193,6 +195,7 @@ class AdaInferLM(HFLM):
                 f"pretrained: {pretrained} is an encoder-decoder model ({self._config.model_type}), "
                 "but adainfer needs a decoder-only one"
             )
+        check_checkpoint(pretrained, kwargs.get("revision"), kwargs.get("subfolder"))
 
     def _set_ranks(self) -> None:
         """Stock HFLM sets rank and world size only where there are several GPUs; processes on CPUs count too."""
@@ -506,9 +509,10 @@ class AdaInferLM(HFLM):
         return Rolling(logprob, self.engine.trace_tokens(parts, self.fingerprint))
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[Any]:
-        """As HFLM's, every text with its exit trace.
+        """As HFLM's at batch size 1, every text with its exit trace.
 
         Raises:
+            AdaInferError: On generation settings that can't be followed, before anything is generated.
             UnsupportedModelError: Where the model's cache can't be driven block by block; ``generation=dense`` helps.
         """
         early = self.generation == "early"
@@ -524,6 +528,7 @@ class AdaInferLM(HFLM):
                     f"max_gen_toks: {most} new tokens don't fit a window of {self.max_length} with room for a prompt; "
                     f"give 1 to {self.max_length - 1}, or a larger max_length"
                 )
+        self._check_settings(requests, early)
         if requests and early and self._windows is None:
             with self._autocast():
                 wrappers.require_same_generation(self.anatomy)
@@ -537,33 +542,91 @@ class AdaInferLM(HFLM):
         self._traces.clear()
         self._seeds = Seeds()
         started = time.perf_counter()
-        super().generate_until(requests, disable_tqdm=disable_tqdm)
+        try:
+            for self._max_length_asked, some in _by_max_length(requests).items():
+                super().generate_until(some, disable_tqdm=disable_tqdm)
+        finally:
+            self._max_length_asked = None
         seconds = time.perf_counter() - started
         self.seconds, self.generating_seconds = self.seconds + seconds, self.generating_seconds + seconds
         return [self._generated[hash_args("generate_until", r.args)].popleft() for r in requests]
 
+    def _check_settings(self, requests: list[Instance], early: bool) -> None:
+        """Refuse generation settings that can't be followed (``Settings``), and texts without room."""
+        for options in {str(r.args[1]): r.args[1] for r in requests}.values():
+            given: dict[str, Any] = dict(normalize_gen_kwargs(options, self.max_gen_toks))
+            max_new, max_length = given.pop("max_gen_toks"), given.pop("max_length", None)
+            given.pop("until")
+            most = Settings(self.anatomy.model, given, early).config.max_new_tokens
+            if most is not None:
+                eval_logger.warning(
+                    f"generation_config.json: the checkpoint's max_new_tokens={most} goes before max_gen_toks, as with "
+                    "--model hf"
+                )
+            if max_length is None or most is not None:
+                continue
+            longest = max(len(self.tok_encode(r.args[0])) for r in requests if r.args[1] == options)
+            longest = min(longest, self.max_length - max_new)
+            if not isinstance(max_length, int) or max_length <= longest:
+                raise AdaInferError(
+                    f"generation_kwargs: max_length={max_length!r} leaves no room after a prompt of {longest} tokens; "
+                    "give max_gen_toks instead"
+                )
+
     def _model_generate(self, context: torch.Tensor, max_length: int, stop: list[str], **kwargs: Any) -> torch.Tensor:
         """HFLM's call for one batch: [B, S] left-padded ids to [B, S + new]; notes every row's trace."""
-        if self._windows is None or self.generation == "dense":  # dense while tracing, whatever came before
-            whole = super()._model_generate(context, max_length, stop, **kwargs)
-            ends = self.model.generation_config.eos_token_id
-            finished = Stop(self.tokenizer, stop, ends if isinstance(ends, list) else [] if ends is None else [ends])
-            self.generated_rows = [finished.cut(row) for row in whole[:, context.shape[1] :].tolist()]
-            prompts = kwargs["attention_mask"].sum(-1).tolist()
-            self._traces.extend(map(self._dense_trace, prompts, map(len, self.generated_rows)))
-            self.generated_tokens += sum(map(len, self.generated_rows))
-            return whole
+        early = self._windows is not None and self.generation == "early"  # dense while tracing, whatever came before
         mask = kwargs.pop("attention_mask")
-        if kwargs.setdefault("temperature", 0.0) == 0.0:  # as HFLM: a temperature of 0 means greedy
-            kwargs.pop("temperature")
-            if kwargs.setdefault("do_sample", False):
-                raise AdaInferError(
-                    "generation_kwargs: do_sample=True needs a temperature above 0; give one, or leave do_sample out"
-                )
+        settings = Settings(self.anatomy.model, kwargs, early)
+        max_new = max_length - context.shape[1]
+        padded = bool((mask == 0).any())
+        alone = settings.needs_rows_alone(context, mask) or (padded and self._max_length_asked is not None)
+        if alone:
+            batches = [(row[m.bool()][None], m[m.bool()][None]) for row, m in zip(context, mask, strict=True)]
+        else:
+            batches = [(context, mask)]
+        generated: list[list[int]] = []
+        self.generated_rows = []
+        for ids, some in batches:
+            if early:
+                generated += self._generate_early(settings, ids, some, max_new, stop)
+            else:
+                longest = self._max_length_asked or ids.shape[1] + max_new
+                generated += self._generate_dense(settings, ids, some, longest, stop, kwargs)
+        width = max(map(len, generated))
+        new = torch.full((len(generated), width), self.tokenizer.pad_token_id, dtype=context.dtype)
+        for n, tokens in enumerate(generated):
+            new[n, : len(tokens)] = torch.tensor(tokens)
+        return torch.cat([context, new.to(context.device)], dim=1)
+
+    def _generate_dense(
+        self,
+        settings: Settings,
+        context: torch.Tensor,
+        mask: torch.Tensor,
+        max_length: int,
+        stop: list[str],
+        kwargs: dict[str, Any],
+    ) -> list[list[int]]:
+        """New tokens of every row from ``model.generate``, up to where the row ends by itself."""
+        whole = super()._model_generate(context, max_length, stop, attention_mask=mask, **kwargs)
+        rows = whole[:, context.shape[1] :].tolist()
+        finished = Stop(self.tokenizer, stop, settings.end_tokens())
+        ended = [finished.cut(row) for row in rows]
+        self.generated_rows += ended
+        self._traces.extend(map(self._dense_trace, mask.sum(-1).tolist(), map(len, ended)))
+        self.generated_tokens += sum(map(len, ended))
+        return ended if len(rows) > 1 else rows  # a single row's end is stock's own, with beams too
+
+    def _generate_early(
+        self, settings: Settings, context: torch.Tensor, mask: torch.Tensor, max_new: int, stop: list[str]
+    ) -> list[list[int]]:
+        """New tokens of every row, each of which left at its own block."""
+        assert self._windows is not None
         with self._autocast():
             rows = decode(
-                self.anatomy, self.stopper, self.schedule, self._windows, context, mask, max_length,
-                self.tokenizer, stop, self._seeds, self.kv_policy, self.shortlist, **kwargs,
+                self.anatomy, self.stopper, self.schedule, self._windows, settings, context, mask, max_new,
+                self._max_length_asked, self.tokenizer, stop, self._seeds, self.kv_policy, self.shortlist,
             )  # fmt: skip
         for row, prompt, slots in zip(rows, mask.sum(-1).tolist(), context.tolist(), strict=True):
             if not row.finite:
@@ -573,11 +636,7 @@ class AdaInferLM(HFLM):
             self.engine.block_tokens += row.executed
             self.engine.tokens += int(prompt) + len(row.tokens) - 1
             self.generated_tokens += len(row.tokens)
-        width = max(len(row.tokens) for row in rows)
-        new = torch.full((len(rows), width), self.tokenizer.pad_token_id, dtype=context.dtype)
-        for n, row in enumerate(rows):
-            new[n, : len(row.tokens)] = torch.tensor(row.tokens)
-        return torch.cat([context, new.to(context.device)], dim=1)
+        return [row.tokens for row in rows]
 
     def note_text(self, arguments: Any, text: str) -> Text:
         """Pair a generated text with its trace; HFLM finishes rows in the order in which they were generated."""
@@ -699,6 +758,14 @@ class _TextHook(CacheHook):
 
 def _with_reason(how: str, missed: str) -> str:
     return f"{how} ({missed})" if missed else how
+
+
+def _by_max_length(requests: list[Instance]) -> dict[int | None, list[Instance]]:
+    """Requests by the ``max_length`` in their settings, which HFLM does not hand on as it was given."""
+    found: dict[int | None, list[Instance]] = {}
+    for request in requests:
+        found.setdefault(request.args[1].get("max_length"), []).append(request)
+    return found
 
 
 def _nothing_to_score(continuation: str) -> AdaInferError:
