@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import math
 import time
 from collections import defaultdict, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import wraps
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -19,7 +19,7 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import normalize_gen_kwargs
 from tqdm import tqdm
 
-from lm_eval_adainfer import __version__, dropping, paths, prefixes, reporting
+from lm_eval_adainfer import __version__, dropping, identity, paths, prefixes, reporting
 from lm_eval_adainfer.anatomy import Anatomy, BatchRule, input_device
 from lm_eval_adainfer.answers import ExitTrace, LogLikelihood, Rolling, Text
 from lm_eval_adainfer.decoding import Seeds, Stop, decode
@@ -44,6 +44,17 @@ _FINGERPRINT_KEY = "adainfer_fingerprint"
 _MOST_ROWS = 10_000  # answers in one statement: SQLite binds at most 32,766 values
 
 TokenRequest = tuple["tuple[str, str] | None", list[int], list[int]]
+
+
+def _identified(method: Callable[..., Any]) -> Callable[..., Any]:
+    """Answers that one call gives carry one fingerprint, derived when it begins (or by the run around it)."""
+
+    @wraps(method)
+    def answering(self: AdaInferLM, *args: Any, **kwargs: Any) -> Any:
+        with self.identified():
+            return method(self, *args, **kwargs)
+
+    return answering
 
 
 class AdaInferLM(HFLM):
@@ -160,7 +171,7 @@ class AdaInferLM(HFLM):
             )
         if self.shortlist:
             self.anatomy.require_candidates()
-        self.fingerprint = self._fingerprint()
+        self._identified = ""  # the fingerprint, for the length of a run
         self.seconds = 0.0
         self.generating_seconds = 0.0
         self.generated_tokens = 0
@@ -233,25 +244,27 @@ class AdaInferLM(HFLM):
         name = self._pretrained_name
         return name if isinstance(name, str) else (getattr(name, "name_or_path", "") or type(name).__name__)
 
-    def _fingerprint(self) -> str:
-        """16 hex digits of whatever changes an answer: the model, its window and dtype, the stopper, the schedule."""
-        identity = {
-            "model": self._model_name(),
-            "weights": self.anatomy.weights_hash(),
-            "softmax_dtype": str(self.softmax_dtype),
-            "n_blocks": self.n_blocks,
-            "dtype": str(self._dtype()),
-            "autocast": str(self.mixed_precision_dtype),
-            "max_length": self.max_length,
-            "add_bos_token": str(self.add_bos_token),
-            "prefix_token_id": self.prefix_token_id,
-            "stopper": self.stopper.describe(),
-            "schedule": self.schedule.describe(),
-            "log_features": self._log_features,
-            "generation": self.generation,
-            **({"kv_policy": self.kv_policy, "shortlist": self.shortlist} if self.generation == "early" else {}),
-        }
-        return hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()[:16]
+    @property
+    def fingerprint(self) -> str:
+        """16 hex digits of whatever changes an answer (``identity``), derived anew whenever no run is going on."""
+        return self._identified or identity.fingerprint(self)
+
+    @contextmanager
+    def identified(self) -> Iterator[None]:
+        """Derive the fingerprint once for all answers that are given inside, and hold the cache to it.
+
+        Raises:
+            AdaInferError: Where the model is no longer the one whose answers the cache holds.
+        """
+        if self._identified:
+            yield
+            return
+        self._identified = identity.fingerprint(self)
+        try:
+            self._require_own_answers(self.cache_hook.dbdict)
+            yield
+        finally:
+            self._identified = ""
 
     def _dtype(self) -> torch.dtype:
         return next(self.model.parameters()).dtype
@@ -293,6 +306,7 @@ class AdaInferLM(HFLM):
         )
 
     # ------------------------------------------------------------------ loglikelihood
+    @_identified
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[Any]:
         """As HFLM's, every answer with its document's exit trace."""
         for context, continuation in (r.args for r in requests):
@@ -307,6 +321,7 @@ class AdaInferLM(HFLM):
         finally:
             self._document_keys = []
 
+    @_identified
     def _loglikelihood_tokens(
         self,
         requests: list[TokenRequest],
@@ -458,6 +473,7 @@ class AdaInferLM(HFLM):
         return found
 
     # ------------------------------------------------------------------ rolling and generation
+    @_identified
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[Any]:
         """As HFLM's, every token scored at its own exit block; the saving is counted as if it had been run."""
         texts: list[list[Row]] = [[] for _ in requests]  # their windows
@@ -502,6 +518,7 @@ class AdaInferLM(HFLM):
         logprob = sum(answer.logprob for row, _ in parts for answer in row.answers)
         return Rolling(logprob, self.engine.trace_tokens(parts, self.fingerprint))
 
+    @_identified
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[Any]:
         """As HFLM's, every text with its exit trace.
 
@@ -536,6 +553,7 @@ class AdaInferLM(HFLM):
         self.seconds, self.generating_seconds = self.seconds + seconds, self.generating_seconds + seconds
         return [self._generated[hash_args("generate_until", r.args)].popleft() for r in requests]
 
+    @_identified
     def _model_generate(self, context: torch.Tensor, max_length: int, stop: list[str], **kwargs: Any) -> torch.Tensor:
         """HFLM's call for one batch: [B, S] left-padded ids to [B, S + new]; notes every row's trace."""
         if self._windows is None or self.generation == "dense":  # dense while tracing, whatever came before
@@ -591,19 +609,31 @@ class AdaInferLM(HFLM):
 
         lm-eval's keys hash the method and the arguments alone, so a cache says itself whose it is.
         """
-        answers = cache_hook.dbdict
-        if answers is not None:
-            found = answers.get(_FINGERPRINT_KEY)
-            if found is None and len(answers) == 0:
-                answers[_FINGERPRINT_KEY] = self.fingerprint
-                answers.commit()
-            elif found != self.fingerprint:
-                whose = "no adainfer model's" if found is None else f"those of fingerprint {found}"
-                raise AdaInferError(
-                    f"use_cache: its answers are {whose}, not this model's and stopper's ({self.fingerprint}); "
-                    "give another path"
-                )
+        self._require_own_answers(cache_hook.dbdict)
         super().set_cache_hook(_TextHook(cache_hook, self))
+
+    @contextmanager
+    def without_cache(self) -> Iterator[None]:
+        """Keep answers out of the response cache for a while."""
+        before = self.cache_hook
+        self.set_cache_hook(CacheHook(None))
+        try:
+            yield
+        finally:
+            self.cache_hook = before
+
+    def _require_own_answers(self, answers: Any) -> None:
+        if answers is None:
+            return
+        mine, found = self.fingerprint, answers.get(_FINGERPRINT_KEY)
+        if found is None and len(answers) == 0:
+            answers[_FINGERPRINT_KEY] = mine
+            answers.commit()
+        elif found != mine:
+            whose = "no adainfer model's" if found is None else f"those of fingerprint {found}"
+            raise AdaInferError(
+                f"use_cache: its answers are {whose}, not this model's and stopper's ({mine}); give another path"
+            )
 
     def _remember(self, finished: dict[str, Any]) -> None:
         """Store a whole document's answers in one transaction: a killed run leaves no half document behind."""

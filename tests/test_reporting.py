@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+import importlib
 import json
+import subprocess
+import sys
 from pathlib import Path
 
+import lm_eval
 import pytest
 from conftest import in_two_processes, our_tasks
 from lm_eval import simple_evaluate
@@ -206,3 +211,75 @@ def test_two_processes_give_the_same_numbers(folder, run, tmp_path):
         assert row == pytest.approx(statistics(run)[task], abs=1e-6)
     assert found["config"]["adainfer"]["processes"] == 2
     assert found["config"]["adainfer"]["tokens_counted"] == run["config"]["adainfer"]["tokens_counted"]
+
+
+def wrapped(module):
+    """As another package might do it, before a model of ours is built."""
+    stock = module.evaluate
+    module.evaluate = functools.wraps(stock)(lambda *args, **kwargs: stock(*args, **kwargs))
+    return module.evaluate
+
+
+HOLDS = {
+    "the function": lambda module: module.evaluate,
+    "the package's": lambda module: lm_eval.evaluate,
+    "the package": lambda module: lambda *args, **kwargs: lm_eval.evaluate(*args, **kwargs),
+    "the module": lambda module: lambda *args, **kwargs: module.evaluate(*args, **kwargs),
+    "a partial": lambda module: functools.partial(module.evaluate, bootstrap_iters=0),
+    "a wrapper in its place": wrapped,
+    "what lies under a wrapper": lambda module: (module.evaluate, wrapped(module))[0],
+    "simple_evaluate": lambda module: lambda lm, tasks, limit: module.simple_evaluate(
+        lm, tasks=list(tasks["tasks"].values()), limit=limit, bootstrap_iters=0, task_manager=our_tasks()
+    ),
+}
+
+
+@pytest.mark.parametrize("when", ["before", "between", "after"])
+@pytest.mark.parametrize("what", HOLDS)
+def test_no_import_order_loses_the_exit_metrics(what, when, folder, manager, monkeypatch):
+    """``evaluate`` is bound before the model is built, between two models, or after; each time from a fresh module."""
+    monkeypatch.delitem(sys.modules, "lm_eval.evaluator")
+    monkeypatch.setattr(lm_eval, "evaluator", None)
+    module = importlib.import_module("lm_eval.evaluator")
+    build = lambda: AdaInferLM(pretrained=str(folder), stopper="gap:0.3", device="cpu", batch_size=4)  # noqa: E731
+    built = build() if when != "before" else None
+    evaluate = HOLDS[what](module)
+    lm = built if when == "after" else build()
+    tasks = manager.load(["adainfer_demo_fact"])
+    for task in tasks["tasks"].values():
+        task.set_fewshot_seed(1)
+    row = evaluate(lm, tasks, limit=3)["results"]["adainfer_demo_fact"]
+    assert {f"{name},none" for name in [*MEANS, "exit_layer_var", "top1_acc"]} <= set(row)
+
+
+def test_a_script_that_imports_evaluate_first_gets_exit_metrics_without_the_start_up_hook(folder):
+    script = """
+import sys, json
+sys.path[:0] = json.loads(sys.argv[2])  # -S: no site-packages, and no .pth file either
+from lm_eval.evaluator import evaluate
+from lm_eval_adainfer import AdaInferLM
+from conftest import our_tasks
+lm = AdaInferLM(pretrained=sys.argv[1], stopper="gap:0.3", device="cpu", batch_size=4)
+tasks = our_tasks().load(["adainfer_demo_fact"])
+tasks["tasks"]["adainfer_demo_fact"].set_fewshot_seed(1)
+print(sorted(evaluate(lm, tasks, limit=2)["results"]["adainfer_demo_fact"]))
+"""
+    path = json.dumps([*sys.path, str(Path(__file__).parent)])
+    command = [sys.executable, "-S", "-c", script, str(folder), path]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert all(f"'{name},none'" in done.stdout for name in [*MEANS, "exit_layer_var", "top1_acc"])
+
+
+def test_evaluate_is_what_it_was_to_those_who_look_at_it(folder):
+    """Written for lm-eval 0.4.13: a plain function, whose code is exchanged."""
+    import inspect
+
+    from lm_eval.evaluator import evaluate as theirs
+
+    AdaInferLM(pretrained=str(folder), device="cpu")
+    AdaInferLM(pretrained=str(folder), device="cpu")
+    assert list(inspect.signature(theirs).parameters)[:3] == ["lm", "task_dict", "limit"]
+    assert theirs.__name__ == "evaluate" and "Instantiate and evaluate" in theirs.__doc__
+    with pytest.raises(ValueError, match="Either 'limit' or 'samples' must be None"):
+        theirs(None, {}, 3, {"t": [1]})
