@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import time
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
@@ -19,7 +20,7 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import normalize_gen_kwargs
 from tqdm import tqdm
 
-from lm_eval_adainfer import __version__, dropping, identity, paths, prefixes, reporting
+from lm_eval_adainfer import __version__, arguments, dropping, identity, paths, prefixes, reporting
 from lm_eval_adainfer.anatomy import Anatomy, BatchRule, input_device
 from lm_eval_adainfer.answers import ExitTrace, LogLikelihood, Rolling, Text
 from lm_eval_adainfer.decoding import Seeds, Stop, decode
@@ -114,6 +115,11 @@ class AdaInferLM(HFLM):
             raise AdaInferError(f"prefix_cache: {prefix_cache!r} is no number of tokens; give 0 or more")
         self.prefix_cache = int(prefix_cache)
         _check_numbers(kwargs)
+        if isinstance(pretrained, os.PathLike):  # which HFLM would take for a model object
+            pretrained = os.fspath(pretrained)
+        self._further = arguments.further(kwargs, HFLM, AdaInferLM)
+        if not isinstance(pretrained, str):
+            arguments.check_beside_object(pretrained, kwargs, self._further)
         if kwargs.get("backend") == "seq2seq":
             raise AdaInferError("backend: seq2seq is not supported; adainfer needs a decoder-only model")
         if kwargs.get("tp_plan") is not None:
@@ -198,6 +204,7 @@ class AdaInferLM(HFLM):
             raise AdaInferError(
                 f"pretrained: {pretrained!r} is neither a model's folder nor one that the hub gives ({found:.200})"
             ) from error
+        arguments.check_spelling(self._further, self._config)
         if getattr(self._config, "is_encoder_decoder", False):
             raise AdaInferError(
                 f"pretrained: {pretrained} is an encoder-decoder model ({self._config.model_type}), "
@@ -408,6 +415,15 @@ class AdaInferLM(HFLM):
             )
         return (context + continuation)[-(self.max_length + 1) :][:-1]
 
+    def _batch_scheduler(self, pos: int, n_reordered_requests: Sequence[Any]) -> int:
+        """As HFLM's, which (0.4.13) divides by zero where there are fewer rows than sections."""
+        before = self.batch_schedule
+        self.batch_schedule = min(before, len(n_reordered_requests))
+        try:
+            return super()._batch_scheduler(pos, n_reordered_requests)
+        finally:
+            self.batch_schedule = before
+
     def _batches(self, documents: Sequence[Document], fixed: int | None) -> Iterator[tuple[list[list[Document]], int]]:
         """Batches that are run together, and their batch size; sets the engine's prefix.
 
@@ -438,6 +454,8 @@ class AdaInferLM(HFLM):
                     if not more.fits(size, ordered[start].longest, self.engine.prefix is not None):
                         break
                     load, end = more, end + 1
+                for row in range(position + 1, position + load.rows if shapes else 0):
+                    self._batch_scheduler(row, shapes)  # stock asks at every row, so that it skips no section
                 yield ordered[start:end], size
                 start, position = end, position + load.rows
 
@@ -717,8 +735,10 @@ def _nothing_to_score(continuation: str) -> AdaInferError:
 def _check_numbers(options: dict[str, Any]) -> None:
     """Refuse what HFLM would only trip over later."""
     size = options.get("batch_size", 1)
-    if size is not None and not str(size).startswith("auto") and not (str(size).isdecimal() and int(size) > 0):
-        raise AdaInferError(f"batch_size: {size!r} is neither a number of 1 or more nor auto")
+    name, colon, sections = str(size).partition(":")
+    number = sections if name == "auto" and colon else "1" if name == "auto" or size is None else str(size)
+    if not (number.isdecimal() and int(number) > 0):
+        raise AdaInferError(f"batch_size: {size!r} is neither a number of 1 or more nor auto nor auto:4")
     length = options.get("max_length")
     if length is not None and not (str(length).isdecimal() and int(length) > 0):
         raise AdaInferError(f"max_length: {length!r} is no number of 1 or more")
