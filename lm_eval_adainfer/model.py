@@ -178,6 +178,8 @@ class AdaInferLM(HFLM):
         if self.shortlist:
             self.anatomy.require_candidates()
         self._identified = ""  # the fingerprint, for the length of a run
+        if any(weight.device.type == "meta" for weight in self.model.parameters()):
+            self.anatomy.weights_hash(self.model)  # offloaded weights are read for it once, and not while documents wait
         self.seconds = 0.0
         self.generating_seconds = 0.0
         self.generated_tokens = 0
