@@ -121,20 +121,26 @@ class _Watch:
     def metrics(self, doc: Any) -> dict[str, float]:
         """The current document's exit statistics, from its responses (filters build new strings)."""
         instances = self.instances()
-        # lm-eval pads processes to equal numbers of requests; what it asked twice it appends
-        traces = [self._trace_of(response) for i in instances for response in i.resps[: i.repeats]]
-        layers = {t.exit_layer for t in traces}
-        if instances[0].request_type == "loglikelihood" and len(layers) > 1:
+        kinds: dict[str, list[ExitTrace]] = defaultdict(list)
+        for i in instances:  # lm-eval pads processes to equal numbers of requests; what it asked twice it appends
+            kinds[i.request_type] += [self._trace_of(response) for response in i.resps[: i.repeats]]
+        layers = {t.exit_layer for t in kinds["loglikelihood"]}
+        if len(layers) > 1:
             raise AdaInferError(
                 f"use_cache: answers of document {self.current} of task {instances[0].task_name} were scored after "
                 f"different blocks ({', '.join(f'{x:g}' for x in sorted(layers))}); run it without --use_cache"
             )
-        values = {name: sum(getattr(t, name) for t in traces) / len(traces) for name in MEANS}
+        # every kind of request decides for itself, and counts once, however many of its requests there are
+        means = [{name: mean([getattr(t, name) for t in ts]) for name in MEANS} for ts in kinds.values() if ts]
+        values = {name: mean([one[name] for one in means]) for name in MEANS}
+        traces = [t for ts in kinds.values() for t in ts]
+        features = [t.features for t in traces if t.features is not None]
+        generated = [t.layers for t in traces if t.layers is not None]
         self.documents[self.true_id] = {
             "exit_layer": values["exit_layer"],
-            **({"adainfer_features": traces[0].features} if traces[0].features is not None else {}),
+            **({"adainfer_features": features[0]} if features else {}),
             **({"dropped_blocks": self.dropped_blocks} if self.dropped_blocks else {}),
-            **({"exit_layers": [t.layers for t in traces]} if traces[0].layers is not None else {}),
+            **({"exit_layers": generated} if generated else {}),
         }
         if (top1 := self._top1(doc, instances)) is not None:
             values[TOP1] = top1
