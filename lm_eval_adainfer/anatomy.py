@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from lm_eval_adainfer import opaque
+from lm_eval_adainfer import identity, opaque
 from lm_eval_adainfer.errors import UnsupportedModelError
 from lm_eval_adainfer.rounding import Rounding, coarsest, hidden_distance, in_float32, logits_distance, probed
 from lm_eval_adainfer.wrappers import base_of
@@ -138,6 +138,7 @@ class Anatomy:
         config: Any = getattr(self.model, "config", None)
         self.config: Any = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
         self.name = type(self.model).__name__
+        self._offloaded_hashes: dict[tuple[str, str], str] = {}  # of parameters, by module and name
         if getattr(config, "is_encoder_decoder", False):
             raise UnsupportedModelError(
                 f"pretrained: {self.name} is an encoder-decoder model, but adainfer needs a decoder-only one"
@@ -392,17 +393,32 @@ class Anatomy:
         digest.update(rows.numpy().tobytes())
         return digest.hexdigest()[:16]
 
-    def weights_hash(self) -> str:
-        """A short hash of a few values of every parameter, adapters included: it tells fine-tunes apart."""
-        digest = hashlib.sha256()
-        for path, module in self.model.named_modules():
-            for name, parameter in module.named_parameters(recurse=False):
-                digest.update(f"{path}.{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
-                values = values_of(module, name)
-                if values is not None and values.numel():
-                    some = values.flatten()[:: max(1, values.numel() // 64)]
-                    digest.update(some.float().cpu().numpy().tobytes())
+    def weights_hash(self, model: nn.Module | None = None) -> str:
+        """A short hash of every bit of every parameter and buffer, adapters included, as they are now.
+
+        It costs one reading of the weights (see :func:`identity.tensor_hash`). Offloaded weights, which nothing trains
+        in place, are read for the first hash only. Buffers that follow the texts a model has seen are left out.
+
+        Args:
+            model: The model with what is wrapped around it; by default what was taken apart.
+        """
+        digest, known = hashlib.sha256(), dict[int, str]()  # tied weights are read once
+        for path, module in (model or self.model).named_modules():
+            for name, tensor in _state_of(module):
+                digest.update(f"{path}.{name} {self._hash_of(path, module, name, tensor, known)}".encode())
         return digest.hexdigest()[:16]
+
+    def _hash_of(self, path: str, module: nn.Module, name: str, tensor: Tensor, known: dict[int, str]) -> str:
+        if tensor.device.type == "meta":
+            key = (path, name)
+            if key not in self._offloaded_hashes:
+                values = values_of(module, name)
+                self._offloaded_hashes[key] = "" if values is None else identity.tensor_hash(values)
+            return self._offloaded_hashes[key]
+        if id(tensor) not in known:
+            values = tensor if name not in module._parameters else values_of(module, name)
+            known[id(tensor)] = "" if values is None else identity.tensor_hash(values)
+        return known[id(tensor)]
 
     def part(self, block: nn.Module, which: str) -> nn.Module:
         """The attention or feed-forward part of a block whose output is compared along the blocks.
@@ -471,6 +487,16 @@ def input_device(model: Any) -> torch.device:
     if embeddings.weight.device.type != "meta":
         return embeddings.weight.device
     return torch.empty(0, device=getattr(embeddings._hf_hook, "execution_device", None)).device
+
+
+def _state_of(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """A module's own parameters and buffers, and what its state holds besides (scales of quantised weights)."""
+    found: dict[str, Any] = {**module._parameters, **({} if identity.changes_by_itself(module) else module._buffers)}
+    stored: dict[str, Any] = {}
+    module._save_to_state_dict(stored, "", True)
+    for name, value in {**{k: v for k, v in stored.items() if k not in module._buffers}, **found}.items():
+        if isinstance(value, Tensor):
+            yield name, value
 
 
 @torch.no_grad()

@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import sqlite3
 import sys
+from collections.abc import Iterable
+from difflib import get_close_matches
 from pathlib import Path
 
 
@@ -14,6 +16,19 @@ class AdaInferError(ValueError):
 
 class UnsupportedModelError(AdaInferError):
     """The model's structure does not allow early exit by attaching to its blocks."""
+
+
+def nearest(name: str, known: Iterable[str], alike: float = 0.6) -> str | None:
+    """The known name that is most like ``name``, whatever its case; None where none is.
+
+    Args:
+        name: What was found.
+        known: What there is.
+        alike: The least similarity (``difflib``'s ratio, 0 to 1).
+    """
+    names = {k.lower(): k for k in known}
+    found = get_close_matches(name.lower(), names, 1, alike)
+    return names[found[0]] if found else None
 
 
 def report_errors_in_one_sentence() -> None:

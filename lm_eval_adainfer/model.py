@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import math
+import os
 import time
 from collections import defaultdict, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import wraps
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +20,7 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import normalize_gen_kwargs
 from tqdm import tqdm
 
-from lm_eval_adainfer import __version__, dropping, paths, prefixes, reporting, wrappers
+from lm_eval_adainfer import __version__, arguments, dropping, identity, paths, prefixes, reporting, wrappers
 from lm_eval_adainfer.anatomy import Anatomy, input_device
 from lm_eval_adainfer.answers import ExitTrace, LogLikelihood, Rolling, Text
 from lm_eval_adainfer.decoding import Seeds, Stop, decode
@@ -45,6 +46,17 @@ _FINGERPRINT_KEY = "adainfer_fingerprint"
 _MOST_ROWS = 10_000  # answers in one statement: SQLite binds at most 32,766 values
 
 TokenRequest = tuple["tuple[str, str] | None", list[int], list[int]]
+
+
+def _identified(method: Callable[..., Any]) -> Callable[..., Any]:
+    """Answers that one call gives carry one fingerprint, derived when it begins (or by the run around it)."""
+
+    @wraps(method)
+    def answering(self: AdaInferLM, *args: Any, **kwargs: Any) -> Any:
+        with self.identified():
+            return method(self, *args, **kwargs)
+
+    return answering
 
 
 class AdaInferLM(HFLM):
@@ -104,6 +116,11 @@ class AdaInferLM(HFLM):
             raise AdaInferError(f"prefix_cache: {prefix_cache!r} is no number of tokens; give 0 or more")
         self.prefix_cache = int(prefix_cache)
         _check_numbers(kwargs)
+        if isinstance(pretrained, os.PathLike):  # which HFLM would take for a model object
+            pretrained = os.fspath(pretrained)
+        self._further = arguments.further(kwargs, HFLM, AdaInferLM)
+        if not isinstance(pretrained, str):
+            arguments.check_beside_object(pretrained, kwargs, self._further)
         if kwargs.get("backend") == "seq2seq":
             raise AdaInferError("backend: seq2seq is not supported; adainfer needs a decoder-only model")
         if kwargs.get("tp_plan") is not None:
@@ -162,7 +179,9 @@ class AdaInferLM(HFLM):
             )
         if self.shortlist:
             self.anatomy.require_candidates()
-        self.fingerprint = self._fingerprint()
+        self._identified = ""  # the fingerprint, for the length of a run
+        if any(weight.device.type == "meta" for weight in self.model.parameters()):
+            self.anatomy.weights_hash(self.model)  # offloaded weights are read for it once, and not while documents wait
         self.seconds = 0.0
         self.generating_seconds = 0.0
         self.generated_tokens = 0
@@ -190,6 +209,7 @@ class AdaInferLM(HFLM):
             raise AdaInferError(
                 f"pretrained: {pretrained!r} is neither a model's folder nor one that the hub gives ({found:.200})"
             ) from error
+        arguments.check_spelling(self._further, self._config)
         if getattr(self._config, "is_encoder_decoder", False):
             raise AdaInferError(
                 f"pretrained: {pretrained} is an encoder-decoder model ({self._config.model_type}), "
@@ -238,25 +258,27 @@ class AdaInferLM(HFLM):
         name = self._pretrained_name
         return name if isinstance(name, str) else (getattr(name, "name_or_path", "") or type(name).__name__)
 
-    def _fingerprint(self) -> str:
-        """16 hex digits of whatever changes an answer: the model, its window and dtype, the stopper, the schedule."""
-        identity = {
-            "model": self._model_name(),
-            "weights": self.anatomy.weights_hash(),
-            "softmax_dtype": str(self.softmax_dtype),
-            "n_blocks": self.n_blocks,
-            "dtype": str(self._dtype()),
-            "autocast": str(self.mixed_precision_dtype),
-            "max_length": self.max_length,
-            "add_bos_token": str(self.add_bos_token),
-            "prefix_token_id": self.prefix_token_id,
-            "stopper": self.stopper.describe(),
-            "schedule": self.schedule.describe(),
-            "log_features": self._log_features,
-            "generation": self.generation,
-            **({"kv_policy": self.kv_policy, "shortlist": self.shortlist} if self.generation == "early" else {}),
-        }
-        return hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()[:16]
+    @property
+    def fingerprint(self) -> str:
+        """16 hex digits of whatever changes an answer (``identity``), derived anew whenever no run is going on."""
+        return self._identified or identity.fingerprint(self)
+
+    @contextmanager
+    def identified(self) -> Iterator[None]:
+        """Derive the fingerprint once for all answers that are given inside, and hold the cache to it.
+
+        Raises:
+            AdaInferError: Where the model is no longer the one whose answers the cache holds.
+        """
+        if self._identified:
+            yield
+            return
+        self._identified = identity.fingerprint(self)
+        try:
+            self._require_own_answers(self.cache_hook.dbdict)
+            yield
+        finally:
+            self._identified = ""
 
     def _dtype(self) -> torch.dtype:
         return next(self.model.parameters()).dtype
@@ -298,6 +320,7 @@ class AdaInferLM(HFLM):
         )
 
     # ------------------------------------------------------------------ loglikelihood
+    @_identified
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[Any]:
         """As HFLM's, every answer with its document's exit trace."""
         for context, continuation in (r.args for r in requests):
@@ -312,6 +335,7 @@ class AdaInferLM(HFLM):
         finally:
             self._document_keys = []
 
+    @_identified
     def _loglikelihood_tokens(
         self,
         requests: list[TokenRequest],
@@ -398,6 +422,15 @@ class AdaInferLM(HFLM):
             )
         return (context + continuation)[-(self.max_length + 1) :][:-1]
 
+    def _batch_scheduler(self, pos: int, n_reordered_requests: Sequence[Any]) -> int:
+        """As HFLM's, which (0.4.13) divides by zero where there are fewer rows than sections."""
+        before = self.batch_schedule
+        self.batch_schedule = min(before, len(n_reordered_requests))
+        try:
+            return super()._batch_scheduler(pos, n_reordered_requests)
+        finally:
+            self.batch_schedule = before
+
     def _batches(self, documents: Sequence[Document], fixed: int | None) -> Iterator[tuple[list[list[Document]], int]]:
         """Batches that are run together, and their batch size; sets the engine's prefix.
 
@@ -428,6 +461,8 @@ class AdaInferLM(HFLM):
                     if not more.fits(size, ordered[start].longest, self.engine.prefix is not None):
                         break
                     load, end = more, end + 1
+                for row in range(position + 1, position + load.rows if shapes else 0):
+                    self._batch_scheduler(row, shapes)  # stock asks at every row, so that it skips no section
                 yield ordered[start:end], size
                 start, position = end, position + load.rows
 
@@ -464,6 +499,7 @@ class AdaInferLM(HFLM):
         return self._found_sharing
 
     # ------------------------------------------------------------------ rolling and generation
+    @_identified
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[Any]:
         """As HFLM's, every token scored at its own exit block; the saving is counted as if it had been run."""
         texts: list[list[Row]] = [[] for _ in requests]  # their windows
@@ -508,6 +544,7 @@ class AdaInferLM(HFLM):
         logprob = sum(answer.logprob for row, _ in parts for answer in row.answers)
         return Rolling(logprob, self.engine.trace_tokens(parts, self.fingerprint))
 
+    @_identified
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[Any]:
         """As HFLM's at batch size 1, every text with its exit trace.
 
@@ -573,6 +610,7 @@ class AdaInferLM(HFLM):
                     "give max_gen_toks instead"
                 )
 
+    @_identified
     def _model_generate(self, context: torch.Tensor, max_length: int, stop: list[str], **kwargs: Any) -> torch.Tensor:
         """HFLM's call for one batch: [B, S] left-padded ids to [B, S + new]; notes every row's trace."""
         early = self._windows is not None and self.generation == "early"  # dense while tracing, whatever came before
@@ -656,19 +694,31 @@ class AdaInferLM(HFLM):
 
         lm-eval's keys hash the method and the arguments alone, so a cache says itself whose it is.
         """
-        answers = cache_hook.dbdict
-        if answers is not None:
-            found = answers.get(_FINGERPRINT_KEY)
-            if found is None and len(answers) == 0:
-                answers[_FINGERPRINT_KEY] = self.fingerprint
-                answers.commit()
-            elif found != self.fingerprint:
-                whose = "no adainfer model's" if found is None else f"those of fingerprint {found}"
-                raise AdaInferError(
-                    f"use_cache: its answers are {whose}, not this model's and stopper's ({self.fingerprint}); "
-                    "give another path"
-                )
+        self._require_own_answers(cache_hook.dbdict)
         super().set_cache_hook(_TextHook(cache_hook, self))
+
+    @contextmanager
+    def without_cache(self) -> Iterator[None]:
+        """Keep answers out of the response cache for a while."""
+        before = self.cache_hook
+        self.set_cache_hook(CacheHook(None))
+        try:
+            yield
+        finally:
+            self.cache_hook = before
+
+    def _require_own_answers(self, answers: Any) -> None:
+        if answers is None:
+            return
+        mine, found = self.fingerprint, answers.get(_FINGERPRINT_KEY)
+        if found is None and len(answers) == 0:
+            answers[_FINGERPRINT_KEY] = mine
+            answers.commit()
+        elif found != mine:
+            whose = "no adainfer model's" if found is None else f"those of fingerprint {found}"
+            raise AdaInferError(
+                f"use_cache: its answers are {whose}, not this model's and stopper's ({mine}); give another path"
+            )
 
     def _remember(self, finished: dict[str, Any]) -> None:
         """Store a whole document's answers in one transaction: a killed run leaves no half document behind."""
@@ -777,8 +827,10 @@ def _nothing_to_score(continuation: str) -> AdaInferError:
 def _check_numbers(options: dict[str, Any]) -> None:
     """Refuse what HFLM would only trip over later."""
     size = options.get("batch_size", 1)
-    if size is not None and not str(size).startswith("auto") and not (str(size).isdecimal() and int(size) > 0):
-        raise AdaInferError(f"batch_size: {size!r} is neither a number of 1 or more nor auto")
+    name, colon, sections = str(size).partition(":")
+    number = sections if name == "auto" and colon else "1" if name == "auto" or size is None else str(size)
+    if not (number.isdecimal() and int(number) > 0):
+        raise AdaInferError(f"batch_size: {size!r} is neither a number of 1 or more nor auto nor auto:4")
     length = options.get("max_length")
     if length is not None and not (str(length).isdecimal() and int(length) > 0):
         raise AdaInferError(f"max_length: {length!r} is no number of 1 or more")

@@ -1,16 +1,17 @@
 """Exit statistics beside the task's own metrics: in the table, the JSON, the samples and the group rows.
 
-lm-eval has no hook for this. When an AdaInferLM is built, ``lm_eval.evaluator.evaluate`` is wrapped; for our model,
-and for it alone, each task *instance* gets its own ``process_results``, ``aggregation`` and so on for the length of
+lm-eval has no hook for this. When an AdaInferLM is built, ``lm_eval.evaluator.evaluate`` is given other code; for our
+model, and for it alone, each task *instance* gets its own ``process_results``, ``aggregation`` and so on for the length of
 the call. The metrics are defined in ``docs/numbers.md``.
 """
 
 from __future__ import annotations
 
-import functools
+import inspect
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from types import FunctionType
 from typing import TYPE_CHECKING, Any
 
 from lm_eval.api.metrics import mean
@@ -35,52 +36,68 @@ MEANS = {
 }
 VARIANCE = "exit_layer_var"
 TOP1 = "top1_acc"
+_STOCK = "_adainfer_stock_evaluate"  # in the module of ``evaluate``
 
 
 def install() -> None:
-    """Wrap ``evaluate`` once, wherever lm-eval keeps it."""
-    import lm_eval
+    """Let lm-eval's ``evaluate`` gather exit statistics, whoever has imported it, and whenever.
+
+    Scripts may hold the function under any name before a model is built, so the function itself is given other code
+    (in 0.4.13 it is a plain function of ``lm_eval.evaluator``). The code that it had is kept beside it.
+    """
     from lm_eval import evaluator
 
-    if getattr(evaluator.evaluate, "adainfer", False):
+    function: Any = inspect.unwrap(evaluator.evaluate)  # below whatever others have put around it
+    if function.__code__ is _stand_in.__code__:
         return
-    wrapped = _wrap(evaluator.evaluate)
-    if getattr(lm_eval, "evaluate", None) is evaluator.evaluate:
-        lm_eval.evaluate = wrapped  # type: ignore[attr-defined]
-    evaluator.evaluate = wrapped
+    stock: Any = FunctionType(
+        function.__code__, function.__globals__, function.__name__, function.__defaults__, function.__closure__
+    )
+    stock.__kwdefaults__ = function.__kwdefaults__
+    function.__globals__[_STOCK] = stock
+    function.__signature__ = inspect.signature(stock)  # that of the new code would tell nobody anything
+    function.__code__ = _stand_in.__code__
 
 
-def _wrap(evaluate: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(evaluate)
-    def with_exit_statistics(lm: Any, task_dict: Any, *args: Any, **kwargs: Any) -> Any:
-        from lm_eval.evaluator_utils import _handle_back_comp
+def _stand_in(*args: Any, **kwargs: Any) -> Any:
+    """What ``evaluate`` runs now; its globals are those of lm-eval's module, so it names all that it needs."""
+    from lm_eval_adainfer.reporting import evaluate_with_exit_statistics
 
-        from lm_eval_adainfer.model import AdaInferLM
+    return evaluate_with_exit_statistics(_adainfer_stock_evaluate, *args, **kwargs)  # type: ignore[name-defined] # noqa: F821
 
-        model = getattr(lm, "lm", lm)  # --use_cache hands in a CachingLM
-        if not isinstance(model, AdaInferLM):
-            return evaluate(lm, task_dict, *args, **kwargs)
-        if "tasks" in task_dict:
-            tasks, groups = task_dict["tasks"], task_dict.get("groups", {})
-        else:
-            groups, tasks = _handle_back_comp(task_dict)
-        before, model.run_totals = model.totals(), {}  # one model object may be evaluated several times
-        with ExitStack() as stack:
-            watches = {name: stack.enter_context(_watched(task, model)) for name, task in tasks.items()}
-            for group in groups.values():
-                stack.enter_context(_group_metrics(group, tasks))
-            results = evaluate(lm, task_dict, *args, **kwargs)
-        spent = {name: value - before[name] for name, value in model.totals().items()}
-        gathered = model.gather_object(({name: watch.documents for name, watch in watches.items()}, spent))
-        if gathered is not None and model.rank == 0:
-            documents = {name: _merge([part[0][name] for part in gathered]) for name in watches}
-            model.run_totals = _add_up([part[1] for part in gathered])
-            if results is not None:
-                _finish(results, documents, groups)
-        return results
 
-    with_exit_statistics.adainfer = True  # type: ignore[attr-defined]
-    return with_exit_statistics
+def evaluate_with_exit_statistics(
+    evaluate: Callable[..., Any], lm: Any, task_dict: Any, *args: Any, **kwargs: Any
+) -> Any:
+    """As lm-eval's ``evaluate``; where the model is ours, its exit statistics are among the results."""
+    from lm_eval.evaluator_utils import _handle_back_comp
+
+    from lm_eval_adainfer.model import AdaInferLM
+
+    model = getattr(lm, "lm", lm)  # --use_cache hands in a CachingLM
+    if not isinstance(model, AdaInferLM):
+        return evaluate(lm, task_dict, *args, **kwargs)
+    if "tasks" in task_dict:
+        tasks, groups = task_dict["tasks"], task_dict.get("groups", {})
+    else:
+        groups, tasks = _handle_back_comp(task_dict)
+    before, model.run_totals = model.totals(), {}  # one model object may be evaluated several times
+    with ExitStack() as stack:
+        if model is lm:  # a cache that an earlier run was given is not this one's
+            stack.enter_context(model.without_cache())
+        stack.enter_context(model.identified())
+        watches = {name: stack.enter_context(_watched(task, model)) for name, task in tasks.items()}
+        for group in groups.values():
+            stack.enter_context(_group_metrics(group, tasks))
+        results = evaluate(lm, task_dict, *args, **kwargs)
+    spent = {name: value - before[name] for name, value in model.totals().items()}
+    gathered = model.gather_object(({name: watch.documents for name, watch in watches.items()}, spent))
+    if gathered is not None and model.rank == 0:
+        documents = {name: _merge([part[0][name] for part in gathered]) for name in watches}
+        model.run_totals = _add_up([part[1] for part in gathered])
+        if results is not None:
+            _finish(results, documents, groups)
+    return results
 
 
 class _Watch:
@@ -106,20 +123,26 @@ class _Watch:
     def metrics(self, doc: Any) -> dict[str, float]:
         """The current document's exit statistics, from its responses (filters build new strings)."""
         instances = self.instances()
-        # lm-eval pads processes to equal numbers of requests; what it asked twice it appends
-        traces = [self._trace_of(response) for i in instances for response in i.resps[: i.repeats]]
-        layers = {t.exit_layer for t in traces}
-        if instances[0].request_type == "loglikelihood" and len(layers) > 1:
+        kinds: dict[str, list[ExitTrace]] = defaultdict(list)
+        for i in instances:  # lm-eval pads processes to equal numbers of requests; what it asked twice it appends
+            kinds[i.request_type] += [self._trace_of(response) for response in i.resps[: i.repeats]]
+        layers = {t.exit_layer for t in kinds["loglikelihood"]}
+        if len(layers) > 1:
             raise AdaInferError(
                 f"use_cache: answers of document {self.current} of task {instances[0].task_name} were scored after "
                 f"different blocks ({', '.join(f'{x:g}' for x in sorted(layers))}); run it without --use_cache"
             )
-        values = {name: sum(getattr(t, name) for t in traces) / len(traces) for name in MEANS}
+        # every kind of request decides for itself, and counts once, however many of its requests there are
+        means = [{name: mean([getattr(t, name) for t in ts]) for name in MEANS} for ts in kinds.values() if ts]
+        values = {name: mean([one[name] for one in means]) for name in MEANS}
+        traces = [t for ts in kinds.values() for t in ts]
+        features = [t.features for t in traces if t.features is not None]
+        generated = [t.layers for t in traces if t.layers is not None]
         self.documents[self.true_id] = {
             "exit_layer": values["exit_layer"],
-            **({"adainfer_features": traces[0].features} if traces[0].features is not None else {}),
+            **({"adainfer_features": features[0]} if features else {}),
             **({"dropped_blocks": self.dropped_blocks} if self.dropped_blocks else {}),
-            **({"exit_layers": [t.layers for t in traces]} if traces[0].layers is not None else {}),
+            **({"exit_layers": generated} if generated else {}),
         }
         if (top1 := self._top1(doc, instances)) is not None:
             values[TOP1] = top1

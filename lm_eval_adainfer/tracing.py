@@ -44,6 +44,7 @@ from lm_eval_adainfer.asking import Asking
 from lm_eval_adainfer.errors import AdaInferError
 from lm_eval_adainfer.features import Observation
 from lm_eval_adainfer.forward import BlockState, run_blocks
+from lm_eval_adainfer.identity import generation_settings, tokenizer_hash
 from lm_eval_adainfer.qa_task import canonical_json, stable_hash
 from lm_eval_adainfer.scoring import CHUNK_ELEMENTS, Answer, Document, Row, available_features
 
@@ -263,6 +264,7 @@ def trace(
             with _documents_of(task, name, split, limit, seed, shots) as doc_ids:
                 task.set_fewshot_seed(seed=fewshot_seed)
                 asked.build_requests(lm, task)
+                instances = _traced_instances(task, name)
                 identity = {
                     **model,
                     "task": name,
@@ -274,7 +276,7 @@ def trace(
                     "seed": seed,
                     "fewshot_seed": fewshot_seed,
                     **asked.identity(lm, task.OUTPUT_TYPE),
-                    "requests": f"{stable_hash(*(text for i in task.instances for text in i.args)):x}"[:16],
+                    "requests": f"{stable_hash(*(text for i in instances for text in i.args)):x}"[:16],
                 }
                 if path.exists():
                     found, _ = read(path)
@@ -287,7 +289,7 @@ def trace(
                     _logger.info("%s is there already, made with the same settings", path)
                     shutil.rmtree(_parts_folder(path), ignore_errors=True)
                     continue
-                arrays = _in_parts(lm, task, name, path, identity, doc_ids)
+                arrays = _in_parts(lm, task, name, instances, path, identity, doc_ids)
             meta = {
                 **identity,
                 "features": list(available_features(lm.anatomy)),
@@ -302,16 +304,41 @@ def trace(
     return files
 
 
+def _traced_instances(task: Any, name: str) -> list[Any]:
+    """The requests that a task's file holds: where documents mix kinds, those of the task's own output type.
+
+    Raises:
+        AdaInferError: Where it has none of these.
+    """
+    kind = "generate_until" if task.OUTPUT_TYPE == "generate_until" else "loglikelihood"
+    chosen = [i for i in task.instances if i.request_type == kind]
+    others = ", ".join(sorted({i.request_type for i in task.instances} - {kind}))
+    if others and not chosen:
+        raise AdaInferError(
+            f"tasks: {name} is a {task.OUTPUT_TYPE} task, but its documents make {others} requests alone, so there is "
+            "nothing of its kind to trace"
+        )
+    if others:
+        _logger.warning("tasks: documents of %s also make %s requests; only those of %s are traced", name, others, kind)
+    return chosen
+
+
 def _parts_folder(path: Path) -> Path:
     return path.with_name(f"{path.name}.parts")
 
 
 def _in_parts(
-    lm: AdaInferLM, task: Any, name: str, path: Path, identity: dict[str, Any], doc_ids: Sequence[int]
+    lm: AdaInferLM,
+    task: Any,
+    name: str,
+    asked: Sequence[Any],
+    path: Path,
+    identity: dict[str, Any],
+    doc_ids: Sequence[int],
 ) -> dict[str, np.ndarray]:
     """Arrays of a task's documents, made and kept so many at a time; parts that an equal call left are taken over."""
     by_document: dict[int, list[Any]] = defaultdict(list)
-    for instance in task.instances:
+    for instance in asked:
         by_document[instance.doc_id].append(instance)
     order = list(by_document)
     parts: list[dict[str, np.ndarray]] = []
@@ -404,6 +431,8 @@ def model_identity(lm: AdaInferLM) -> dict[str, Any]:
         "n_blocks": lm.anatomy.n_blocks,
         "head_hash": lm.anatomy.head_hash(),
         "weights_hash": lm.anatomy.weights_hash(),
+        "tokenizer_hash": tokenizer_hash(lm.tokenizer),
+        "generation_config": generation_settings(lm.model),
         "max_length": lm.max_length,
         "dtype": str(lm._dtype()),
         "autocast": str(lm.mixed_precision_dtype),

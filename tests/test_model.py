@@ -139,6 +139,49 @@ def test_results_do_not_depend_on_order_batch_size_or_limit(tokenizer):
                 assert a[0] == pytest.approx(logprob, rel=2e-6, abs=1e-4)
 
 
+class Detector:
+    """Takes the place of the search for the largest batch size; longer rows get smaller batches."""
+
+    def __init__(self, lm, size):
+        self.asked, self.size = [], size
+        lm._detect_batch_size = self
+        lm.max_batch_size = 64
+
+    def __call__(self, rows=None, pos=0):
+        self.asked.append(pos)
+        return self.size(len(rows[pos][1])) if rows else 3
+
+
+@pytest.mark.parametrize("schedule", [1, 4, 7])
+@pytest.mark.parametrize("size", [lambda n: 5, lambda n: 64, lambda n: max(1, 20 - n)], ids=["5", "64", "falling"])
+def test_auto_batch_sizes_are_found_as_stock_finds_them_at_any_number_of_documents(schedule, size, tokenizer):
+    model = make_model("llama", vocab_size=257)
+    both = [cls(pretrained=model, tokenizer=tokenizer, batch_size=f"auto:{schedule}", max_length=64)
+            for cls in (HFLM, AdaInferLM)]  # fmt: skip
+    for n in (1, 2, 3, 5, 6, 7, 10, 11, 13, 22):
+        asked = [instance("x" * (1 + k), " y", k) for k in range(n)]
+        detectors = [Detector(lm, size) for lm in both]
+        theirs = both[0].loglikelihood(asked, True) if n >= schedule else None  # fewer rows than sections: stock fails
+        ours = both[1].loglikelihood(asked, True)
+        assert len(ours) == n and all(isinstance(a[0], float) for a in ours)
+        if theirs is not None:
+            assert detectors[1].asked == detectors[0].asked and both[1].batch_sizes == both[0].batch_sizes
+            assert [a[0] for a in ours] == pytest.approx([a[0] for a in theirs], abs=1e-4)
+
+
+def test_documents_of_several_rows_jump_over_sections_of_auto_batch_sizes(tokenizer):
+    lm = lm_of(make_model("llama", vocab_size=257), tokenizer, stopper="gap:0.3", batch_size="auto:4")
+    expected = lm_of(lm.model, tokenizer, stopper="gap:0.3", batch_size=4)
+    for n in (1, 2, 4, 7, 11):
+        asked = [instance(f"{'x' * k}{c}", " y", k, idx=c) for k in range(n) for c in range(1 + k % 5)]
+        for size in (1, 5, 64):
+            detector = Detector(lm, lambda _, size=size: size)
+            found = lm.loglikelihood(asked, True)
+            for a, b in zip(found, expected.loglikelihood(asked, True), strict=True):
+                assert a[0] == pytest.approx(b[0], abs=1e-4) and a.trace.exit_layer == b.trace.exit_layer
+            assert len(detector.asked) == len(set(detector.asked)) <= len(lm.batch_sizes)
+
+
 def test_left_truncation_moves_the_decision(tokenizer):
     model = make_model("llama", vocab_size=257)
     lm = lm_of(model, tokenizer, stopper="gap:0.3", max_length=12)
@@ -293,6 +336,8 @@ def test_answers_survive_pickling_with_their_trace(tokenizer):
         ({"log_features": "perhaps"}, ["log_features", "perhaps"]),
         ({"batch_size": 0}, ["batch_size", "0"]),
         ({"batch_size": "abc"}, ["batch_size", "abc", "auto"]),
+        ({"batch_size": "auto:0"}, ["batch_size", "auto:0", "auto:4"]),
+        ({"batch_size": "auto:x"}, ["batch_size", "auto:x", "auto:4"]),
         ({"max_length": "abc"}, ["max_length", "abc"]),
         ({"dtype": "foo"}, ["dtype", "foo", "float32"]),
     ],

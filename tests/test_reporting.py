@@ -2,16 +2,29 @@
 
 from __future__ import annotations
 
+import functools
+import importlib
 import json
+import logging
 import os
+import subprocess
+import sys
 from pathlib import Path
 
+import datasets
+import lm_eval
 import numpy as np
 import pytest
-from conftest import in_two_processes, our_tasks
+from conftest import byte_tokenizer, in_two_processes, make_model, our_tasks
 from lm_eval import simple_evaluate
+from lm_eval.api.instance import Instance
+from lm_eval.api.metrics import mean
+from lm_eval.api.task import ConfigurableTask
+from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
+from test_tracing import documents
 
+from lm_eval_adainfer import tracing
 from lm_eval_adainfer.errors import AdaInferError
 from lm_eval_adainfer.model import AdaInferLM
 
@@ -288,3 +301,183 @@ def test_two_processes_give_the_same_numbers(folder, run, tmp_path):
         assert row == pytest.approx(statistics(run)[task], abs=1e-6)
     assert found["config"]["adainfer"]["processes"] == 2
     assert found["config"]["adainfer"]["tokens_counted"] == run["config"]["adainfer"]["tokens_counted"]
+
+
+def wrapped(module):
+    """As another package might do it, before a model of ours is built."""
+    stock = module.evaluate
+    module.evaluate = functools.wraps(stock)(lambda *args, **kwargs: stock(*args, **kwargs))
+    return module.evaluate
+
+
+HOLDS = {
+    "the function": lambda module: module.evaluate,
+    "the package's": lambda module: lm_eval.evaluate,
+    "the package": lambda module: lambda *args, **kwargs: lm_eval.evaluate(*args, **kwargs),
+    "the module": lambda module: lambda *args, **kwargs: module.evaluate(*args, **kwargs),
+    "a partial": lambda module: functools.partial(module.evaluate, bootstrap_iters=0),
+    "a wrapper in its place": wrapped,
+    "what lies under a wrapper": lambda module: (module.evaluate, wrapped(module))[0],
+    "simple_evaluate": lambda module: lambda lm, tasks, limit: module.simple_evaluate(
+        lm, tasks=list(tasks["tasks"].values()), limit=limit, bootstrap_iters=0, task_manager=our_tasks()
+    ),
+}
+
+
+@pytest.mark.parametrize("when", ["before", "between", "after"])
+@pytest.mark.parametrize("what", HOLDS)
+def test_no_import_order_loses_the_exit_metrics(what, when, folder, manager, monkeypatch):
+    """``evaluate`` is bound before the model is built, between two models, or after; each time from a fresh module."""
+    monkeypatch.delitem(sys.modules, "lm_eval.evaluator")
+    monkeypatch.setattr(lm_eval, "evaluator", None)
+    module = importlib.import_module("lm_eval.evaluator")
+    build = lambda: AdaInferLM(pretrained=str(folder), stopper="gap:0.3", device="cpu", batch_size=4)  # noqa: E731
+    built = build() if when != "before" else None
+    evaluate = HOLDS[what](module)
+    lm = built if when == "after" else build()
+    tasks = manager.load(["adainfer_demo_fact"])
+    for task in tasks["tasks"].values():
+        task.set_fewshot_seed(1)
+    row = evaluate(lm, tasks, limit=3)["results"]["adainfer_demo_fact"]
+    assert {f"{name},none" for name in [*MEANS, "exit_layer_var", "top1_acc"]} <= set(row)
+
+
+def test_a_script_that_imports_evaluate_first_gets_exit_metrics_without_the_start_up_hook(folder):
+    script = """
+import sys, json
+sys.path[:0] = json.loads(sys.argv[2])  # -S: no site-packages, and no .pth file either
+from lm_eval.evaluator import evaluate
+from lm_eval_adainfer import AdaInferLM
+from conftest import our_tasks
+lm = AdaInferLM(pretrained=sys.argv[1], stopper="gap:0.3", device="cpu", batch_size=4)
+tasks = our_tasks().load(["adainfer_demo_fact"])
+tasks["tasks"]["adainfer_demo_fact"].set_fewshot_seed(1)
+print(sorted(evaluate(lm, tasks, limit=2)["results"]["adainfer_demo_fact"]))
+"""
+    path = json.dumps([*sys.path, str(Path(__file__).parent)])
+    command = [sys.executable, "-S", "-c", script, str(folder), path]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert all(f"'{name},none'" in done.stdout for name in [*MEANS, "exit_layer_var", "top1_acc"])
+
+
+def test_evaluate_is_what_it_was_to_those_who_look_at_it(folder):
+    """Written for lm-eval 0.4.13: a plain function, whose code is exchanged."""
+    import inspect
+
+    from lm_eval.evaluator import evaluate as theirs
+
+    AdaInferLM(pretrained=str(folder), device="cpu")
+    AdaInferLM(pretrained=str(folder), device="cpu")
+    assert list(inspect.signature(theirs).parameters)[:3] == ["lm", "task_dict", "limit"]
+    assert theirs.__name__ == "evaluate" and "Instantiate and evaluate" in theirs.__doc__
+    with pytest.raises(ValueError, match="Either 'limit' or 'samples' must be None"):
+        theirs(None, {}, 3, {"t": [1]})
+
+
+# ------------------------------------------------------------------------------------------------ mixed documents
+class Mixed(ConfigurableTask):
+    """As stock squadv2: every document generates a text and scores an answer."""
+
+    VERSION = 1
+    DATASET_PATH = "unused"
+
+    def __init__(self, order, output_type="generate_until"):
+        self.order = order
+        splits = {"train": documents(4, 1), "test": documents(6, 2)}
+        super().__init__(
+            config={
+                "task": "mixed", "output_type": output_type, "training_split": "train", "test_split": "test",
+                "custom_dataset": lambda **_: {k: datasets.Dataset.from_list(v) for k, v in splits.items()},
+                "doc_to_text": "{{question}}", "doc_to_target": "{{choices[answer]}}", "num_fewshot": 0,
+            }
+        )  # fmt: skip
+
+    def construct_requests(self, doc, ctx, **kwargs):
+        kwargs = {k: v for k, v in kwargs.items() if k not in ("apply_chat_template", "chat_template")}
+        arguments = {
+            "generate_until": [(ctx, {"until": ["\n"], "max_gen_toks": 5})],
+            "loglikelihood": [(ctx, " unanswerable"), (ctx, " no")],
+            "loglikelihood_rolling": [(ctx,)],
+        }
+        return [Instance(kind, doc, one, n, **kwargs) for kind in self.order for n, one in enumerate(arguments[kind])]
+
+    def process_results(self, doc, results):
+        assert len(results) == sum(2 if kind == "loglikelihood" else 1 for kind in self.order)
+        texts = [r for r in results if isinstance(r, str)]
+        return {"length": float(len(texts[0])) if texts else 0.0}
+
+    def aggregation(self):
+        return {"length": mean}
+
+    def higher_is_better(self):
+        return {"length": True}
+
+
+ORDERS = [
+    ("generate_until", "loglikelihood"),
+    ("loglikelihood", "generate_until"),
+    ("loglikelihood_rolling", "loglikelihood"),
+    ("loglikelihood", "loglikelihood_rolling", "generate_until"),
+]
+
+
+def run_mixed(order, **kwargs):
+    model, tokenizer = make_model("llama", vocab_size=257, max_position_embeddings=512), byte_tokenizer()
+    found = {}
+    for cls, more in ((AdaInferLM, {"stopper": "gap:0.3"}), (HFLM, {})):
+        lm = cls(pretrained=model, tokenizer=tokenizer, batch_size=4, max_length=400, **more)
+        found[cls] = simple_evaluate(lm, tasks=[Mixed(order)], bootstrap_iters=0, task_manager=our_tasks(), **kwargs)
+    return found[AdaInferLM], found[HFLM]
+
+
+@pytest.mark.parametrize("order", ORDERS, ids="-".join)
+def test_documents_that_mix_kinds_of_requests_have_one_exit_layer_of_each_kind(order, tmp_path):
+    found, stock = run_mixed(order)
+    assert "length,none" in found["results"]["mixed"] and "length,none" in stock["results"]["mixed"]
+    several = 0
+    for sample in found["samples"]["mixed"]:
+        layers, texts = {}, []
+        for kind, (response,) in zip(sorted_by_index(order), sample["resps"], strict=True):
+            layers.setdefault(kind, set()).add(response.trace.exit_layer)
+            if kind == "generate_until":
+                texts.append(list(response.trace.layers))
+                assert response.trace.exit_layer == pytest.approx(sum(texts[0]) / len(texts[0]))
+        assert all(len(found_layers) == 1 for found_layers in layers.values())  # compared requests share a block
+        each = [next(iter(found_layers)) for found_layers in layers.values()]
+        several += len(set(each)) > 1
+        assert sample["exit_layer"] == pytest.approx(sum(each) / len(each))
+        assert sample["pruning_ratio"] == pytest.approx(1 - sample["exit_layer"] / 5)
+        assert [list(x) for x in sample.get("exit_layers", [])] == texts
+    assert several
+    cached = run_mixed(order, use_cache=str(tmp_path / "cache"))[0]
+    assert statistics(cached) == statistics(found)
+
+
+def sorted_by_index(order):
+    """lm-eval sorts a document's requests by their index; equal ones keep their order."""
+    pairs = [(n, kind) for kind in order for n in range(2 if kind == "loglikelihood" else 1)]
+    return [kind for _, kind in sorted(pairs, key=lambda pair: pair[0])]
+
+
+@pytest.mark.parametrize("order", ORDERS[:2] + ORDERS[3:], ids="-".join)
+@pytest.mark.parametrize("output_type", ["generate_until", "loglikelihood"])
+def test_of_mixed_documents_the_requests_of_the_tasks_kind_are_traced(order, output_type, tmp_path, caplog):
+    model, tokenizer = make_model("llama", vocab_size=257, max_position_embeddings=512), byte_tokenizer()
+    lm = AdaInferLM(pretrained=model, tokenizer=tokenizer, batch_size=4, max_length=400)
+    with caplog.at_level(logging.WARNING, "lm_eval_adainfer"):
+        (path,) = tracing.trace(lm, {"mixed": Mixed(order, output_type)}, tmp_path)
+    meta, arrays = tracing.read(path)
+    assert meta["output_type"] == output_type and set(arrays["doc_id"].tolist()) == set(range(4))
+    assert arrays["scores"].shape[2] == (0 if output_type == "generate_until" else 2)
+    said = [r.getMessage() for r in caplog.records if r.getMessage().startswith("tasks: ")]
+    other = next(kind for kind in order if kind != output_type)
+    assert len(said) == 1 and other in said[0]
+
+
+def test_a_task_that_makes_no_request_of_its_own_kind_is_refused_before_the_model_runs(tmp_path):
+    model, tokenizer = make_model("llama", vocab_size=257, max_position_embeddings=512), byte_tokenizer()
+    lm = AdaInferLM(pretrained=model, tokenizer=tokenizer, batch_size=4, max_length=400)
+    with pytest.raises(AdaInferError, match=r"^tasks: mixed is a generate_until task, but .*loglikelihood requests"):
+        tracing.trace(lm, {"mixed": Mixed(("loglikelihood",))}, tmp_path)
+    assert lm.engine.tokens == 0 and not list(tmp_path.iterdir())

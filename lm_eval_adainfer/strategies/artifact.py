@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from lm_eval_adainfer import container, paths
-from lm_eval_adainfer.errors import AdaInferError
+from lm_eval_adainfer.errors import AdaInferError, nearest
 from lm_eval_adainfer.strategies import shortgpt
 from lm_eval_adainfer.strategies.base import Stopper
 from lm_eval_adainfer.strategies.crf import CRFStopper
@@ -135,10 +136,47 @@ def parse(spec: Any) -> Stopper:
         return _shortgpt(value, text)
     if text in built_in() and not Path(text).exists():
         return load(built_in()[text])
-    if not Path(text).exists() and not any(c in text for c in "./\\"):
+    if not Path(text).exists() and not _looks_like_a_path(text):
         names = [*SPECS, *built_in()]
-        raise AdaInferError(f"stopper: {text!r} is neither a known strategy ({', '.join(names)}) nor a stopper file")
+        meant = _meant(text)
+        raise AdaInferError(
+            f"stopper: {text!r} is neither a known strategy ({', '.join(names)}) nor a stopper file"
+            + (f"; {meant} is probably meant" if meant else "")
+        )
     return load(text)
+
+
+def _looks_like_a_path(text: str) -> bool:
+    """Whether a file is meant: the text has a folder or an extension in it, and is neither a number nor a slip."""
+    return any(c in text for c in "./\\") and not _is_number(_bare(text)) and _meant(text) is None
+
+
+def _meant(text: str) -> str | None:
+    """What ``gap=0.8``, ``GAP:0.8`` or ``softmx:0.9`` was probably meant to say; None where that is not clear."""
+    parts = re.fullmatch(r"([a-z]+)[^a-z0-9.]*(.*)", _bare(text).lower(), re.DOTALL)
+    examples = {spec.partition(":")[0]: spec for spec in SPECS} | {name: name for name in built_in()}
+    name = nearest(parts[1], examples) if parts else None
+    if parts is None or name is None:
+        return None
+    value = _bare(text)[parts.start(2) :].strip()
+    if not value:
+        return "gap" if name == "gap" else examples[name]
+    if ":" not in examples[name]:  # it takes no value
+        return None
+    fits = value.lower().startswith(("last", "bi:")) if name == "shortgpt" else _is_number(value)
+    return f"{name}:{value}" if fits else None
+
+
+def _bare(text: str) -> str:
+    return text.removeprefix("stopper=").strip()
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
 
 
 def _shortgpt(value: str, text: str) -> Stopper:

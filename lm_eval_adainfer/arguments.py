@@ -1,0 +1,86 @@
+"""Arguments that nobody would miss: HFLM swallows misspelt ones, and those that a model object has no use for."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from lm_eval.models.huggingface import HFLM
+from lm_eval.models.utils_hf import get_dtype
+
+from lm_eval_adainfer.errors import AdaInferError, nearest
+
+_logger = logging.getLogger(__name__)
+
+# HFLM's arguments (lm-eval 0.4.13) that only act while a model is loaded by its name, and what to do instead
+_LOADING = {
+    "peft": "put the adapter on the model yourself, with peft.PeftModel.from_pretrained",
+    "delta": "add the delta weights yourself",
+    "autogptq": "load the quantised model yourself",
+    "gptqmodel": "load the quantised model yourself",
+    "gguf_file": "load the file yourself",
+    "parallelize": "load the model yourself with device_map=auto",
+    "max_memory_per_gpu": "load the model yourself with max_memory",
+    "max_cpu_memory": "load the model yourself with max_memory",
+    "offload_folder": "load the model yourself with offload_folder",
+    "tp_plan": "load the model yourself",
+}
+_SURE = 0.85  # how alike a slip and what was meant are; max_memory and max_cpu_memory, two arguments, are less so
+
+
+def known(*classes: type) -> list[str]:
+    """The named arguments of these classes' constructors."""
+    return [
+        name
+        for cls in classes
+        for name, parameter in inspect.signature(cls.__init__).parameters.items()
+        if name != "self" and parameter.kind is not inspect.Parameter.VAR_KEYWORD
+    ]
+
+
+def further(options: Mapping[str, Any], *classes: type) -> dict[str, str | None]:
+    """The options that are no argument of these classes, each with the one that it is most like, if any is."""
+    names = known(*classes)
+    return {name: nearest(name, names) for name in options if name not in names}
+
+
+def check_spelling(unknown: Mapping[str, str | None], config: Any) -> None:
+    """Refuse what is nearly one of our arguments; all else is for transformers, as are the config's own names.
+
+    Raises:
+        AdaInferError: On a slip.
+    """
+    for name, meant in unknown.items():
+        if meant and nearest(name, [meant], _SURE) and not hasattr(config, name):
+            raise AdaInferError(f"{name}: there is no such argument; {meant} is probably meant")
+
+
+def check_beside_object(model: Any, options: Mapping[str, Any], unknown: Mapping[str, str | None]) -> None:
+    """Refuse what would do nothing beside a model object, which is taken as it is.
+
+    Raises:
+        AdaInferError: On an argument that nobody knows, or that only acts while a model is loaded.
+    """
+    for name, meant in unknown.items():
+        instead = f"{meant} is probably meant" if meant else "set it on the model itself, or leave it out"
+        raise AdaInferError(f"{name}: there is no such argument beside a model object; {instead}")
+    for name, instead in _LOADING.items():
+        if options.get(name) not in (None, False, "", "False") and options[name] != _default(name):
+            raise AdaInferError(f"{name}: {options[name]!r} does nothing to a model object; {instead}")
+    dtype = options.get("dtype")
+    has = getattr(model, "dtype", None)
+    if dtype not in (None, "auto") and has is not None and get_dtype(dtype) != has:
+        raise AdaInferError(f"dtype: the model object is in {has}, not {dtype}; give another dtype with model.to(...)")
+    asked, lies = options.get("device"), getattr(model, "device", None)
+    if asked and isinstance(lies, torch.device) and torch.device(asked).type != lies.type != "meta":
+        _logger.warning("device: %s does nothing, the model object stays on %s; move it with model.to(...)", asked, lies)
+    for name in ("revision", "subfolder"):
+        if options.get(name) not in (None, "", _default(name)):
+            _logger.warning("%s: %r is the tokenizer's alone, the model object stays as it is", name, options[name])
+
+
+def _default(name: str) -> Any:
+    return inspect.signature(HFLM.__init__).parameters[name].default
