@@ -36,8 +36,8 @@ def known(*classes: type) -> list[str]:
     return [
         name
         for cls in classes
-        for name, parameter in inspect.signature(cls.__init__).parameters.items()
-        if name != "self" and parameter.kind is not inspect.Parameter.VAR_KEYWORD
+        for name, parameter in inspect.signature(cls).parameters.items()
+        if parameter.kind is not inspect.Parameter.VAR_KEYWORD
     ]
 
 
@@ -76,7 +76,7 @@ def check_beside_object(model: Any, options: Mapping[str, Any], unknown: Mapping
         raise AdaInferError(f"dtype: the model object is in {has}, not {dtype}; give another dtype with model.to(...)")
     asked, lies = options.get("device"), getattr(model, "device", None)
     if asked and isinstance(lies, torch.device) and torch.device(asked).type != lies.type != "meta":
-        _logger.warning("device: %s does nothing, the model object stays on %s; move it with model.to(...)", asked, lies)
+        _logger.warning("device: %s does nothing; the model object stays on %s until you move it", asked, lies)
     for name in ("revision", "subfolder"):
         if options.get(name) not in (None, "", _default(name)):
             _logger.warning("%s: %r is the tokenizer's alone, the model object stays as it is", name, options[name])

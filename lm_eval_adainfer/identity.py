@@ -7,8 +7,10 @@ answer of another model would be a wrong number.
 
 from __future__ import annotations
 
+import dis
 import functools
 import hashlib
+import inspect
 import json
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
@@ -82,7 +84,7 @@ def tokenizer_hash(tokenizer: Any) -> str:
         written = json.loads(backend.to_str())
         state["backend"] = {key: value for key, value in written.items() if key not in ("padding", "truncation")}
     else:  # one in Python has no common form; these are what such tokenizers are made of
-        pieces = getattr(tokenizer, "sp_model", None)
+        pieces: Any = getattr(tokenizer, "sp_model", None)
         state["vocabulary"] = tokenizer.get_vocab()
         state["added"] = repr(sorted(getattr(tokenizer, "added_tokens_decoder", {}).items()))
         state["merges"] = repr(sorted(getattr(tokenizer, "bpe_ranks", {}).items()))
@@ -95,12 +97,14 @@ def generation_settings(model: Any) -> dict[str, Any]:
     """What ``generate`` takes from the model's own generation config; HFLM always asks for a cache itself."""
     settings = getattr(model, "generation_config", None)
     found = {} if settings is None else settings.to_dict()
-    return {key: value for key, value in found.items() if key[0] != "_" and key not in ("use_cache", "transformers_version")}
+    unread = ("use_cache", "transformers_version")
+    return {key: value for key, value in found.items() if key[0] != "_" and key not in unread}
 
 
 def _config(config: Any) -> dict[str, Any]:
     """A model's config without where it was read, and by which release."""
-    return {key: value for key, value in config.to_dict().items() if key not in ("_name_or_path", "transformers_version")}
+    unread = ("_name_or_path", "transformers_version")
+    return {key: value for key, value in config.to_dict().items() if key not in unread}
 
 
 def _truncation(lm: AdaInferLM) -> list[str]:
@@ -115,22 +119,22 @@ def modules_hash(model: Any) -> str:
     """16 hex digits of what modules compute with beside tensors.
 
     That is: their numbers and switches (an epsilon, a scale, whether dropout is on), which adapters act, the hooks
-    that somebody has put on them, and a forward of their own.
+    that somebody has put on them (by their code and the numbers that they hold), and a forward of their own.
     """
     digest = hashlib.sha256()
     for path, module in model.named_modules():
-        found = vars(module)
-        state: dict[str, Any] = {key: repr(found[key]) for key in _ADAPTER if key in found}
+        own = vars(module)
+        state: dict[str, Any] = {key: repr(own[key]) for key in _ADAPTER if key in own}
         if not changes_by_itself(module):
             state |= {
                 key: repr(value)
-                for key, value in found.items()
+                for key, value in own.items()
                 if type(value) in (bool, int, float) and key[0] != "_" and "cached" not in key
             }
         acting = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
-        if "forward" in found and not hasattr(module, "_hf_hook"):
-            acting.append(found["forward"])
-        state["acting"] = [_callable(act) for act in acting if not _from_library(act)]
+        if "forward" in own and not hasattr(module, "_hf_hook"):
+            acting.append(own["forward"])
+        state["acting"] = [found for act in acting if not _from_library(act) and (found := _callable(act))]
         digest.update(json.dumps([path, type(module).__qualname__, state], sort_keys=True).encode())
     return digest.hexdigest()[:16]
 
@@ -146,14 +150,19 @@ def _from_library(act: Any) -> bool:
 
 
 def _callable(act: Any) -> list[Any]:
-    """A hook's code, and the tensors and floats that it holds; counters and the like don't change what it does."""
+    """A hook's code, and the tensors and floats that it holds; its counters and the like don't change what it does.
+
+    Nothing where it neither looks at its arguments nor holds a number: then it only notes that it was called.
+    """
     held: list[Any] = []
     while isinstance(act, functools.partial):
         held += [*act.args, *act.keywords.values()]
         act = act.func
-    function = getattr(act, "__func__", act)
-    code = getattr(function, "__code__", None) or getattr(type(act).__call__, "__code__", None)
+    plain = hasattr(act, "__code__") or hasattr(act, "__func__")
+    function: Any = act if plain else type(act).__call__
     owner = getattr(act, "__self__", act)
+    function = getattr(function, "__func__", function)
+    code = getattr(function, "__code__", None)
     held += [*(getattr(function, "__defaults__", None) or ()), *getattr(owner, "__dict__", {}).values()]
     for cell in getattr(function, "__closure__", None) or ():
         try:
@@ -161,7 +170,22 @@ def _callable(act: Any) -> list[Any]:
         except ValueError:  # it is not bound yet
             continue
     data = [tensor_hash(x) if isinstance(x, Tensor) else repr(x) for x in held if isinstance(x, (Tensor, float))]
+    if not data and code is not None and not _reads_arguments(code, owned=function is not act):
+        return []
     return [getattr(act, "__qualname__", type(act).__qualname__), list(_instructions(code)), data]
+
+
+def _reads_arguments(code: Any, owned: bool) -> bool:
+    """Whether code has any use for its parameters; of a method, those behind ``self``."""
+    stars = sum(bool(code.co_flags & flag) for flag in (inspect.CO_VARARGS, inspect.CO_VARKEYWORDS))
+    names = set(code.co_varnames[int(owned) : code.co_argcount + code.co_kwonlyargcount + stars])
+    loaded = (step.argval for step in dis.get_instructions(code) if step.opname.startswith("LOAD_"))
+    return any(names & set(value if isinstance(value, tuple) else (value,)) for value in loaded if _is_name(value))
+
+
+def _is_name(value: Any) -> bool:
+    """A constant that is loaded may be of any kind; variables have names, and some instructions load two."""
+    return isinstance(value, str) or (isinstance(value, tuple) and all(isinstance(v, str) for v in value))
 
 
 def _instructions(code: Any) -> Iterator[str]:

@@ -181,7 +181,7 @@ class AdaInferLM(HFLM):
             self.anatomy.require_candidates()
         self._identified = ""  # the fingerprint, for the length of a run
         if any(weight.device.type == "meta" for weight in self.model.parameters()):
-            self.anatomy.weights_hash(self.model)  # offloaded weights are read for it once, and not while documents wait
+            self.anatomy.weights_hash(self.model)  # it reads offloaded weights once: now, and not in a run
         self.seconds = 0.0
         self.generating_seconds = 0.0
         self.generated_tokens = 0
@@ -424,8 +424,8 @@ class AdaInferLM(HFLM):
 
     def _batch_scheduler(self, pos: int, n_reordered_requests: Sequence[Any]) -> int:
         """As HFLM's, which (0.4.13) divides by zero where there are fewer rows than sections."""
-        before = self.batch_schedule
-        self.batch_schedule = min(before, len(n_reordered_requests))
+        before: float = self.batch_schedule  # type: ignore[has-type]
+        self.batch_schedule: float = min(before, len(n_reordered_requests))
         try:
             return super()._batch_scheduler(pos, n_reordered_requests)
         finally:
@@ -700,7 +700,7 @@ class AdaInferLM(HFLM):
     @contextmanager
     def without_cache(self) -> Iterator[None]:
         """Keep answers out of the response cache for a while."""
-        before = self.cache_hook
+        before: CacheHook = self.cache_hook  # type: ignore[has-type]
         self.set_cache_hook(CacheHook(None))
         try:
             yield

@@ -1,8 +1,8 @@
 """Exit statistics beside the task's own metrics: in the table, the JSON, the samples and the group rows.
 
 lm-eval has no hook for this. When an AdaInferLM is built, ``lm_eval.evaluator.evaluate`` is given other code; for our
-model, and for it alone, each task *instance* gets its own ``process_results``, ``aggregation`` and so on for the length of
-the call. The metrics are defined in ``docs/numbers.md``.
+model, and for it alone, each task *instance* gets its own ``process_results``, ``aggregation`` and so on for the
+length of the call. The metrics are defined in ``docs/numbers.md``.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import cache, partial
 from pathlib import Path
 
 import pytest
@@ -137,6 +138,49 @@ def test_what_only_changes_batches_does_not(options):
     assert lm_of(**options).fingerprint == lm_of().fingerprint
 
 
+class Counter:
+    def __init__(self):
+        self.calls = 0
+
+    def __call__(self, *_):
+        self.calls += 1
+
+    def method(self, *_):
+        self.calls += 1
+
+
+class Steering:
+    def __init__(self, by):
+        self.by = torch.tensor(by)
+
+    def __call__(self, module, args, output):
+        return output + self.by
+
+
+def test_hooks_are_known_by_what_they_do():
+    seen = []
+    watching = [Counter(), Counter().method, lambda *_: seen.append(1)]
+    lm = lm_of()
+    plain, block = lm.fingerprint, lm.model.model.layers[1]
+    for hook in watching:
+        block.register_forward_pre_hook(hook)
+    lm.loglikelihood(requests(documents=2), True)
+    assert lm.fingerprint == plain and seen and watching[0].calls
+
+    def ablated(module, args, output):
+        return args[0]
+
+    acting = [Steering(0.5), Steering(0.25), lambda m, a, o: -o, ablated, lambda m, a, o: o * 0, partial(torch.add, 1.5)]
+    found = set()
+    for hook in acting:
+        handle = block.register_forward_hook(hook)
+        found.add(lm.fingerprint)
+        handle.remove()
+    again = lm_of()
+    again.model.model.layers[1].register_forward_hook(Steering(0.5))
+    assert len(found | {plain}) == len(acting) + 1 and again.fingerprint in found and lm.fingerprint == plain
+
+
 @pytest.mark.parametrize("family", ["llama", "gpt2", "phi3", "gemma3", "qwen3_moe", "mamba"])
 def test_running_a_model_does_not_change_it(family):
     """Equal models have equal fingerprints in every process, before and after they have answered."""
@@ -214,9 +258,14 @@ def test_an_answer_carries_the_model_as_it_was_when_it_was_given():
     assert first != second == lm.fingerprint == lm.generate_until(texts(), True)[0].trace.fingerprint
 
 
+@cache
+def manager():
+    return our_tasks()
+
+
 def evaluated(lm, cache=None):
     return simple_evaluate(
-        lm, tasks=["adainfer_demo_fact"], limit=4, bootstrap_iters=0, use_cache=cache, task_manager=our_tasks()
+        lm, tasks=["adainfer_demo_fact"], limit=4, bootstrap_iters=0, use_cache=cache, task_manager=manager()
     )["results"]["adainfer_demo_fact"]
 
 
