@@ -8,7 +8,7 @@ from transformers import LlamaForCausalLM
 
 from benchmarks.models import alternately, asking, over
 from benchmarks.prefill import requests
-from lm_eval_adainfer.model import AdaInferLM
+from lm_eval_adainfer.harness.model import AdaInferLM
 
 DOCUMENTS = 64
 

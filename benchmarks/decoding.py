@@ -13,8 +13,8 @@ from torch import Tensor
 from transformers import DynamicCache, LlamaForCausalLM
 
 from benchmarks.models import cut, make_tokenizer, ratio, seconds, summary
-from lm_eval_adainfer.generation import Decoder
-from lm_eval_adainfer.model import AdaInferLM
+from lm_eval_adainfer.generation.step import Decoder
+from lm_eval_adainfer.harness.model import AdaInferLM
 from lm_eval_adainfer.strategies.base import Stopper
 
 

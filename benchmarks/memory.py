@@ -17,7 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.models import asking, from_config
 from benchmarks.shared import Case, requests
-from lm_eval_adainfer.model import AdaInferLM
+from lm_eval_adainfer.harness.model import AdaInferLM
 
 WHAT = "*measured* growth of the peak while the requests run, in MiB, each side once in a process of its own"
 CASES = [Case("shared shots", 600, 120, 4, 1, 64, 32), Case("nothing shared", 0, 720, 4, 1, 64, 32)]

@@ -15,10 +15,10 @@ import torch
 from accelerate.utils.offload import OffloadedWeightsLoader
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from lm_eval_adainfer.anatomy import Anatomy
-from lm_eval_adainfer.scoring import Answer, Document, Engine, Row
+from lm_eval_adainfer.prefill.engine import Answer, Document, Engine, Row
 from lm_eval_adainfer.strategies.artifact import parse
 from lm_eval_adainfer.strategies.base import Schedule
+from lm_eval_adainfer.structure.anatomy import Anatomy
 
 BLOCKS, ROUNDS = 16, 7
 # name, stopper, whether the head stays loaded; gap:1 asks after every block and never stops

@@ -14,7 +14,7 @@ from lm_eval.models.huggingface import HFLM
 from transformers import LlamaForCausalLM
 
 from benchmarks.models import alternately, asking, over
-from lm_eval_adainfer.model import AdaInferLM
+from lm_eval_adainfer.harness.model import AdaInferLM
 
 
 @dataclass(frozen=True)

@@ -18,12 +18,14 @@ from typing import Any
 import numpy as np
 from scipy.stats import binomtest
 
-from lm_eval_adainfer import container, fitting, outcomes, tracing
-from lm_eval_adainfer.features import FEATURES
-from lm_eval_adainfer.qa_task import stable_hash
-from lm_eval_adainfer.simulation import margins
+from lm_eval_adainfer import container
+from lm_eval_adainfer.fitting import fit
 from lm_eval_adainfer.strategies.base import Stopper
+from lm_eval_adainfer.strategies.features import FEATURES
 from lm_eval_adainfer.strategies.rules import GapStopper
+from lm_eval_adainfer.tasks.qa import stable_hash
+from lm_eval_adainfer.traces import outcomes, recording
+from lm_eval_adainfer.traces.margins import margins
 
 MAX_LOSS = 0.01
 # thresholds: quantiles of the scores on the training traces, closest where stoppers are strict
@@ -32,19 +34,19 @@ RESAMPLES = 2000
 HEAD_ONLY = ("gap", "top_prob", "entropy")
 
 CONTESTANTS: dict[str, Callable[[list[Path]], Stopper]] = {
-    "paper's SVM (gap, top_prob; final)": lambda files: fitting.fit_svm(files),
+    "paper's SVM (gap, top_prob; final)": lambda files: fit.fit_svm(files),
     "gap rule": lambda files: GapStopper(),
-    "SVM, all features; final": lambda files: fitting.fit_svm(files, features=list(FEATURES)),
-    "logistic; stable": lambda files: fitting.fit_classifier("logistic", files, label="stable"),
-    "mlp; stable": lambda files: fitting.fit_classifier("mlp", files, label="stable"),
-    "boosted; stable": lambda files: fitting.fit_classifier("boosted", files, label="stable"),
-    "boosted; gold": lambda files: fitting.fit_classifier("boosted", files, label="gold"),
-    "boosted; final": lambda files: fitting.fit_classifier("boosted", files, label="final"),
-    "boosted, gap top_prob entropy; stable": lambda files: fitting.fit_classifier(
+    "SVM, all features; final": lambda files: fit.fit_svm(files, features=list(FEATURES)),
+    "logistic; stable": lambda files: fit.fit_classifier("logistic", files, label="stable"),
+    "mlp; stable": lambda files: fit.fit_classifier("mlp", files, label="stable"),
+    "boosted; stable": lambda files: fit.fit_classifier("boosted", files, label="stable"),
+    "boosted; gold": lambda files: fit.fit_classifier("boosted", files, label="gold"),
+    "boosted; final": lambda files: fit.fit_classifier("boosted", files, label="final"),
+    "boosted, gap top_prob entropy; stable": lambda files: fit.fit_classifier(
         "boosted", files, label="stable", features=HEAD_ONLY
     ),
-    "boosted, gap top_prob; final": lambda files: fitting.fit_classifier(
-        "boosted", files, label="final", features=fitting.PAPER_FEATURES
+    "boosted, gap top_prob; final": lambda files: fit.fit_classifier(
+        "boosted", files, label="final", features=fit.PAPER_FEATURES
     ),
 }
 
@@ -84,7 +86,7 @@ class Curve:
 
 
 def read_task(file: Path) -> Task:
-    meta, arrays = tracing.read(file)
+    meta, arrays = recording.read(file)
     found = outcomes.outcomes(meta, arrays)
     hashes = [stable_hash("calibrate", meta["task"], str(i)) % 7 for i in found.document.tolist()]
     calibrate = np.array(hashes) < 2
@@ -120,17 +122,17 @@ def interval(values: np.ndarray) -> str:
 
 
 def report(folder: Path, names: list[str]) -> str:
-    files = fitting.find([folder])
+    files = fit.find([folder])
     for file in files:
-        tracing.require_one_model(file, tracing.read(file)[0], tracing.read(files[0])[0])
-    train = [f for f in files if tracing.read(f)[0]["split"] == "train"]
-    tasks = [read_task(f) for f in files if tracing.read(f)[0]["split"] == "test"]
+        recording.require_one_model(file, recording.read(file)[0], recording.read(files[0])[0])
+    train = [f for f in files if recording.read(f)[0]["split"] == "train"]
+    tasks = [read_task(f) for f in files if recording.read(f)[0]["split"] == "test"]
     model = tasks[0].meta
     curves: dict[str, list[Curve]] = {}
     standing: dict[str, list[int]] = {}
     for name in names:
         stopper = CONTESTANTS[name](train)
-        pooled = np.concatenate([scores(stopper, *tracing.read(f)).ravel() for f in train])
+        pooled = np.concatenate([scores(stopper, *recording.read(f)).ravel() for f in train])
         pooled = pooled[~np.isnan(pooled)]
         grid = np.unique(np.quantile(pooled, GRID))[::-1]
         grid = np.concatenate([[np.inf], grid, [stopper.threshold]])  # type: ignore[attr-defined]

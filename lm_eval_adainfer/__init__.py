@@ -11,7 +11,7 @@ __all__ = ["AdaInferLM", "__version__"]
 
 def __getattr__(name: str) -> object:
     if name == "AdaInferLM":
-        from lm_eval_adainfer.model import AdaInferLM
+        from lm_eval_adainfer.harness.model import AdaInferLM
 
         return AdaInferLM
     raise AttributeError(f"module 'lm_eval_adainfer' has no attribute {name!r}")

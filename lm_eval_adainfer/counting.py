@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from itertools import accumulate
 
-from lm_eval_adainfer.anatomy import Anatomy
 from lm_eval_adainfer.strategies.base import Stopper
+from lm_eval_adainfer.structure.anatomy import Anatomy
 
 
 class FlopCounter:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:  # typing itself would be the slowest line of this file, and i
     from typing import Any
 
 MODEL_NAME = "adainfer"
-MODEL_TARGET = "lm_eval_adainfer.model:AdaInferLM"
+MODEL_TARGET = "lm_eval_adainfer.harness.model:AdaInferLM"
 
 
 def _register_model(module: Any) -> None:

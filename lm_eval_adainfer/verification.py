@@ -24,14 +24,14 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from lm_eval_adainfer import features
-from lm_eval_adainfer.anatomy import hidden_of, with_hidden
 from lm_eval_adainfer.errors import AdaInferError, UnsupportedModelError
-from lm_eval_adainfer.forward import BlockState
-from lm_eval_adainfer.generation import Decoder, prepare
-from lm_eval_adainfer.model import AdaInferLM
-from lm_eval_adainfer.rounding import coarsest, in_float32, measured
+from lm_eval_adainfer.generation.step import Decoder, prepare
+from lm_eval_adainfer.harness.model import AdaInferLM
+from lm_eval_adainfer.prefill.forward import BlockState
+from lm_eval_adainfer.strategies import features
 from lm_eval_adainfer.strategies.base import Schedule, Stopper
+from lm_eval_adainfer.structure.anatomy import hidden_of, with_hidden
+from lm_eval_adainfer.structure.rounding import coarsest, in_float32, measured
 
 OK, NOT_SUPPORTED, FAILED = "ok", "not supported", "FAILED"
 _LONGEST = 40  # tokens of a prompt and what follows it

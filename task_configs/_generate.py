@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from lm_eval_adainfer.mmlu_task import CATEGORIES, SUBJECTS
+from lm_eval_adainfer.tasks.mmlu import CATEGORIES, SUBJECTS
 
 HERE = Path(__file__).parent
 WORDS = """antonym capitalize capitalize_first_letter capitalize_last_letter capitalize_second_letter

@@ -23,8 +23,11 @@ from sqlitedict import SqliteMultithread
 from test_replay import tiny_lm
 from test_tracing import KINDS, documents, make_task
 
-from lm_eval_adainfer import cli, container, scoring, tracing
-from lm_eval_adainfer.model import AdaInferLM
+from lm_eval_adainfer import container
+from lm_eval_adainfer.cli import main
+from lm_eval_adainfer.harness.model import AdaInferLM
+from lm_eval_adainfer.prefill import engine
+from lm_eval_adainfer.traces import recording
 
 STOPPER = "gap:0.3"
 _processes = multiprocessing.get_context("forkserver")
@@ -120,7 +123,7 @@ def trace(folder: str, count=lambda what: None) -> dict[str, bytes]:
     """Name to content of the trace files of two tasks; ``count`` is told of forwards, half-written files and renames."""
     lm = make_lm("none")
     lm.anatomy.blocks[0].register_forward_pre_hook(lambda *_: count("forward"))
-    part_documents, tracing.PART_DOCUMENTS = tracing.PART_DOCUMENTS, 2
+    part_documents, recording.PART_DOCUMENTS = recording.PART_DOCUMENTS, 2
     open_temporary, replace, rmtree = tempfile.NamedTemporaryFile, os.replace, shutil.rmtree
 
     def opened(*args, **kwargs):
@@ -143,10 +146,10 @@ def trace(folder: str, count=lambda what: None) -> dict[str, bytes]:
     shutil.rmtree = counted("rmtree", rmtree)
     try:
         tasks = make_tasks()
-        files = tracing.trace(lm, {name: tasks[name] for name in ("choices", "texts")}, folder)
+        files = recording.trace(lm, {name: tasks[name] for name in ("choices", "texts")}, folder)
     finally:
         tempfile.NamedTemporaryFile, os.replace, shutil.rmtree = open_temporary, replace, rmtree
-        tracing.PART_DOCUMENTS = part_documents
+        recording.PART_DOCUMENTS = part_documents
     return {file.name: file.read_bytes() for file in files}
 
 
@@ -163,7 +166,7 @@ def stopped_trace_command(folder: str, number: int) -> None:
     shown = os.open(f"{folder}/shown", os.O_WRONLY | os.O_CREAT)
     for stream in (1, 2):
         os.dup2(shown, stream)
-    write, tracing.PART_DOCUMENTS, made = container.write, 2, []
+    write, recording.PART_DOCUMENTS, made = container.write, 2, []
 
     def watched(path, *rest):
         write(path, *rest)
@@ -173,7 +176,7 @@ def stopped_trace_command(folder: str, number: int) -> None:
 
     container.write = watched
     arguments = ["trace", "-a", "pretrained=adainfer-demo,dtype=float32", "-t", "adainfer_demo_topic", "-L", "6"]
-    sys.exit(cli.main([*arguments, "--device", "cpu", "-o", folder]))
+    sys.exit(main.main([*arguments, "--device", "cpu", "-o", folder]))
 
 
 def evaluate_topics(cache: str | None, dies: bool = False) -> tuple[list, int] | None:
@@ -183,7 +186,7 @@ def evaluate_topics(cache: str | None, dies: bool = False) -> tuple[list, int] |
         def __init__(self, *args, **kwargs):
             super().__init__(*args, **kwargs)
             if dies:
-                scoring.TOGETHER_ROWS = 4  # else it would be killed before anything is finished
+                engine.TOGETHER_ROWS = 4  # else it would be killed before anything is finished
             if dies and self.rank == 1:
                 count = killer("forward", 5)
                 self.anatomy.blocks[0].register_forward_pre_hook(lambda *_: count("forward"))

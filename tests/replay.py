@@ -10,9 +10,9 @@ import torch
 from conftest import make_model
 from reference import logits_after_block
 
-from lm_eval_adainfer.anatomy import Anatomy
-from lm_eval_adainfer.generation import Decoder, prepare
+from lm_eval_adainfer.generation.step import Decoder, prepare
 from lm_eval_adainfer.strategies.base import Schedule, Stopper
+from lm_eval_adainfer.structure.anatomy import Anatomy
 
 
 class Dice(Stopper):

@@ -10,7 +10,7 @@ import torch
 from conftest import byte_tokenizer, make_model
 
 from lm_eval_adainfer.errors import AdaInferError
-from lm_eval_adainfer.model import AdaInferLM
+from lm_eval_adainfer.harness.model import AdaInferLM
 from lm_eval_adainfer.strategies import artifact
 
 

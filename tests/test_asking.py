@@ -12,10 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_tracing import refused
 
-from lm_eval_adainfer import cli, fitting, tracing
-from lm_eval_adainfer.asking import Asking, add_arguments
-from lm_eval_adainfer.model import AdaInferLM
+from lm_eval_adainfer.cli import main
+from lm_eval_adainfer.fitting import fit
+from lm_eval_adainfer.harness.asking import Asking, add_arguments
+from lm_eval_adainfer.harness.model import AdaInferLM
 from lm_eval_adainfer.strategies import artifact
+from lm_eval_adainfer.traces import recording
 
 TEMPLATE = (
     "{% for message in messages %}<{{ message['role'] }}>{{ message['content'] }}</{{ message['role'] }}>{% endfor %}"
@@ -53,7 +55,7 @@ def asked(monkeypatch):
 
 def trace(model, output, *more, task=TASK, shots="2", limit="6"):
     arguments = ["-a", f"pretrained={model},dtype=float32,max_length=2000", "--device", "cpu", "-t", task, "-f", shots]
-    return cli.main(["trace", *arguments, "-L", limit, "--split", "test", "-o", str(output), *more])
+    return main.main(["trace", *arguments, "-L", limit, "--split", "test", "-o", str(output), *more])
 
 
 # ------------------------------------------------------------------------------------------------ lm_eval's reading
@@ -141,10 +143,10 @@ def test_the_settings_are_in_the_trace_and_another_call_neither_keeps_nor_pools_
     assert trace(chatty / "chat", tmp_path / "chat", *CHAT) == 0
     assert trace(chatty / "chat", tmp_path / "plain") == 0
     (file,), (plain,) = ((tmp_path / name).glob("*.trace") for name in ("chat", "plain"))
-    meta = tracing.read(file)[0]
+    meta = recording.read(file)[0]
     assert meta["system_instruction"] == "Be brief." and meta["fewshot_as_multiturn"] is True
     assert meta["metadata"] == {"shots": "per_task"} and meta["gen_kwargs"] is None and len(meta["chat_template"]) == 16
-    none = {key: tracing.read(plain)[0][key] for key in ("chat_template", "system_instruction", "metadata")}
+    none = {key: recording.read(plain)[0][key] for key in ("chat_template", "system_instruction", "metadata")}
     assert set(none.values()) == {None}
     before = file.read_bytes()
     assert trace(chatty / "chat", tmp_path / "chat", *CHAT) == 0 and file.read_bytes() == before
@@ -153,15 +155,15 @@ def test_the_settings_are_in_the_trace_and_another_call_neither_keeps_nor_pools_
         assert trace(chatty / "chat", tmp_path / "chat", *more) == 2
         assert f"other settings ({key} was" in capsys.readouterr().err
     other = plain.rename(plain.with_name("another_2shot_test.trace"))
-    refused(lambda: fitting.fit_svm([file, other]), "traces", "chat_template", "asked in one way")
+    refused(lambda: fit.fit_svm([file, other]), "traces", "chat_template", "asked in one way")
     assert file.read_bytes() == before
 
 
 def test_a_killed_trace_is_not_gone_on_with_by_a_call_that_asks_otherwise(
     chatty, asked, only_our_tasks, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(tracing, "PART_DOCUMENTS", 4)
-    record, calls = tracing._record, []
+    monkeypatch.setattr(recording, "PART_DOCUMENTS", 4)
+    record, calls = recording._record, []
 
     def killed(*arguments):
         calls.append(len(arguments[3]))
@@ -169,9 +171,9 @@ def test_a_killed_trace_is_not_gone_on_with_by_a_call_that_asks_otherwise(
             raise KeyboardInterrupt
         return record(*arguments)
 
-    monkeypatch.setattr(tracing, "_record", killed)
+    monkeypatch.setattr(recording, "_record", killed)
     assert trace(chatty / "chat", tmp_path, limit="8") == 130
-    monkeypatch.setattr(tracing, "_record", record)
+    monkeypatch.setattr(recording, "_record", record)
     asked.clear()
     assert trace(chatty / "chat", tmp_path, *CHAT, limit="8") == 0
     assert len(asked) == 8 * 4 and all("<assistant>" in context for context, _ in asked)
@@ -182,7 +184,7 @@ def test_gen_kwargs_go_before_a_tasks_own(chatty, only_our_tasks, tmp_path, caps
     options = ["--gen_kwargs", "max_gen_toks=2", "until=['§']"]
     assert trace(chatty / "plain", tmp_path, *options, task=task) == 0
     (file,) = tmp_path.glob("*.trace")
-    meta, arrays = tracing.read(file)
+    meta, arrays = recording.read(file)
     assert np.bincount(np.unique(arrays["doc_id"], return_inverse=True)[1]).tolist() == [2] * 6
     assert meta["gen_kwargs"] == {"max_gen_toks": 2, "until": ["§"]}
     assert trace(chatty / "plain", tmp_path, task=task) == 2
@@ -194,9 +196,9 @@ def test_what_was_traced_before_the_settings_were_recorded_is_kept_by_a_plain_ca
 
     assert trace(chatty / "chat", tmp_path) == 0
     (file,) = tmp_path.glob("*.trace")
-    meta, arrays = tracing.read(file)
-    old = {k: v for k, v in meta.items() if k not in (*tracing.ASKED, "gen_kwargs", "metadata")}
-    container.write(file, "trace", tracing.VERSION, old, arrays)
+    meta, arrays = recording.read(file)
+    old = {k: v for k, v in meta.items() if k not in (*recording.ASKED, "gen_kwargs", "metadata")}
+    container.write(file, "trace", recording.VERSION, old, arrays)
     before = file.read_bytes()
     assert trace(chatty / "chat", tmp_path) == 0 and file.read_bytes() == before
 
@@ -209,12 +211,12 @@ def test_influence_and_recipes_ask_the_same_way(chatty, asked, only_our_tasks, t
     texts = []
     encode = AdaInferLM.tok_encode
     monkeypatch.setattr(AdaInferLM, "tok_encode", lambda self, text, *a, **k: texts.append(text) or encode(self, text, *a, **k))
-    assert cli.main(["influence", *model, *CHAT, "-o", str(tmp_path / "bi")]) == 0
+    assert main.main(["influence", *model, *CHAT, "-o", str(tmp_path / "bi")]) == 0
     prompts = [text for text in texts if isinstance(text, str) and "Be brief." in text]
     assert len(prompts) == 4 and all("<assistant>" in text for text in prompts)
     assert artifact.load(tmp_path / "bi").info["system_instruction"] == "Be brief."
     (tmp_path / "mine.yaml").write_text("study: accuracy\nshots: [0]\n")
-    assert cli.main(["recipe", str(tmp_path / "mine.yaml"), *model, *CHAT, "-o", str(tmp_path / "out")]) == 0
+    assert main.main(["recipe", str(tmp_path / "mine.yaml"), *model, *CHAT, "-o", str(tmp_path / "out")]) == 0
     assert asked and all("<system>Be brief." in context for context, _ in asked)
 
 
@@ -225,7 +227,7 @@ def test_both_sides_of_a_check_are_asked_the_same_way_also_from_a_file(chatty, o
         "fewshot_as_multiturn: false\nsystem_instruction: Be brief.\nmetadata: {shots: per_task}\n"
         "gen_kwargs: temperature=0.5,do_sample=true\n"
     )
-    assert cli.main(["check", "--config", str(tmp_path / "gate.yaml"), "--reproduces", "-o", str(tmp_path / "runs")]) == 0
+    assert main.main(["check", "--config", str(tmp_path / "gate.yaml"), "--reproduces", "-o", str(tmp_path / "runs")]) == 0
     for side, kind in (("baseline", "hf"), ("candidate", "adainfer")):
         (results,) = (tmp_path / "runs" / side).rglob("results_*.json")
         found = json.loads(results.read_text())
@@ -252,7 +254,7 @@ def test_both_sides_of_a_check_are_asked_the_same_way_also_from_a_file(chatty, o
 def test_wrong_values_in_a_file_are_one_sentence(line, words, tmp_path, capsys):
     start = "run: true\nmodel_args: pretrained=adainfer-demo\ntasks: x\nmax_drop: 0.1\n"
     (tmp_path / "gate.yaml").write_text(start + line + "\n")
-    assert cli.main(["check", "--config", str(tmp_path / "gate.yaml")]) == 2
+    assert main.main(["check", "--config", str(tmp_path / "gate.yaml")]) == 2
     err = capsys.readouterr().err
     assert err.count("\n") == 1 and line.split(":")[0] in err and words in err
 
@@ -266,6 +268,6 @@ def test_wrong_options_are_told_before_the_work(chatty, only_our_tasks, tmp_path
         with pytest.raises(SystemExit) as ended:
             trace(tmp_path / "no model", tmp_path / "o", "--gen_kwargs", wrong)
         assert ended.value.code == 2 and "--gen_kwargs" in capsys.readouterr().err
-    assert cli.main(["verify", "-a", "no pairs"]) == 2
+    assert main.main(["verify", "-a", "no pairs"]) == 2
     assert "model_args: 'no pairs' is not like key=value" in capsys.readouterr().err
     assert not (tmp_path / "o").exists()

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from lm_eval_adainfer.attention import Apart, merged
+from lm_eval_adainfer.prefill.attention import Apart, merged
 
 
 def drawn(rows, groups, per, own, shared, size, dtype=torch.float32, spread=1.0):

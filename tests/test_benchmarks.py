@@ -13,7 +13,7 @@ from benchmarks import __main__ as command
 from benchmarks import memory, shared
 from benchmarks.models import alternately, make_model, make_tokenizer, over
 from benchmarks.prefill import SpreadExits, requests, run_needed
-from lm_eval_adainfer.model import AdaInferLM
+from lm_eval_adainfer.harness.model import AdaInferLM
 
 
 @pytest.fixture

@@ -13,11 +13,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import binom, binomtest
 
-from lm_eval_adainfer import calibration, cli, container, fitting, outcomes, tracing
+from lm_eval_adainfer import container
+from lm_eval_adainfer.cli import main
 from lm_eval_adainfer.errors import AdaInferError
-from lm_eval_adainfer.simulation import margins
+from lm_eval_adainfer.fitting import calibration, fit
 from lm_eval_adainfer.strategies import artifact
 from lm_eval_adainfer.strategies.rules import FixedStopper, GapStopper, NoStopper
+from lm_eval_adainfer.traces import outcomes, recording
+from lm_eval_adainfer.traces.margins import margins
 
 BASE = {
     "model": "m", "n_blocks": 4, "head_hash": "h", "task": "t", "num_fewshot": 0, "split": "test", "documents": 0,
@@ -26,7 +29,7 @@ BASE = {
 }  # fmt: skip
 
 
-def write_trace(path, n=400, seed=0, gap=None, gold=None, arrays=(), version=tracing.VERSION, **meta):
+def write_trace(path, n=400, seed=0, gap=None, gold=None, arrays=(), version=recording.VERSION, **meta):
     """A trace of a model whose early tokens are the more often the last one's, the greater their gap."""
     rng = np.random.default_rng(seed)
     meta = {**BASE, "documents": n, **meta}
@@ -98,12 +101,12 @@ def test_testing_ends_at_the_first_threshold_that_fails():
 
 
 def test_thresholds_go_from_never_to_ever_looser(tmp_path):
-    svm = fitting.fit_svm([write_trace(tmp_path / "a.trace")])
-    boosted = fitting.fit_classifier("boosted", [tmp_path / "a.trace"])
+    svm = fit.fit_svm([write_trace(tmp_path / "a.trace")])
+    boosted = fit.fit_classifier("boosted", [tmp_path / "a.trace"])
     for stopper in (svm, boosted, GapStopper()):
         thresholds = calibration.grid(stopper)
         assert (np.diff(thresholds) < 0).all() and len(thresholds) > 100
-        never = margins(_with(stopper, thresholds[0]), *tracing.read(tmp_path / "a.trace"))
+        never = margins(_with(stopper, thresholds[0]), *recording.read(tmp_path / "a.trace"))
         assert not (never > 0).any()
 
 
@@ -162,7 +165,7 @@ def test_stable_means_the_answer_never_changes_again(rows):
 def test_calibration_counts_what_the_calibrated_stopper_does(tmp_path):
     path = write_trace(tmp_path / "a.trace", n=2000)
     stopper, found = calibration.calibrate([path], GapStopper(), max_drop=0.05, loss="agreement")
-    meta, arrays = tracing.read(path)
+    meta, arrays = recording.read(path)
     stops = margins(stopper, meta, arrays) > 0
     lost, depth = 0, 0
     for stop, top in zip(stops, arrays["top_token"], strict=True):
@@ -183,15 +186,15 @@ def test_calibration_counts_what_the_calibrated_stopper_does(tmp_path):
 def demo(tmp_path_factory):
     """Real traces: 200 documents of two tasks of the demo model, and an SVM fitted on training documents."""
 
-    from lm_eval_adainfer.model import AdaInferLM
+    from lm_eval_adainfer.harness.model import AdaInferLM
 
     folder = tmp_path_factory.mktemp("demo")
     manager = our_tasks()
     lm = AdaInferLM(pretrained="adainfer-demo", dtype="float32", device="cpu", batch_size=32)
     names = ["adainfer_demo_plural", "adainfer_demo_fact"]
-    train = tracing.trace(lm, manager.load(names)["tasks"], folder, num_fewshot=1, limit=40)
-    test = tracing.trace(lm, manager.load(names)["tasks"], folder, num_fewshot=1, split="test", limit=200)
-    return SimpleNamespace(train=train, test=test, svm=fitting.fit_svm(train))
+    train = recording.trace(lm, manager.load(names)["tasks"], folder, num_fewshot=1, limit=40)
+    test = recording.trace(lm, manager.load(names)["tasks"], folder, num_fewshot=1, split="test", limit=200)
+    return SimpleNamespace(train=train, test=test, svm=fit.fit_svm(train))
 
 
 @pytest.mark.parametrize("loss", ["gold", "agreement"])
@@ -201,7 +204,7 @@ def test_the_promise_is_broken_in_at_most_5_percent_of_1000_calibration_sets(dem
     thresholds = calibration.grid(stopper)
     lost = []
     for file in demo.test:
-        meta, arrays = tracing.read(file)
+        meta, arrays = recording.read(file)
         found = outcomes.outcomes(meta, arrays)
         scores = found.of_decisions(margins(stopper, meta, arrays) + stopper.threshold)
         lost.append([outcomes.loss(found, loss, outcomes.exits(scores, t)) for t in thresholds])
@@ -229,7 +232,7 @@ def test_a_calibrated_stopper_survives_its_file_and_decides_as_promised(demo, tm
     files = [str(f) for f in demo.test]
     artifact.save(demo.svm, tmp_path / "svm.stopper")
     arguments = ["--stopper", str(tmp_path / "svm.stopper"), "--max-drop", "0.1", "-o", str(out)]
-    assert cli.main(["calibrate", *files, *arguments]) == 0
+    assert main.main(["calibrate", *files, *arguments]) == 0
     loaded = artifact.load(out)
     promise = loaded.info["promise"]
     assert (promise["max_drop"], promise["confidence"], promise["loss"]) == (0.1, 0.95, "gold")
@@ -237,7 +240,7 @@ def test_a_calibrated_stopper_survives_its_file_and_decides_as_promised(demo, tm
     assert promise["tasks"] == ["adainfer_demo_fact", "adainfer_demo_plural"]
     lost = 0
     for file in demo.test:
-        meta, arrays = tracing.read(file)
+        meta, arrays = recording.read(file)
         found = outcomes.outcomes(meta, arrays)
         lost += outcomes.loss(found, "gold", outcomes.exits(found.of_decisions(margins(loaded, meta, arrays)), 0.0)).sum()
     assert lost == promise["losses"]
@@ -250,7 +253,7 @@ def test_a_calibrated_stopper_survives_its_file_and_decides_as_promised(demo, tm
 def run(capsys, caplog, *arguments):
     caplog.set_level(logging.WARNING)
     caplog.clear()
-    code = cli.main(["calibrate", *map(str, arguments)])
+    code = main.main(["calibrate", *map(str, arguments)])
     out, err = capsys.readouterr()
     return code, out, err, caplog.text
 
@@ -261,11 +264,11 @@ def test_too_few_documents_write_a_file_that_never_stops_and_say_how_many_are_ne
     assert code == 0 and "never stops" in out and "299" in out
     stopper = artifact.load(tmp_path / "o")
     assert stopper.kind == "gap" and not stopper.info["promise"]["stops"]
-    assert not (margins(stopper, *tracing.read(path)) > 0).any()
+    assert not (margins(stopper, *recording.read(path)) > 0).any()
     path = write_trace(tmp_path / "b.trace", gap=np.full((299, 4), 0.99), arrays={"top_token": np.full((299, 4), 3)}.items())
     _, out, _, _ = run(capsys, caplog, path, "--stopper", "gap:0.5", "--loss", "agreement", "-o", tmp_path / "o")
     assert "never stops" not in out
-    assert (margins(artifact.load(tmp_path / "o"), *tracing.read(path))[:, :-1] > 0).all()
+    assert (margins(artifact.load(tmp_path / "o"), *recording.read(path))[:, :-1] > 0).all()
 
 
 def test_where_even_the_strictest_loses_too_much_no_number_of_documents_is_named(tmp_path, capsys, caplog):
@@ -278,12 +281,12 @@ def test_where_even_the_strictest_loses_too_much_no_number_of_documents_is_named
 def test_calibration_documents_that_were_used_in_fitting_are_warned_about(tmp_path, capsys, caplog):
     fit = write_trace(tmp_path / "fit.trace", split="train")
     other = write_trace(tmp_path / "other.trace", seed=1, split="test")
-    artifact.save(fitting.fit_svm([fit]), tmp_path / "svm")
+    artifact.save(fit.fit_svm([fit]), tmp_path / "svm")
     *_, warned = run(capsys, caplog, fit, other, "-s", tmp_path / "svm", "-o", tmp_path / "o")
     assert "400 of the 800" in warned and "used in fitting" in warned
     *_, warned = run(capsys, caplog, other, "-s", tmp_path / "svm", "-o", tmp_path / "o")
     assert "fitting" not in warned and "fitted" not in warned
-    old = fitting.fit_svm([fit])
+    old = fit.fit_svm([fit])
     old.seen = {}
     artifact.save(old, tmp_path / "old")
     *_, warned = run(capsys, caplog, other, "-s", tmp_path / "old", "-o", tmp_path / "o")

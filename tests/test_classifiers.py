@@ -17,13 +17,15 @@ from test_calibration import refused, write_trace
 from test_model import lm_of
 from test_tracing import documents, make_task
 
-from lm_eval_adainfer import cli, fitting, outcomes, tracing
+from lm_eval_adainfer.cli import main
 from lm_eval_adainfer.errors import AdaInferError
-from lm_eval_adainfer.features import FEATURES
-from lm_eval_adainfer.simulation import margins
+from lm_eval_adainfer.fitting import fit
 from lm_eval_adainfer.strategies import artifact
+from lm_eval_adainfer.strategies.features import FEATURES
 from lm_eval_adainfer.strategies.network import LogisticStopper, MLPStopper
 from lm_eval_adainfer.strategies.trees import BoostedStopper
+from lm_eval_adainfer.traces import outcomes, recording
+from lm_eval_adainfer.traces.margins import margins
 
 KINDS = ("logistic", "mlp", "boosted")
 NAMES = ("gap", "top_prob", "entropy", "depth")
@@ -105,11 +107,11 @@ def test_margins_and_thresholds(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("label", fitting.LABELS)
+@pytest.mark.parametrize("label", fit.LABELS)
 def test_a_fit_is_reproducible_calibrated_and_survives_its_file(kind, label, tmp_path):
     path = write_trace(tmp_path / "a.trace", split="train", n=2000)
-    stopper = fitting.fit_classifier(kind, [path], label=label, threshold=0.8, max_examples=600)
-    again = fitting.fit_classifier(kind, [path], label=label, threshold=0.8, max_examples=600)
+    stopper = fit.fit_classifier(kind, [path], label=label, threshold=0.8, max_examples=600)
+    again = fit.fit_classifier(kind, [path], label=label, threshold=0.8, max_examples=600)
     assert stopper.fingerprint == again.fingerprint
     assert stopper.features == ("gap", "top_prob", "depth", "agreement", "top_prob_change"), "all that the trace has"
     assert stopper.seen == {"t/train": list(range(2000))}
@@ -118,9 +120,9 @@ def test_a_fit_is_reproducible_calibrated_and_survives_its_file(kind, label, tmp
     loaded = artifact.load(tmp_path / "s.pkl")
     assert (loaded.kind, loaded.seen, loaded.info) == (kind, stopper.seen, stopper.info)
     assert loaded.fingerprint == stopper.fingerprint
-    meta, arrays = tracing.read(path)
+    meta, arrays = recording.read(path)
     np.testing.assert_array_equal(margins(loaded, meta, arrays), margins(stopper, meta, arrays))
-    x, y, _ = fitting.examples([write_trace(tmp_path / "b.trace", seed=5, n=2000)], stopper.features, label)
+    x, y, _ = fit.examples([write_trace(tmp_path / "b.trace", seed=5, n=2000)], stopper.features, label)
     p = stopper.probability(torch.from_numpy(x)).numpy()
     assert abs(p.mean() - y.mean()) < 0.05, "probabilities are shares, also on other documents"
     surer = p > np.median(p)
@@ -129,13 +131,13 @@ def test_a_fit_is_reproducible_calibrated_and_survives_its_file(kind, label, tmp
 
 def test_the_label_stable_is_of_the_documents_answer(tmp_path):
     path = write_trace(tmp_path / "a.trace")
-    _, arrays = tracing.read(path)
-    _, y, _ = fitting.examples([path], ["gap"], "stable")
+    _, arrays = recording.read(path)
+    _, y, _ = fit.examples([path], ["gap"], "stable")
     assert y.tolist() == outcomes.stable(arrays["top_token"]).astype(int).ravel().tolist()
     scores = np.random.default_rng(0).normal(size=(400, 4, 2)).astype(np.float32)
     pair = {"scores": scores, "request": np.tile([0, 1], (400, 1)), "gold": np.zeros(400, int)}
     choices = write_trace(tmp_path / "b.trace", output_type="multiple_choice", arrays=pair.items())
-    _, y, _ = fitting.examples([choices], ["gap"], "stable")
+    _, y, _ = fit.examples([choices], ["gap"], "stable")
     assert y.tolist() == outcomes.stable(scores.argmax(-1)).astype(int).ravel().tolist()
 
 
@@ -144,9 +146,9 @@ def test_a_real_run_leaves_where_the_trace_says(kind, tokenizer, tmp_path):
     """On a tiny model, with features that remember: every document whose margins are clear."""
     task = make_task({"train": documents(40, 11), "test": documents(3, 2)})
     model = make_model("llama", vocab_size=257, num_hidden_layers=6, max_position_embeddings=512)
-    (path,) = tracing.trace(lm_of(model, tokenizer, batch_size=8, max_length=400), {"toy": task}, tmp_path)
-    meta, arrays = tracing.read(path)
-    stopper = fitting.fit_classifier(kind, [path], label="final", threshold=0.5)
+    (path,) = recording.trace(lm_of(model, tokenizer, batch_size=8, max_length=400), {"toy": task}, tmp_path)
+    meta, arrays = recording.read(path)
+    stopper = fit.fit_classifier(kind, [path], label="final", threshold=0.5)
     assert set(stopper.features) == set(FEATURES)
     found = outcomes.outcomes(meta, arrays)
     clear, layers = 0, set()
@@ -182,12 +184,12 @@ def test_a_real_run_leaves_where_the_trace_says(kind, tokenizer, tmp_path):
 )
 def test_wrong_arguments_are_one_sentence(options, words, tmp_path):
     path = write_trace(tmp_path / "a.trace", n=20)
-    refused(lambda: fitting.fit_classifier(**{"kind": "logistic", "paths": [path], **options}), *words)
+    refused(lambda: fit.fit_classifier(**{"kind": "logistic", "paths": [path], **options}), *words)
 
 
 def test_unusable_traces_are_one_sentence(tmp_path):
     def fit(path):
-        return lambda: fitting.fit_classifier("boosted", [path])
+        return lambda: fit.fit_classifier("boosted", [path])
 
     one = write_trace(tmp_path / "one.trace", arrays={"top_token": np.ones((400, 4), int)}.items())
     refused(fit(one), "traces", "every one", "stop")
@@ -198,7 +200,7 @@ def test_unusable_traces_are_one_sentence(tmp_path):
     rng = np.random.default_rng(0)
     noise = write_trace(tmp_path / "noise.trace", n=60, arrays={"top_token": rng.integers(0, 2, (60, 4))}.items())
     try:
-        fitting.fit_classifier("logistic", [noise], features=["gap"])
+        fit.fit_classifier("logistic", [noise], features=["gap"])
     except AdaInferError as error:
         assert "no better than chance" in str(error)
 
@@ -228,6 +230,6 @@ def test_trees_that_point_outside_are_refused():
 
 def test_the_command_fits_and_prints_what_it_did(tmp_path, capsys):
     path = write_trace(tmp_path / "a.trace")
-    assert cli.main(["fit", "logistic", str(path), "--features", "gap,agreement", "-o", str(tmp_path / "s")]) == 0
+    assert main.main(["fit", "logistic", str(path), "--features", "gap,agreement", "-o", str(tmp_path / "s")]) == 0
     assert "logistic on gap, agreement" in capsys.readouterr().out
     assert artifact.parse(str(tmp_path / "s")).kind == "logistic"

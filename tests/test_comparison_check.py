@@ -10,7 +10,7 @@ import pytest
 from scipy import stats
 from synthetic_runs import flips, sample, write
 
-from lm_eval_adainfer.cli import main
+from lm_eval_adainfer.cli.main import main
 from lm_eval_adainfer.comparison import gate, statistics
 from lm_eval_adainfer.comparison.matching import Pairs
 
@@ -324,7 +324,7 @@ def test_all_of_our_arguments_are_ours_and_none_of_hfs_is(tmp_path, monkeypatch,
     import re
 
     from lm_eval_adainfer.comparison import running
-    from lm_eval_adainfer.model import AdaInferLM
+    from lm_eval_adainfer.harness.model import AdaInferLM
 
     explained = re.findall(r"^        (\w+): ", AdaInferLM.__doc__.split("Raises:")[0], re.MULTILINE)
     assert running._ours() == set(explained) - {"pretrained"} and "prefix_cache" in explained

@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 from synthetic_runs import flips, sample, write
 
-from lm_eval_adainfer import container, tracing
-from lm_eval_adainfer.cli import main
-from lm_eval_adainfer.comparison import blocks
+from lm_eval_adainfer import container
+from lm_eval_adainfer.cli.main import main
+from lm_eval_adainfer.output import blocks
+from lm_eval_adainfer.traces import recording
 
 pytest.importorskip("matplotlib")
 pytest.importorskip("jinja2")
@@ -45,7 +46,7 @@ def make_trace(folder: Path, task: str, n=40, n_blocks=12, n_choices=4, seed=0):
         "prompt_tokens": np.full(n, 20, dtype=np.int32),
         "position": np.zeros(n, dtype=np.int32),
     }
-    container.write(folder / f"{task}.trace", "trace", tracing.VERSION, meta, arrays)
+    container.write(folder / f"{task}.trace", "trace", recording.VERSION, meta, arrays)
     return right
 
 
@@ -174,9 +175,9 @@ def test_report_errors_are_one_sentence(tmp_path, capsys, extra, words):
     (tmp_path / "bad.trace").write_bytes(b"no trace at all")
     (tmp_path / "file").write_text("")
     make_trace(tmp_path, "odd")
-    meta, arrays = tracing.read(tmp_path / "odd.trace")
+    meta, arrays = recording.read(tmp_path / "odd.trace")
     odd = {**arrays, "gold_token": arrays["gold_token"][:7]}
-    container.write(tmp_path / "odd.trace", "trace", tracing.VERSION, meta, odd)
+    container.write(tmp_path / "odd.trace", "trace", recording.VERSION, meta, odd)
     extra = [e.replace("BAD", str(tmp_path / "bad.trace")).replace("DEEP", str(tmp_path / "deep")).replace("ODD", str(tmp_path / "odd.trace")).replace("FILE", str(tmp_path / "file")) for e in extra]
     assert main(["report", str(run), "-o", str(tmp_path / "out"), *extra]) == 2
     assert words in capsys.readouterr().err
@@ -184,7 +185,7 @@ def test_report_errors_are_one_sentence(tmp_path, capsys, extra, words):
 
 
 def test_without_matplotlib_the_extra_is_named(tmp_path, capsys, monkeypatch):
-    from lm_eval_adainfer.comparison import report
+    from lm_eval_adainfer.output import report
 
     monkeypatch.setattr(report, "find_spec", lambda name: None if name == "matplotlib" else name)
     assert main(["report", str(write(tmp_path / "a", {"t": [1]})), "-o", str(tmp_path / "out")]) == 2

@@ -8,7 +8,7 @@ import shutil
 import pytest
 from synthetic_runs import DATE, sample, write
 
-from lm_eval_adainfer.cli import main
+from lm_eval_adainfer.cli.main import main
 from lm_eval_adainfer.comparison import running, runs
 from lm_eval_adainfer.comparison.selection import Selection, Wanted
 from lm_eval_adainfer.errors import AdaInferError

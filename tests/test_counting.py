@@ -9,10 +9,10 @@ from reference import gap_after_block, instance
 from test_model import Scripted, lm_of, requests
 from torch.utils.flop_counter import FlopCounterMode
 
-from lm_eval_adainfer.anatomy import Anatomy
 from lm_eval_adainfer.counting import FlopCounter
 from lm_eval_adainfer.strategies.rules import FixedStopper, GapStopper, NoStopper
 from lm_eval_adainfer.strategies.svm import SVMStopper
+from lm_eval_adainfer.structure.anatomy import Anatomy
 
 V, L, H = 257, 5, 32
 LLAMA_BLOCK = 2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 48  # q, o; k, v (two of four heads); gate, up, down

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from lm_eval_adainfer.cli import main
+from lm_eval_adainfer.cli.main import main
 from lm_eval_adainfer.errors import AdaInferError
 
 pytest.importorskip("matplotlib")

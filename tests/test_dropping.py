@@ -11,12 +11,13 @@ from reference import instance, states_after_blocks
 from test_model import lm_of, requests
 from test_stoppers import refused
 
-from lm_eval_adainfer import dropping, influence
-from lm_eval_adainfer.anatomy import Anatomy
+from lm_eval_adainfer.fitting import influence
 from lm_eval_adainfer.strategies import artifact
 from lm_eval_adainfer.strategies.base import Schedule
 from lm_eval_adainfer.strategies.shortgpt import LastStopper, ShortGPTStopper
-from lm_eval_adainfer.wrappers import with_same_weights
+from lm_eval_adainfer.structure import removal
+from lm_eval_adainfer.structure.anatomy import Anatomy
+from lm_eval_adainfer.structure.wrappers import with_same_weights
 
 FEW = ["llama", "gpt2", "opt", "gemma3", "mistral"]
 LIST_NAMES = ("layers", "h")
@@ -108,7 +109,7 @@ class Counts:
 def test_the_cache_gives_the_logits_of_the_whole_prefix(family):
     whole, small = built_without(family, (2, 4))
     cut = with_same_weights(whole)
-    dropping.drop(Anatomy(cut), (2, 4))
+    removal.drop(Anatomy(cut), (2, 4))
     texts, cache = torch.randint(1, 257, (2, 4), generator=torch.Generator().manual_seed(0)), None
     new = texts
     with torch.no_grad():
@@ -191,7 +192,7 @@ def test_samples_and_results_name_the_dropped_blocks(tmp_path):
 
 
 def test_a_trace_cannot_tell_what_a_cut_model_would_do():
-    from lm_eval_adainfer.simulation import margins
+    from lm_eval_adainfer.traces.margins import margins
 
     meta = {"n_blocks": 5, "features": [], "task": "t"}
     arrays = {"features": np.zeros((2, 5, 0), dtype=np.float32), "top_token": np.zeros((2, 5), dtype=int)}
@@ -203,7 +204,7 @@ def test_a_trace_cannot_tell_what_a_cut_model_would_do():
 def test_the_commands_write_stopper_files_that_run(tmp_path, capsys):
     from test_memory import parse
 
-    from lm_eval_adainfer.cli import main
+    from lm_eval_adainfer.cli.main import main
 
     model = ["--model_args", "pretrained=adainfer-demo,dtype=float32", "--tasks", "adainfer_demo_topic", "--limit", "12"]
     assert main(["influence", *model, "--drop", "2", "-o", str(tmp_path / "bi.stopper")]) == 0
@@ -243,7 +244,7 @@ def test_what_a_family_cannot_do_without_is_one_sentence(monkeypatch):
         return original(self, *args, **kwargs)
 
     monkeypatch.setattr(type(model.model), "forward", forward)
-    refused(lambda: dropping.drop(anatomy, (1, 2, 3)), "stopper", "blocks 1, 2, 3", "shortgpt:lastN")
+    refused(lambda: removal.drop(anatomy, (1, 2, 3)), "stopper", "blocks 1, 2, 3", "shortgpt:lastN")
 
 
 def test_a_model_that_is_another_one_without_its_blocks_is_refused(monkeypatch):
@@ -257,7 +258,7 @@ def test_a_model_that_is_another_one_without_its_blocks_is_refused(monkeypatch):
         return out
 
     monkeypatch.setattr(type(model.model), "forward", forward)
-    refused(lambda: dropping.drop(anatomy, (3,)), "stopper", "blocks 3", "logits off by")
+    refused(lambda: removal.drop(anatomy, (3,)), "stopper", "blocks 3", "logits off by")
 
 
 # ------------------------------------------------------------------------------------------------ the last blocks

@@ -19,11 +19,11 @@ from hypothesis import strategies as st
 from lm_eval.models.huggingface import HFLM
 from reference import instance
 
-from lm_eval_adainfer.anatomy import Anatomy
-from lm_eval_adainfer.dropping import drop
 from lm_eval_adainfer.errors import AdaInferError, UnsupportedModelError
-from lm_eval_adainfer.generation import prepare
-from lm_eval_adainfer.model import AdaInferLM
+from lm_eval_adainfer.generation.step import prepare
+from lm_eval_adainfer.harness.model import AdaInferLM
+from lm_eval_adainfer.structure.anatomy import Anatomy
+from lm_eval_adainfer.structure.removal import drop
 from lm_eval_adainfer.verification import FAILED, NOT_SUPPORTED, Finding, verify_model
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "families.md"

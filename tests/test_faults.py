@@ -35,12 +35,15 @@ from reference import instance
 from test_model import lm_of
 from test_tracing import make_task, write_trace
 
-from lm_eval_adainfer import cli, container, fitting, replay, tracing
-from lm_eval_adainfer.comparison import blocks
+from lm_eval_adainfer import container
+from lm_eval_adainfer.cli import main
 from lm_eval_adainfer.errors import AdaInferError, report_errors_in_one_sentence
+from lm_eval_adainfer.fitting import fit
+from lm_eval_adainfer.output import blocks
 from lm_eval_adainfer.strategies.crf import CRFStopper
 from lm_eval_adainfer.strategies.network import LogisticStopper
 from lm_eval_adainfer.strategies.trees import BoostedStopper
+from lm_eval_adainfer.traces import recording, replay
 
 
 def same(found, expected):
@@ -358,8 +361,8 @@ def run_cli(monkeypatch, capsys, error):
 
     monkeypatch.setattr(replay, "replay", failing)
     monkeypatch.setattr(replay, "load", lambda *_: [])
-    monkeypatch.setattr(fitting, "find", lambda *_: [])
-    status = cli.main(["replay", "traces", "-s", "gap"])
+    monkeypatch.setattr(fit, "find", lambda *_: [])
+    status = main.main(["replay", "traces", "-s", "gap"])
     return status, capsys.readouterr().err.strip()
 
 
@@ -518,13 +521,13 @@ def test_generated_text_with_nan_runs_on_and_is_warned_of(overflowing, tokenizer
 def test_a_trace_with_nan_is_recorded_warned_of_and_refused_by_those_who_read_it(overflowing, tokenizer, tmp_path, caplog):
     lm = lm_of(overflowing, tokenizer, max_length=200)
     docs = [{"question": q, "choices": ["a", "b"], "answer": 0} for q in ("the fox", "the taq")]
-    (path,) = tracing.trace(lm, {"toy": make_task({"train": docs, "test": docs})}, tmp_path)
-    _, arrays = tracing.read(path)
+    (path,) = recording.trace(lm, {"toy": make_task({"train": docs, "test": docs})}, tmp_path)
+    _, arrays = recording.read(path)
     odd = ~np.isfinite(arrays["features"]).all(axis=2)
     assert odd.tolist() == [[False] * 5, [False, False, True, True, True]]
     (said,) = [r.getMessage() for r in caplog.records if "will hold NaN" in r.getMessage()]
     one_sentence(said, "traces", "block 3")
-    for read in (lambda: fitting.fit_svm([path]), lambda: replay.load([path])):
+    for read in (lambda: fit.fit_svm([path]), lambda: replay.load([path])):
         with pytest.raises(AdaInferError) as caught:
             read()
         one_sentence(caught.value, "traces", path.name, "NaN")
@@ -633,7 +636,7 @@ def test_a_tokenizer_without_special_tokens_needs_a_token_to_begin_with(tokenize
 @pytest.fixture(scope="module")
 def trace_file(tmp_path_factory):
     folder = tmp_path_factory.mktemp("good")
-    (path,) = tracing.trace(killed.make_lm("none"), {"choices": killed.make_tasks()["choices"]}, folder)
+    (path,) = recording.trace(killed.make_lm("none"), {"choices": killed.make_tasks()["choices"]}, folder)
     return path
 
 
@@ -641,9 +644,9 @@ def read_everywhere(path):
     """Whether a file is refused in one sentence by those who read traces; anything else they raise is raised."""
     refused = False
     for read in (
-        lambda: tracing.read(path),
+        lambda: recording.read(path),
         lambda: replay.replay(replay.load([path]), ["gap:0.5", "oracle:stable"]),
-        lambda: fitting.collect([path], ["gap", "agreement"], "stable"),
+        lambda: fit.collect([path], ["gap", "agreement"], "stable"),
         lambda: blocks.load(str(path)),
     ):
         try:
@@ -688,16 +691,16 @@ def test_a_cut_trace_is_refused(trace_file, tmp_path):
     ],
 )
 def test_a_trace_that_says_what_it_does_not_hold_is_refused(change, trace_file, tmp_path):
-    meta, arrays = tracing.read(trace_file)
+    meta, arrays = recording.read(trace_file)
     path = tmp_path / "odd.trace"
-    container.write(path, "trace", tracing.VERSION, {**meta, **change}, arrays)
+    container.write(path, "trace", recording.VERSION, {**meta, **change}, arrays)
     assert read_everywhere(path)
 
 
-@pytest.mark.parametrize("name", sorted(tracing.SHAPES))
+@pytest.mark.parametrize("name", sorted(recording.SHAPES))
 @pytest.mark.parametrize("how", ["cut", "flat", "kind", "empty"])
 def test_arrays_of_another_shape_or_kind_are_refused(name, how, trace_file, tmp_path):
-    meta, arrays = tracing.read(trace_file)
+    meta, arrays = recording.read(trace_file)
     array = arrays[name]
     arrays[name] = {
         "cut": array[:-1],
@@ -706,21 +709,21 @@ def test_arrays_of_another_shape_or_kind_are_refused(name, how, trace_file, tmp_
         "empty": np.zeros((2**40, 0), dtype=array.dtype),
     }[how]
     path = tmp_path / "odd.trace"
-    container.write(path, "trace", tracing.VERSION, meta, arrays)
+    container.write(path, "trace", recording.VERSION, meta, arrays)
     assert read_everywhere(path)
 
 
 def test_a_trace_that_would_fill_the_memory_is_refused(tmp_path):
     n, n_blocks = 1000, 100
     path = write_trace(tmp_path / "bomb.trace", np.zeros((n, n_blocks)), np.zeros(n))
-    meta, arrays = tracing.read(path)
+    meta, arrays = recording.read(path)
     arrays |= {
         "request": np.full((n, 1), 32767, dtype=np.int16),
         "scores": np.zeros((n, n_blocks, 1), dtype=np.float32),
         "gold": np.zeros(n, dtype=np.int16),
         "doc_id": np.arange(n),
     }
-    container.write(path, "trace", tracing.VERSION, meta, arrays)
+    container.write(path, "trace", recording.VERSION, meta, arrays)
     with pytest.raises(AdaInferError) as caught:
         replay.load([path])
     one_sentence(caught.value, "traces", "bomb.trace", "32768 requests")

@@ -11,9 +11,9 @@ from conftest import make_model
 from reference import instance
 from test_model import Scripted, lm_of, requests
 
-from lm_eval_adainfer.features import FEATURES, RECORDED
 from lm_eval_adainfer.strategies.base import Stopper
-from lm_eval_adainfer.tracing import Recorder
+from lm_eval_adainfer.strategies.features import FEATURES, RECORDED
+from lm_eval_adainfer.traces.recording import Recorder
 
 # family -> (blocks, attention in a block, feed-forward output in a block, final norm), by hand
 PARTS = {

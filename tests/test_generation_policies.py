@@ -17,14 +17,14 @@ from replay import (
     prompts_of,
 )
 
-from lm_eval_adainfer.anatomy import Anatomy
 from lm_eval_adainfer.counting import FlopCounter
-from lm_eval_adainfer.decoding import trace
 from lm_eval_adainfer.errors import AdaInferError
-from lm_eval_adainfer.generation import prepare
-from lm_eval_adainfer.model import AdaInferLM
+from lm_eval_adainfer.generation.loop import trace
+from lm_eval_adainfer.generation.step import prepare
+from lm_eval_adainfer.harness.model import AdaInferLM
 from lm_eval_adainfer.strategies.artifact import parse
 from lm_eval_adainfer.strategies.rules import NoStopper
+from lm_eval_adainfer.structure.anatomy import Anatomy
 
 # attention of their own (no interface to wrap), or masks that are no masks (alibi)
 PADDED = {"gptj", "bloom", "mpt", "falcon"}

@@ -14,9 +14,9 @@ from reference import instance
 from transformers import GenerationConfig
 from transformers.generation import LogitsProcessor, LogitsProcessorList, stopping_criteria
 
-from lm_eval_adainfer import decoding
 from lm_eval_adainfer.errors import AdaInferError
-from lm_eval_adainfer.model import AdaInferLM
+from lm_eval_adainfer.generation import loop
+from lm_eval_adainfer.harness.model import AdaInferLM
 
 PROMPTS = ["x", "Item 3:Item 3:", "Q: cat\nA: cats\n\nQ: ox\nA:", "1 and 2 and 3", "aa", "The Amazon is a forest. What is it?"]
 OFTEN, SECOND, START = "often", "second", "start"  # tokens that the model writes, which a test puts in
@@ -284,7 +284,7 @@ def test_the_clock_of_max_time_starts_with_each_text(source, lab, monkeypatch):
     now = iter(range(10**6))
     clock = SimpleNamespace(time=lambda: float(next(now)))
     monkeypatch.setattr(stopping_criteria, "time", clock)
-    monkeypatch.setattr(decoding, "time", clock)
+    monkeypatch.setattr(loop, "time", clock)
     requests = lab.given(source, {"max_time": 4.5})
     lab.check(requests, lab.expected(requests))
     assert {len(t.trace.layers) for t in lab.early.generate_until(requests, True)} == {5}

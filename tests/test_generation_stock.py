@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lm_eval_adainfer import paths
 from lm_eval_adainfer.errors import AdaInferError
-from lm_eval_adainfer.model import AdaInferLM
+from lm_eval_adainfer.harness.model import AdaInferLM
 
 FACTS = [
     ("The Normans were the people who in the 10th and 11th centuries gave their name to Normandy, a region in France.",

@@ -14,9 +14,12 @@ from test_features import slow_features
 from test_model import lm_of
 from test_tracing import make_task, refused, traced
 
-from lm_eval_adainfer import check_layers, cli, container, fitting, paths, tracing
-from lm_eval_adainfer.features import RECORDED
+from lm_eval_adainfer import container, paths
+from lm_eval_adainfer.cli import main
+from lm_eval_adainfer.fitting import check_layers, fit
 from lm_eval_adainfer.strategies import artifact
+from lm_eval_adainfer.strategies.features import RECORDED
+from lm_eval_adainfer.traces import recording
 
 L = 5
 
@@ -110,7 +113,7 @@ def test_documents_keep_their_number_in_the_split(lm, tmp_path):
 
 def test_a_stopper_is_fitted_on_generated_positions_as_on_others(lm, model, tokenizer, tmp_path):
     path, meta, arrays = traced(lm, generating(max_gen_toks=4), tmp_path)
-    stopper = fitting.fit_svm([path], label="final", features=["gap", "top_prob"], max_examples=10_000)
+    stopper = fit.fit_svm([path], label="final", features=["gap", "top_prob"], max_examples=10_000)
     columns = [meta["features"].index(name) for name in ("gap", "top_prob")]
     x = arrays["features"][:, :, columns].reshape(-1, 2)
     y = (arrays["top_token"] == arrays["top_token"][:, -1:]).reshape(-1)
@@ -137,7 +140,7 @@ def brute(files, features, stops, blocks):
     """(mean exit, mean checks, cost over dense, agreement) of asking after some blocks, one instance at a time."""
     exits, checks, costs, dense, agree = [], [], [], [], []
     for file in files:
-        meta, arrays = tracing.read(file)
+        meta, arrays = recording.read(file)
         columns = [meta["features"].index(name) for name in features]
         head = meta["hidden_size"] * meta["vocab_size"]
         for values, tops, position, prompt in zip(
@@ -173,7 +176,7 @@ def files(lm, tmp_path_factory):
 @pytest.fixture(scope="module")
 def spread(files):
     """A gap that about a third of all (instance, block) pairs exceed."""
-    gaps = np.concatenate([tracing.read(file)[1]["features"][:, :-1, 0].ravel() for file in files])
+    gaps = np.concatenate([recording.read(file)[1]["features"][:, :-1, 0].ravel() for file in files])
     return round(float(np.quantile(gaps, 0.7)), 4)
 
 
@@ -229,13 +232,13 @@ def test_rules_that_read_no_head_cost_no_head(files):
 
 
 def test_never_firing_rules_are_not_worth_a_check(files, capsys):
-    assert cli.main(["layers", *map(str, files), "--stopper", "gap:1"]) == 0
+    assert main.main(["layers", *map(str, files), "--stopper", "gap:1"]) == 0
     assert "no check pays for itself" in capsys.readouterr().out
 
 
 def test_the_command_prints_what_check_layers_takes(files, spread, capsys):
     _, _, chosen = check_layers.choose(files, artifact.parse(f"gap:{spread}"), 2)
-    assert cli.main(["layers", str(files[0].parent), "-s", f"gap:{spread}", "-n", "2"]) == 0
+    assert main.main(["layers", str(files[0].parent), "-s", f"gap:{spread}", "-n", "2"]) == 0
     out = capsys.readouterr().out
     assert out.splitlines()[-1] == f"check_layers={'+'.join(map(str, chosen.blocks))}"
     assert out.count("<- check") == len(chosen.blocks) and out.count("simulated") >= 3
@@ -248,15 +251,15 @@ def test_unusable_traces_and_counts_are_refused_in_one_sentence(files, lm, token
     other = lm_of(make_model("llama", vocab_size=257, seed=9), tokenizer)
     foreign = traced(other, make_task(), tmp_path / "other")[0]
     refused(lambda: check_layers.choose([*files, foreign], gap), "traces", foreign.name)
-    meta, arrays = tracing.read(files[0])
+    meta, arrays = recording.read(files[0])
     arrays["features"] = arrays["features"][:, :, 1:]
     poor = tmp_path / "poor.trace"
-    container.write(poor, "trace", tracing.VERSION, {**meta, "features": meta["features"][1:]}, arrays)
+    container.write(poor, "trace", recording.VERSION, {**meta, "features": meta["features"][1:]}, arrays)
     refused(lambda: check_layers.choose([poor], gap), "features", "gap", "top_prob")
     refused(lambda: check_layers.choose(files, artifact.parse("fixed:6")), "fixed:6")
     capsys.readouterr()
     for wrong in (["layers", str(tmp_path / "nothing"), "-s", "gap"], ["layers", str(files[0]), "-s", "gap", "-n", "0"]):
-        assert cli.main(wrong) == 2
+        assert main.main(wrong) == 2
         said = capsys.readouterr().err.strip()
         assert said.startswith("adainfer: error: ") and "\n" not in said
 
@@ -267,14 +270,14 @@ def test_unusable_traces_and_counts_are_refused_in_one_sentence(files, lm, token
 def test_trace_fit_and_layers_work_on_a_generation_task_of_the_demo(tmp_path, capsys):
     arguments = ["--tasks", "adainfer_demo_plural_generate", "--include_path", str(paths.task_configs())]
     model = ["--model_args", "pretrained=adainfer-demo,dtype=float32,batch_size=8", "--device", "cpu"]
-    assert cli.main(["trace", *model, *arguments, "--limit", "12", "-o", str(tmp_path / "traces")]) == 0
+    assert main.main(["trace", *model, *arguments, "--limit", "12", "-o", str(tmp_path / "traces")]) == 0
     (file,) = (tmp_path / "traces").glob("*.trace")
-    meta, arrays = tracing.read(file)
+    meta, arrays = recording.read(file)
     counts = np.unique(arrays["doc_id"], return_counts=True)[1]
     assert (meta["documents"], len(counts), meta["output_type"]) == (12, 12, "generate_until")
     assert counts.max() < 16  # texts end at their newline
     assert arrays["top_token"][arrays["position"] > 0].shape[0] == sum(counts) - 12
     assert set(meta["features"]) == set(RECORDED)
-    assert cli.main(["fit", "svm", str(tmp_path / "traces"), "-o", str(tmp_path / "svm.pkl")]) == 0
-    assert cli.main(["layers", str(tmp_path / "traces"), "-s", str(tmp_path / "svm.pkl"), "-n", "3"]) == 0
+    assert main.main(["fit", "svm", str(tmp_path / "traces"), "-o", str(tmp_path / "svm.pkl")]) == 0
+    assert main.main(["layers", str(tmp_path / "traces"), "-s", str(tmp_path / "svm.pkl"), "-n", "3"]) == 0
     assert "exit_layer" in capsys.readouterr().out

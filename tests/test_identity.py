@@ -16,9 +16,9 @@ from reference import instance
 from test_model import requests
 from torch import nn
 
-from lm_eval_adainfer import identity
 from lm_eval_adainfer.errors import AdaInferError
-from lm_eval_adainfer.model import AdaInferLM
+from lm_eval_adainfer.harness.model import AdaInferLM
+from lm_eval_adainfer.structure import identity
 
 
 def lm_of(model=None, tokenizer=None, **kwargs):

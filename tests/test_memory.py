@@ -10,13 +10,13 @@ from test_features import slow_features
 from test_model import lm_of
 from test_tracing import KINDS, documents, make_task, traced
 
-from lm_eval_adainfer import fitting
-from lm_eval_adainfer.features import RECORDED
-from lm_eval_adainfer.scoring import Answer, Row
-from lm_eval_adainfer.simulation import margins
+from lm_eval_adainfer.fitting import fit
+from lm_eval_adainfer.prefill.engine import Answer, Row
 from lm_eval_adainfer.strategies.artifact import parse
 from lm_eval_adainfer.strategies.base import Schedule
 from lm_eval_adainfer.strategies.crf import CRFStopper
+from lm_eval_adainfer.strategies.features import RECORDED
+from lm_eval_adainfer.traces.margins import margins
 
 NAMES = ["patience:2", "patience:3", "saturation:0.6", "softmax:0.3", "crf", "svm"]
 LEARNED = ("top_prob", "agreement", "top_prob_change")
@@ -34,8 +34,8 @@ def stoppers(model, tokenizer, tmp_path_factory):
     lm = lm_of(model, tokenizer, max_length=400)
     task = make_task({"train": documents(30, 5), "test": documents(3, 2)})
     path, meta, arrays = traced(lm, task, tmp_path_factory.mktemp("traces"))
-    crf = fitting.fit_crf([path], features=("gap", "top_prob", "top_prob_change"))
-    svm = fitting.fit_svm([path], features=LEARNED)
+    crf = fit.fit_crf([path], features=("gap", "top_prob", "top_prob_change"))
+    svm = fit.fit_svm([path], features=LEARNED)
     for stopper in (crf, svm):
         stopper.threshold += float(np.nanmedian(margins(stopper, meta, arrays)))
     return {name: {"crf": crf, "svm": svm}.get(name) or parse(name) for name in NAMES}
@@ -154,17 +154,18 @@ def test_a_crf_is_fitted_on_one_sequence_per_instance(label, model, tokenizer, t
     lm, task = lm_of(model, tokenizer, max_length=400), make_task({"train": documents(30, 5), "test": documents(3, 2)})
     path, meta, arrays = traced(lm, task, tmp_path)
     if label == "gold":  # a random model never finds the gold answer
-        from lm_eval_adainfer import container, tracing
+        from lm_eval_adainfer import container
+        from lm_eval_adainfer.traces import recording
 
         arrays["gold_token"] = np.where(np.arange(30) % 3, arrays["top_token"][:, 3], -1).astype(np.int32)
-        container.write(path, "trace", tracing.VERSION, meta, arrays)
-    stopper = fitting.fit_crf([path], label=label)
+        container.write(path, "trace", recording.VERSION, meta, arrays)
+    stopper = fit.fit_crf([path], label=label)
     goal = arrays["top_token"][:, -1] if label == "final" else arrays["gold_token"]
     y = (arrays["top_token"] == goal[:, None])[goal >= 0]
     assert isinstance(stopper, CRFStopper) and stopper.threshold == 0.5 and stopper.features == ("gap", "top_prob")
     assert stopper.info["examples"] == stopper.info["examples_available"] == y.size == (150 if label == "final" else 100)
     assert stopper.info["positive_share"] == pytest.approx(y.mean()) and stopper.info["label"] == label
-    few = [fitting.fit_crf([path], label=label, max_instances=9, seed=seed) for seed in (0, 0, 1)]
+    few = [fit.fit_crf([path], label=label, max_instances=9, seed=seed) for seed in (0, 0, 1)]
     assert few[0].info["examples"] == 45 and few[0].fingerprint == few[1].fingerprint != few[2].fingerprint
 
 

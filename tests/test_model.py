@@ -11,7 +11,7 @@ from lm_eval.models.huggingface import HFLM
 from reference import gap_after_block, instance, logits_after_block, score
 
 from lm_eval_adainfer.errors import AdaInferError
-from lm_eval_adainfer.model import AdaInferLM
+from lm_eval_adainfer.harness.model import AdaInferLM
 from lm_eval_adainfer.strategies.base import Stopper
 
 WORDS = ["a", " be", " cat", " deer", " e.", " fox!", " goat", " hi"]
@@ -430,6 +430,6 @@ def test_a_forward_that_breaks_when_rows_leave_is_one_sentence(tokenizer, monkey
     def broken(anatomy):
         raise RuntimeError("mat1 and mat2 shapes cannot be multiplied\nmore")
 
-    monkeypatch.setattr("lm_eval_adainfer.model.verify", broken)
+    monkeypatch.setattr("lm_eval_adainfer.harness.model.verify", broken)
     with pytest.raises(AdaInferError, match=r"^pretrained: .* can't exit early: .*multiplied\)$"):
         lm_of(make_model("llama", vocab_size=257), tokenizer)

@@ -9,14 +9,17 @@ import pytest
 from test_replay import write
 from test_tracing import refused
 
-from lm_eval_adainfer import calibration, check_layers, cli, container, fitting, replay, tracing
-from lm_eval_adainfer.comparison import blocks
+from lm_eval_adainfer import container
+from lm_eval_adainfer.cli import main
+from lm_eval_adainfer.fitting import calibration, check_layers, fit
+from lm_eval_adainfer.output import blocks
 from lm_eval_adainfer.strategies.rules import GapStopper
+from lm_eval_adainfer.traces import recording, replay
 
 READERS = {
-    "fit svm": lambda files: fitting.fit_svm(files),
-    "fit crf": lambda files: fitting.fit_crf(files),
-    "fit logistic": lambda files: fitting.fit_classifier("logistic", files),
+    "fit svm": lambda files: fit.fit_svm(files),
+    "fit crf": lambda files: fit.fit_crf(files),
+    "fit logistic": lambda files: fit.fit_classifier("logistic", files),
     "layers": lambda files: check_layers.choose(files, GapStopper(0.5)),
     "calibrate": lambda files: calibration.calibrate(files, GapStopper(), 0.5),
     "replay": lambda files: replay.load(files),
@@ -63,11 +66,11 @@ def test_the_command_says_it_before_anything_is_written(tmp_path, capsys):
     common = [str(tmp_path), "-o", str(out)]
     for command in (["fit", "svm", *common], ["calibrate", *common, "-s", "gap"], ["layers", str(tmp_path), "-s", "gap"],
                     ["replay", str(tmp_path), "-s", "gap"]):  # fmt: skip
-        assert cli.main(command) == 2
+        assert main.main(command) == 2
         assert "tuned.trace is of m with weights_hash tuned" in capsys.readouterr().err
     assert not out.exists()
     shutil.copy(first, tmp_path / "copy")
-    meta, arrays = tracing.read(first)
+    meta, arrays = recording.read(first)
     assert "chat_template" not in meta  # what was traced before these were recorded goes with what was asked plainly
-    container.write(tmp_path / "tuned.trace", "trace", tracing.VERSION, {**meta, "task": "t", "chat_template": None}, arrays)
-    assert cli.main(["layers", str(tmp_path), "-s", "gap"]) == 0
+    container.write(tmp_path / "tuned.trace", "trace", recording.VERSION, {**meta, "task": "t", "chat_template": None}, arrays)
+    assert main.main(["layers", str(tmp_path), "-s", "gap"]) == 0

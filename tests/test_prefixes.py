@@ -9,12 +9,12 @@ from conftest import FAMILIES, make_model
 from reference import instance, score
 from test_model import Scripted
 
-from lm_eval_adainfer import prefixes
-from lm_eval_adainfer.anatomy import Anatomy
 from lm_eval_adainfer.errors import AdaInferError
-from lm_eval_adainfer.model import AdaInferLM
-from lm_eval_adainfer.scoring import Document, Row
+from lm_eval_adainfer.harness.model import AdaInferLM
+from lm_eval_adainfer.prefill import prefixes
+from lm_eval_adainfer.prefill.engine import Document, Row
 from lm_eval_adainfer.strategies.artifact import parse
+from lm_eval_adainfer.structure.anatomy import Anatomy
 
 SHARED = "a few shots that all documents of a task begin with. "
 

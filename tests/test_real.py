@@ -51,8 +51,8 @@ def test_a_gap_rule_and_a_freshly_fitted_svm_prune_sst2(shared, environment, tmp
         assert done.returncode == 0, done.stderr[-2000:]
 
     tasks = ["--tasks", "adainfer_sst2", "--num_fewshot", "3"]
-    run("lm_eval_adainfer.cli", "trace", "--model_args", model, *tasks, "--limit", "100", "-o", tmp_path / "traces")
-    run("lm_eval_adainfer.cli", "fit", "svm", tmp_path / "traces", "-o", tmp_path / "svm.pkl")
+    run("lm_eval_adainfer.cli.main", "trace", "--model_args", model, *tasks, "--limit", "100", "-o", tmp_path / "traces")
+    run("lm_eval_adainfer.cli.main", "fit", "svm", tmp_path / "traces", "-o", tmp_path / "svm.pkl")
     pruned = {}
     for name, stopper in (("gap", "gap:0.8"), ("svm", tmp_path / "svm.pkl")):
         run("lm_eval_adainfer", "--model", "adainfer", "--model_args", f"{model},stopper={stopper}", *tasks,

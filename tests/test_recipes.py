@@ -10,7 +10,9 @@ import pytest
 from test_replay import write
 from test_tracing import refused
 
-from lm_eval_adainfer import cli, fitting, recipes, replay, studies
+from lm_eval_adainfer.cli import main
+from lm_eval_adainfer.studies import paper, recipes
+from lm_eval_adainfer.traces import replay
 
 TASKS = [f"t{i}" for i in range(8)] + ["t1_2x"]
 
@@ -75,7 +77,7 @@ def fitted_on(monkeypatch):
         calls.append(sorted(f.stem for f in files))
         return replay.GapStopper(0.5)
 
-    monkeypatch.setattr(fitting, "fit_svm", fit)
+    monkeypatch.setattr(fit, "fit_svm", fit)
     return calls
 
 
@@ -139,7 +141,7 @@ def test_every_kind_of_fit_is_what_adainfer_fit_makes(kind, tmp_path):
     rows = list(csv.DictReader(recipes.run(recipe, tracer, tmp_path / "out", seed=3)[1].open()))
     train = [str(f) for f in tracer([5], "train")]
     stopper = str(tmp_path / "s")
-    assert cli.main(["fit", kind, *train, "--seed", "3", "--threshold", "0.6", "-o", stopper]) == 0
+    assert main.main(["fit", kind, *train, "--seed", "3", "--threshold", "0.6", "-o", stopper]) == 0
     reference = replay.replay(replay.load(tracer([0], "test")), [stopper])
     assert {r["task"] for r in rows} == {"a", "b", "pooled"}
     for row in rows:
@@ -202,7 +204,7 @@ def test_figures_are_means_per_block(with_matplotlib, tracer, tmp_path, monkeypa
 def test_accuracy_per_block_ends_at_the_dense_models(tracer):
     traces = replay.load(tracer([0], "test"))
     (row,) = replay.replay(traces[:1], ["none"])
-    last = [r for r in studies.accuracy(traces[:1]) if r["block"] == 5]
+    last = [r for r in paper.accuracy(traces[:1]) if r["block"] == 5]
     assert [r["acc"] for r in last] == [row["acc"]] and last[0]["agreement"] == 1
 
 
@@ -211,14 +213,14 @@ def test_the_command_makes_a_table_of_the_demo_model_and_goes_on_where_it_was(tm
         "recipe", "table2", "-a", "pretrained=adainfer-demo,dtype=float32", "-t",
         "adainfer_demo_sentiment,adainfer_demo_fact", "-f", "0,1", "-L", "6", "--device", "cpu", "-o", str(tmp_path),
     ]  # fmt: skip
-    assert cli.main(command) == 0
+    assert main.main(command) == 0
     text = (tmp_path / "table2.md").read_text()
     assert "AdaInfer (SVM)" in text and "adainfer-demo, 12 blocks" in text and "simulated" in text
     assert len(list((tmp_path / "traces").iterdir())) == 6
-    from lm_eval_adainfer.model import AdaInferLM
+    from lm_eval_adainfer.harness.model import AdaInferLM
 
     monkeypatch.setattr(AdaInferLM, "loglikelihood", lambda *_, **__: pytest.fail("traced again"))
-    assert cli.main(command) == 0
+    assert main.main(command) == 0
     assert (tmp_path / "table2.md").read_text() == text
     capsys.readouterr()
 
@@ -255,6 +257,6 @@ def test_unknown_recipes_and_wrong_arguments_are_one_sentence(tmp_path, capsys):
     common = ["-a", "pretrained=adainfer-demo", "-t", "adainfer_demo_fact", "-o", str(tmp_path)]
     for more in (["recipe", "table9"], ["recipe", "table2", "-f", "x"], ["recipe", "table2", "-L", "0"],
                  ["recipe", "table5", "--other_model", str(tmp_path / "no")]):  # fmt: skip
-        assert cli.main([*more, *common]) == 2
+        assert main.main([*more, *common]) == 2
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 4 and all(line.startswith("adainfer: error: ") for line in lines)

@@ -18,11 +18,15 @@ from hypothesis import strategies as st
 from test_model import lm_of
 from test_tracing import KINDS, documents, make_task, refused
 
-from lm_eval_adainfer import cli, container, fitting, replay, tables, tracing
+from lm_eval_adainfer import container
+from lm_eval_adainfer.cli import main
 from lm_eval_adainfer.comparison.statistics import tango_interval
-from lm_eval_adainfer.model import AdaInferLM
+from lm_eval_adainfer.fitting import fit
+from lm_eval_adainfer.harness.model import AdaInferLM
+from lm_eval_adainfer.output import tables
 from lm_eval_adainfer.strategies import artifact
 from lm_eval_adainfer.strategies.rules import GapStopper, NoStopper
+from lm_eval_adainfer.traces import recording, replay
 
 NAMES = ["gap", "top_prob"]
 
@@ -50,7 +54,7 @@ def write(path, features, top, document=None, scores=None, request=None, gold=No
         "position": np.zeros(n, dtype=np.int32),
         "doc_id": np.arange(n) if document is None else np.array(document, dtype=np.int64),
     }
-    container.write(path, "trace", tracing.VERSION, {**base, **meta}, arrays)
+    container.write(path, "trace", recording.VERSION, {**base, **meta}, arrays)
     return path
 
 
@@ -91,9 +95,9 @@ def model():
 @pytest.mark.parametrize("kind", KINDS)
 def test_replay_is_the_real_run_of_every_document(kind, options, model, tokenizer, tmp_path):
     task = make_task({"train": documents(16, 7), "test": documents(3, 2)}, **KINDS[kind])
-    (path,) = tracing.trace(lm_of(model, tokenizer, max_length=400), {"toy": task}, tmp_path)
+    (path,) = recording.trace(lm_of(model, tokenizer, max_length=400), {"toy": task}, tmp_path)
     (trace,) = replay.load([path])
-    svm = fitting.fit_svm([path])
+    svm = fit.fit_svm([path])
     fixed = "fixed:4"
     for spec in ("none", "gap:0.2", svm, fixed):
         run = lm_of(model, tokenizer, stopper=spec, batch_size=5, max_length=400, **options)
@@ -106,9 +110,9 @@ def test_replay_is_the_real_run_of_every_document(kind, options, model, tokenize
 @pytest.mark.parametrize("name", ["sentiment", "fact", "odd_of_six"])
 def test_replay_is_the_real_run_of_the_demo_model(name, tmp_path):
     manager = our_tasks()
-    task = cli.load_tasks(manager, [f"adainfer_demo_{name}"])[f"adainfer_demo_{name}"]
+    task = main.load_tasks(manager, [f"adainfer_demo_{name}"])[f"adainfer_demo_{name}"]
     options = {"pretrained": "adainfer-demo", "dtype": "float32", "batch_size": 16, "device": "cpu"}
-    (path,) = tracing.trace(AdaInferLM(**options), {task.config.task: task}, tmp_path, split="test", limit=40)
+    (path,) = recording.trace(AdaInferLM(**options), {task.config.task: task}, tmp_path, split="test", limit=40)
     (trace,) = replay.load([path])
     for spec, more in [("gap:0.8", {}), ("svm", {}), ("fixed:3", {}), ("none", {}), ("gap:0.8", {"check_layers": "4+8"})]:
         clear, _ = check_against_a_real_run(AdaInferLM(stopper=spec, **options, **more), task, trace, spec, **more)
@@ -121,10 +125,10 @@ def test_replay_is_the_real_run_of_a_small_real_model(name, shared, hub, tmp_pat
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
     monkeypatch.setenv("ADAINFER_DATA", str(shared / "hf" / "function_vectors"))
     manager = our_tasks()
-    task = cli.load_tasks(manager, [name])[name]
+    task = main.load_tasks(manager, [name])[name]
     options = {"pretrained": str(shared / "models" / "llama-16x128"), "batch_size": 16, "device": "cpu"}
     lm = AdaInferLM(**options)
-    (path,) = tracing.trace(lm, {name: task}, tmp_path, num_fewshot=3, split="test", limit=40)
+    (path,) = recording.trace(lm, {name: task}, tmp_path, num_fewshot=3, split="test", limit=40)
     (trace,) = replay.load([path])
     for spec in ("gap:0.8", "svm", "fixed:3", "none"):
         clear, _ = check_against_a_real_run(AdaInferLM(stopper=spec, **options), task, trace, spec)
@@ -134,7 +138,7 @@ def test_replay_is_the_real_run_of_a_small_real_model(name, shared, hub, tmp_pat
 def test_accuracy_with_several_right_answers_is_lm_evals(model, tokenizer, tmp_path):
     docs = [{**d, "golds": [0, 2]} for d in documents(8, 3)]
     task = make_task({"train": docs, "test": docs}, doc_to_target="golds")
-    (path,) = tracing.trace(lm_of(model, tokenizer, max_length=400), {"toy": task}, tmp_path)
+    (path,) = recording.trace(lm_of(model, tokenizer, max_length=400), {"toy": task}, tmp_path)
     (trace,) = replay.load([path])
     clear, _ = check_against_a_real_run(lm_of(model, tokenizer, max_length=400), task, trace, "none")
     assert clear == 8 and 0 < trace.right.mean() < 1
@@ -261,7 +265,7 @@ def test_shots_are_told_apart_and_pooled_and_resampled_by_document(tmp_path):
         for shots in (0, 5):
             write(tmp_path / f"{task}{shots}.trace", rng.uniform(size=(4, 3, 2)), rng.integers(0, 2, (4, 3)),
                   task=task, num_fewshot=shots)  # fmt: skip
-    rows = replay.replay(replay.load(fitting.find([tmp_path])), ["gap:0.5"])
+    rows = replay.replay(replay.load(fit.find([tmp_path])), ["gap:0.5"])
     assert [(r["task"], r["shots"], r["documents"], r["distinct_documents"]) for r in rows] == [
         ("a", "0", 4, 4), ("a", "5", 4, 4), ("a", "0/5", 8, 4),
         ("b", "0", 4, 4), ("b", "5", 4, 4), ("b", "0/5", 8, 4), ("pooled", "0/5", 16, 8),
@@ -353,7 +357,7 @@ def test_the_command_prints_every_format_and_says_simulated(tmp_path, capsys):
     write(tmp_path / "a.trace", rng.uniform(size=(9, 5, 2)), rng.integers(0, 2, (9, 5)))
     out = {}
     for form in tables.FORMATS:
-        assert cli.main(["replay", str(tmp_path), "-s", "gap:0.5", "-s", "oracle:stable", "--format", form]) == 0
+        assert main.main(["replay", str(tmp_path), "-s", "gap:0.5", "-s", "oracle:stable", "--format", form]) == 0
         out[form] = capsys.readouterr().out
         assert "simulated" in out[form]
     rows = json.loads(out["json"])["rows"]
@@ -381,7 +385,7 @@ def test_unusable_input_is_one_sentence(tmp_path):
     refused(lambda: replay.load([good, other]), "traces", "other.trace", "mm", "one model")
     refused(lambda: replay.load([good, good]), "traces", "good.trace", "t at 0 shots")
     refused(lambda: replay.load([good], "train"), "split", "train")
-    meta, arrays = tracing.read(good)
+    meta, arrays = recording.read(good)
     container.write(tmp_path / "old.trace", "trace", 1, meta, arrays)
     refused(lambda: replay.load([tmp_path / "old.trace"]), "traces", "old.trace", "version 1", "version 2")
     for name in ("scores", "doc_id", "request"):
@@ -396,8 +400,8 @@ def test_unusable_input_is_one_sentence(tmp_path):
 
 def test_the_command_tells_a_mistake_in_one_line(tmp_path, capsys):
     write(tmp_path / "good.trace", np.ones((2, 3, 2)), np.zeros((2, 3)))
-    assert cli.main(["replay", str(tmp_path), "-s", "nonsense"]) == 2
-    assert cli.main(["replay", str(tmp_path / "none.trace"), "-s", "gap"]) == 2
+    assert main.main(["replay", str(tmp_path), "-s", "nonsense"]) == 2
+    assert main.main(["replay", str(tmp_path / "none.trace"), "-s", "gap"]) == 2
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 2 and "nonsense" in lines[0] and "none.trace" in lines[1]
 
@@ -406,7 +410,7 @@ def test_a_stopper_that_was_fitted_on_these_documents_is_warned_of(tmp_path, cap
     rng = np.random.default_rng(2)
     path = write(tmp_path / "a.trace", rng.uniform(size=(20, 4, 2)), rng.integers(0, 2, (20, 4)))
     test = write(tmp_path / "b.trace", rng.uniform(size=(20, 4, 2)), rng.integers(0, 2, (20, 4)), split="train")
-    artifact.save(fitting.fit_svm([path]), tmp_path / "s.stopper")
+    artifact.save(fit.fit_svm([path]), tmp_path / "s.stopper")
     replay.replay(replay.load([test]), [str(tmp_path / "s.stopper")])
     assert "fitted on" not in caplog.text
     replay.replay(replay.load([path]), [str(tmp_path / "s.stopper")])
@@ -420,7 +424,8 @@ import os, signal, sys
 sys.path.insert(0, sys.argv[1])
 import test_replay, test_tracing
 from conftest import make_model
-from lm_eval_adainfer import container, tracing
+from lm_eval_adainfer import container
+from lm_eval_adainfer.traces import recording
 
 write, made = container.write, []
 def watched(path, *rest):
@@ -429,9 +434,9 @@ def watched(path, *rest):
     if len(made) == 2:
         os.kill(os.getpid(), signal.SIGKILL)
 container.write = watched
-tracing.PART_DOCUMENTS = 4
+recording.PART_DOCUMENTS = 4
 lm = test_replay.tiny_lm()
-tracing.trace(lm, {"toy": test_tracing.make_task()}, sys.argv[2])
+recording.trace(lm, {"toy": test_tracing.make_task()}, sys.argv[2])
 """
 
 
@@ -454,25 +459,25 @@ def test_finished_documents_survive_a_kill(tmp_path, monkeypatch, caplog):
     assert done.returncode == -9, done.stderr.decode()[-2000:]
     folder = tmp_path / "toy_0shot_train.trace.parts"
     assert sorted(p.name for p in folder.iterdir()) == ["00000000.part", "00000004.part"]
-    refused(lambda: fitting.find([tmp_path]), "traces")
+    refused(lambda: fit.find([tmp_path]), "traces")
     assert "toy_0shot_train.trace is not finished and is left out" in caplog.text
 
-    monkeypatch.setattr(tracing, "PART_DOCUMENTS", 4)
+    monkeypatch.setattr(recording, "PART_DOCUMENTS", 4)
     lm, asked = tiny_lm(), []
     loglikelihood = lm.loglikelihood
     monkeypatch.setattr(lm, "loglikelihood", lambda r, **o: asked.extend(i.doc_id for i in r) or loglikelihood(r, **o))
-    (path,) = tracing.trace(lm, {"toy": make_task()}, tmp_path)
+    (path,) = recording.trace(lm, {"toy": make_task()}, tmp_path)
     assert set(asked) == {8}, "eight of nine documents were done"
     assert not folder.exists()
-    (whole,) = tracing.trace(tiny_lm(), {"toy": make_task()}, tmp_path / "whole")
+    (whole,) = recording.trace(tiny_lm(), {"toy": make_task()}, tmp_path / "whole")
     assert path.read_bytes() == whole.read_bytes()
 
 
 @pytest.mark.parametrize("change", [{"limit": 8}, {"fewshot_seed": 7, "num_fewshot": 1}, "damaged"])
 def test_parts_of_another_call_or_damaged_ones_are_made_again(change, tmp_path, monkeypatch):
-    monkeypatch.setattr(tracing, "PART_DOCUMENTS", 4)
+    monkeypatch.setattr(recording, "PART_DOCUMENTS", 4)
     lm = tiny_lm()
-    record = tracing._record
+    record = recording._record
     calls = []
 
     def failing(*arguments):
@@ -482,18 +487,18 @@ def test_parts_of_another_call_or_damaged_ones_are_made_again(change, tmp_path, 
         return record(*arguments)
 
     shots = {"num_fewshot": 1}
-    monkeypatch.setattr(tracing, "_record", failing)
+    monkeypatch.setattr(recording, "_record", failing)
     with pytest.raises(KeyboardInterrupt):
-        tracing.trace(lm, {"toy": make_task()}, tmp_path, **shots)
-    monkeypatch.setattr(tracing, "_record", record)
+        recording.trace(lm, {"toy": make_task()}, tmp_path, **shots)
+    monkeypatch.setattr(recording, "_record", record)
     options = shots
     if change == "damaged":
         (part,) = tmp_path.glob("*.parts/*")
         part.write_bytes(part.read_bytes()[:-9])
     else:
         options = {**shots, **change}
-    (path,) = tracing.trace(lm, {"toy": make_task()}, tmp_path, **options)
-    (whole,) = tracing.trace(lm, {"toy": make_task()}, tmp_path / "whole", **options)
+    (path,) = recording.trace(lm, {"toy": make_task()}, tmp_path, **options)
+    (whole,) = recording.trace(lm, {"toy": make_task()}, tmp_path / "whole", **options)
     assert path.read_bytes() == whole.read_bytes()
     assert not list(tmp_path.glob("*.parts"))
 
@@ -502,9 +507,9 @@ def test_parts_with_unlike_numbers_of_choices_fit_together(tmp_path, monkeypatch
     docs = [{"question": f"{i}?", "choices": list("abcdefgh")[: i + 2], "answer": i} for i in range(5)]
     lm, arrays = tiny_lm(), []
     for size in (2, 64):
-        monkeypatch.setattr(tracing, "PART_DOCUMENTS", size)
-        (path,) = tracing.trace(lm, {"toy": make_task({"train": docs, "test": docs})}, tmp_path / str(size))
-        arrays.append(tracing.read(path)[1])
+        monkeypatch.setattr(recording, "PART_DOCUMENTS", size)
+        (path,) = recording.trace(lm, {"toy": make_task({"train": docs, "test": docs})}, tmp_path / str(size))
+        arrays.append(recording.read(path)[1])
     for name in arrays[0]:
         assert arrays[0][name].dtype == arrays[1][name].dtype
         np.testing.assert_allclose(arrays[0][name], arrays[1][name], rtol=1e-5, atol=1e-5)
@@ -512,18 +517,18 @@ def test_parts_with_unlike_numbers_of_choices_fit_together(tmp_path, monkeypatch
 
 def test_several_shots_make_a_file_each_as_single_calls_do(tmp_path):
     lm = tiny_lm()
-    files = tracing.trace(lm, {"toy": make_task()}, tmp_path, num_fewshot=[0, 2, 1], limit=3)
+    files = recording.trace(lm, {"toy": make_task()}, tmp_path, num_fewshot=[0, 2, 1], limit=3)
     assert [f.name for f in files] == [f"toy_{n}shot_train.trace" for n in (0, 2, 1)]
     for n, file in zip((0, 2, 1), files, strict=True):
-        (alone,) = tracing.trace(lm, {"toy": make_task()}, tmp_path / "alone", num_fewshot=n, limit=3)
+        (alone,) = recording.trace(lm, {"toy": make_task()}, tmp_path / "alone", num_fewshot=n, limit=3)
         assert file.read_bytes() == alone.read_bytes()
-    refused(lambda: tracing.trace(lm, {"toy": make_task()}, tmp_path, num_fewshot=[1, 1]), "num_fewshot", "twice")
-    refused(lambda: tracing.trace(lm, {"toy": make_task()}, tmp_path, num_fewshot=[]), "num_fewshot")
-    refused(lambda: tracing.trace(lm, {"toy": make_task()}, tmp_path, num_fewshot=[0, -1]), "num_fewshot", "-1")
+    refused(lambda: recording.trace(lm, {"toy": make_task()}, tmp_path, num_fewshot=[1, 1]), "num_fewshot", "twice")
+    refused(lambda: recording.trace(lm, {"toy": make_task()}, tmp_path, num_fewshot=[]), "num_fewshot")
+    refused(lambda: recording.trace(lm, {"toy": make_task()}, tmp_path, num_fewshot=[0, -1]), "num_fewshot", "-1")
 
 
 def test_the_command_reads_several_shots(capsys):
-    parse = cli._parser().parse_args
+    parse = main._parser().parse_args
     common = ["trace", "-a", "x", "-t", "t", "-o", "f"]
     assert parse([*common, "-f", "0,5,10,15,20"]).num_fewshot == [0, 5, 10, 15, 20]
     assert parse([*common, "-f", "3"]).num_fewshot == 3 and parse(common).num_fewshot is None
@@ -536,7 +541,7 @@ def test_generated_text_is_replayed_token_by_token(tmp_path):
     lm = tiny_lm()
     task = make_task(output_type="generate_until", doc_to_choice=None, doc_to_target="{{question}}",
                      generation_kwargs={"until": ["\n"], "max_gen_toks": 4})  # fmt: skip
-    (path,) = tracing.trace(lm, {"toy": task}, tmp_path, limit=4)
+    (path,) = recording.trace(lm, {"toy": task}, tmp_path, limit=4)
     (trace,) = replay.load([path])
     (row,) = replay.replay([trace], ["gap:0.3"])
     gaps = torch.from_numpy(trace.arrays["features"][:, :, 0]) > 0.3

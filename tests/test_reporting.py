@@ -24,9 +24,9 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from test_tracing import documents
 
-from lm_eval_adainfer import tracing
 from lm_eval_adainfer.errors import AdaInferError
-from lm_eval_adainfer.model import AdaInferLM
+from lm_eval_adainfer.harness.model import AdaInferLM
+from lm_eval_adainfer.traces import recording
 
 TASKS = ["adainfer_demo"]
 MEANS = ["exit_layer", "pruning_ratio", "flops_ratio", "flops_ratio_total", "layers_run"]
@@ -216,7 +216,7 @@ TWICE = """
 import json, sys
 from conftest import our_tasks
 from lm_eval import simple_evaluate
-from lm_eval_adainfer.model import AdaInferLM
+from lm_eval_adainfer.harness.model import AdaInferLM
 
 lm, found = AdaInferLM(pretrained=sys.argv[1], stopper="gap:0.3", dtype="float32", batch_size=4), []
 for _ in range(2):
@@ -266,7 +266,7 @@ def test_another_models_cache_is_refused(folder, manager, tmp_path):
 
 
 def test_an_interrupted_run_keeps_whole_documents(folder, manager, run, tmp_path, monkeypatch):
-    from lm_eval_adainfer.scoring import Engine
+    from lm_eval_adainfer.prefill.engine import Engine
 
     cache, real, calls = str(tmp_path / "answers"), Engine.run, []
 
@@ -466,8 +466,8 @@ def test_of_mixed_documents_the_requests_of_the_tasks_kind_are_traced(order, out
     model, tokenizer = make_model("llama", vocab_size=257, max_position_embeddings=512), byte_tokenizer()
     lm = AdaInferLM(pretrained=model, tokenizer=tokenizer, batch_size=4, max_length=400)
     with caplog.at_level(logging.WARNING, "lm_eval_adainfer"):
-        (path,) = tracing.trace(lm, {"mixed": Mixed(order, output_type)}, tmp_path)
-    meta, arrays = tracing.read(path)
+        (path,) = recording.trace(lm, {"mixed": Mixed(order, output_type)}, tmp_path)
+    meta, arrays = recording.read(path)
     assert meta["output_type"] == output_type and set(arrays["doc_id"].tolist()) == set(range(4))
     assert arrays["scores"].shape[2] == (0 if output_type == "generate_until" else 2)
     said = [r.getMessage() for r in caplog.records if r.getMessage().startswith("tasks: ")]
@@ -479,5 +479,5 @@ def test_a_task_that_makes_no_request_of_its_own_kind_is_refused_before_the_mode
     model, tokenizer = make_model("llama", vocab_size=257, max_position_embeddings=512), byte_tokenizer()
     lm = AdaInferLM(pretrained=model, tokenizer=tokenizer, batch_size=4, max_length=400)
     with pytest.raises(AdaInferError, match=r"^tasks: mixed is a generate_until task, but .*loglikelihood requests"):
-        tracing.trace(lm, {"mixed": Mixed(("loglikelihood",))}, tmp_path)
+        recording.trace(lm, {"mixed": Mixed(("loglikelihood",))}, tmp_path)
     assert lm.engine.tokens == 0 and not list(tmp_path.iterdir())

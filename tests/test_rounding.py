@@ -12,11 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference import instance
 
-from lm_eval_adainfer import prefixes, rounding
-from lm_eval_adainfer.anatomy import Anatomy
 from lm_eval_adainfer.errors import UnsupportedModelError
-from lm_eval_adainfer.generation import prepare
-from lm_eval_adainfer.model import AdaInferLM
+from lm_eval_adainfer.generation.step import prepare
+from lm_eval_adainfer.harness.model import AdaInferLM
+from lm_eval_adainfer.prefill import prefixes
+from lm_eval_adainfer.structure import rounding
+from lm_eval_adainfer.structure.anatomy import Anatomy
 from lm_eval_adainfer.verification import FAILED, OK, render, verify_model
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

@@ -20,7 +20,7 @@ from test_model import Scripted, lm_of, requests
 
 from lm_eval_adainfer import paths
 from lm_eval_adainfer.errors import AdaInferError
-from lm_eval_adainfer.model import AdaInferLM
+from lm_eval_adainfer.harness.model import AdaInferLM
 
 ROLLING = """
 task: rolling
@@ -338,7 +338,7 @@ sys.path.insert(0, sys.argv[1])
 from conftest import make_model, tokenizer
 from reference import instance
 from lm_eval.models.huggingface import HFLM
-from lm_eval_adainfer.model import AdaInferLM
+from lm_eval_adainfer.harness.model import AdaInferLM
 torch.set_num_threads(1)
 kind, documents = sys.argv[2], int(sys.argv[3])
 kinds = {"hf": (HFLM, {}), "adainfer": (AdaInferLM, {"stopper": "gap:0.3"})}

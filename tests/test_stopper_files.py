@@ -10,14 +10,16 @@ from hypothesis import strategies as st
 from test_calibration import write_trace
 from test_stoppers import LENIENT, refused
 
-from lm_eval_adainfer import calibration, cli, fitting, tracing
-from lm_eval_adainfer.features import FEATURES
-from lm_eval_adainfer.simulation import margins
+from lm_eval_adainfer.cli import main
+from lm_eval_adainfer.fitting import calibration, fit
 from lm_eval_adainfer.strategies import artifact
 from lm_eval_adainfer.strategies.crf import CRFStopper
+from lm_eval_adainfer.strategies.features import FEATURES
 from lm_eval_adainfer.strategies.rules import GapStopper, SaturationStopper
 from lm_eval_adainfer.strategies.shortgpt import ShortGPTStopper
 from lm_eval_adainfer.strategies.svm import SVMStopper
+from lm_eval_adainfer.traces import recording
+from lm_eval_adainfer.traces.margins import margins
 
 BLOCKS = 9
 thresholds = st.floats(0, 1)
@@ -119,34 +121,34 @@ def as_cosine(path, **options):
 def test_every_rule_with_a_threshold_is_calibrated_alike(spec, write, tmp_path, capsys):
     top = np.full((400, 4), 3)
     path = write(tmp_path / "a.trace", gap=np.full((400, 4), 0.99), arrays={"top_token": top}.items())
-    assert cli.main(["calibrate", str(path), "-s", spec, "--loss", "agreement", "-o", str(tmp_path / "o")]) == 0
+    assert main.main(["calibrate", str(path), "-s", spec, "--loss", "agreement", "-o", str(tmp_path / "o")]) == 0
     found = artifact.load(tmp_path / "o")
     assert found.kind == spec.partition(":")[0] and found.info["promise"]["stops"]
-    assert (margins(found, *tracing.read(path))[:, :-1] > 0).all()
+    assert (margins(found, *recording.read(path))[:, :-1] > 0).all()
     few = write(tmp_path / "few.trace", gap=np.ones((9, 4)))
-    assert cli.main(["calibrate", str(few), "-s", spec, "--loss", "agreement", "-o", str(tmp_path / "o")]) == 0
+    assert main.main(["calibrate", str(few), "-s", spec, "--loss", "agreement", "-o", str(tmp_path / "o")]) == 0
     assert "never stops" in capsys.readouterr().out
-    assert not (margins(artifact.load(tmp_path / "o"), *tracing.read(few)) > 0).any()
+    assert not (margins(artifact.load(tmp_path / "o"), *recording.read(few)) > 0).any()
 
 
 @pytest.mark.parametrize("spec", ["none", "patience:3", "fixed:2", "shortgpt:last2"])
 def test_what_has_no_threshold_is_refused_before_the_traces_are_read(spec, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(calibration, "calibrate", lambda *_: pytest.fail("it did the work"))
-    assert cli.main(["calibrate", str(write_trace(tmp_path / "a.trace")), "-s", spec, "-o", str(tmp_path / "o")]) == 2
+    assert main.main(["calibrate", str(write_trace(tmp_path / "a.trace")), "-s", spec, "-o", str(tmp_path / "o")]) == 2
     assert "no threshold to choose" in capsys.readouterr().err and not (tmp_path / "o").exists()
 
 
 def test_a_crf_of_which_no_threshold_qualifies_writes_nothing(tmp_path, capsys):
     pytest.importorskip("pycrfsuite")
-    artifact.save(fitting.fit_crf([write_trace(tmp_path / "fit.trace", split="train")]), tmp_path / "crf")
+    artifact.save(fit.fit_crf([write_trace(tmp_path / "fit.trace", split="train")]), tmp_path / "crf")
     few = write_trace(tmp_path / "few.trace", n=40, seed=1)
     command = ["calibrate", "-s", str(tmp_path / "crf"), "--loss", "agreement", "-o", str(tmp_path / "o")]
-    assert cli.main([*command, str(few)]) == 2
+    assert main.main([*command, str(few)]) == 2
     out, err = capsys.readouterr()
     sentence = err.splitlines()[-1]
     assert "299 are needed" in sentence and "nothing is written" in sentence and not out
     assert not (tmp_path / "o").exists()
     top = np.full((400, 4), 3)
     many = write_trace(tmp_path / "many.trace", gap=np.full((400, 4), 0.9), arrays={"top_token": top}.items())
-    assert cli.main([*command, str(many)]) == 0
+    assert main.main([*command, str(many)]) == 0
     assert artifact.load(tmp_path / "o").kind == "crf"

@@ -19,9 +19,9 @@ from sklearn.svm import SVC, SVR, LinearSVC, NuSVC
 
 from lm_eval_adainfer import container
 from lm_eval_adainfer.errors import AdaInferError
-from lm_eval_adainfer.features import FEATURES
 from lm_eval_adainfer.strategies import artifact
 from lm_eval_adainfer.strategies.base import Schedule
+from lm_eval_adainfer.strategies.features import FEATURES
 from lm_eval_adainfer.strategies.rules import FixedStopper, GapStopper, NoStopper
 from lm_eval_adainfer.strategies.svm import SVMStopper
 
@@ -490,11 +490,11 @@ def test_a_foreign_safetensors_file_is_refused(tmp_path):
 
 
 def test_a_trace_is_no_stopper_and_a_stopper_no_trace(saved, tmp_path):
-    from lm_eval_adainfer import tracing
+    from lm_eval_adainfer.traces import recording
 
     container.write(tmp_path / "t.trace", "trace", 1, {"task": "t"}, {"a": np.zeros(3)})
     refused(lambda: artifact.load(tmp_path / "t.trace"), "stopper", "trace")
-    refused(lambda: tracing.read(tmp_path / "good.stopper"), "trace", "stopper")
+    refused(lambda: recording.read(tmp_path / "good.stopper"), "trace", "stopper")
 
 
 @pytest.mark.parametrize("version", [0, 2, None, "1"])

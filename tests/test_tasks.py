@@ -20,12 +20,12 @@ from lm_eval.api.model import LM
 from lm_eval.api.task import ConfigurableTask
 from lm_eval.tasks import TaskManager
 
-from lm_eval_adainfer import mmlu_task
 from lm_eval_adainfer.errors import AdaInferError
 from lm_eval_adainfer.paths import task_configs
-from lm_eval_adainfer.qa_task import DocumentSeededSampler, TaskSeededSampler
-from lm_eval_adainfer.squad_task import generation_scores
-from lm_eval_adainfer.word_task import hash_split, load_words
+from lm_eval_adainfer.tasks import mmlu
+from lm_eval_adainfer.tasks.qa import DocumentSeededSampler, TaskSeededSampler
+from lm_eval_adainfer.tasks.squad import generation_scores
+from lm_eval_adainfer.tasks.word import hash_split, load_words
 
 REPO = Path(__file__).resolve().parents[1]
 SHARED_HF = REPO.parent / "shared" / "hf"
@@ -169,7 +169,7 @@ def toy_data(monkeypatch, tmp_path):
     for file in (task_configs() / "word").glob("[!_]*.yaml"):
         (tmp_path / f"{file.stem}.json").write_text(json.dumps(pairs))
     monkeypatch.setenv("ADAINFER_DATA", str(tmp_path))
-    dev_examples = mmlu_task.dev_examples
+    dev_examples = mmlu.dev_examples
     dev_examples.cache_clear()
     yield sizes
     dev_examples.cache_clear()
@@ -373,13 +373,13 @@ def test_mmlu_shots_beyond_dev_come_from_validation_then_from_other_subjects(man
 
 def test_other_subjects_are_loaded_only_when_they_are_needed(manager, toy_data, monkeypatch):
     asked = []
-    monkeypatch.setattr(mmlu_task, "dev_examples", lambda path, subject: asked.append(subject) or ())
+    monkeypatch.setattr(mmlu, "dev_examples", lambda path, subject: asked.append(subject) or ())
     task = load(manager, "adainfer_mmlu_anatomy")
     requests(task, 8)
     assert task.dump_config()["metadata"]["fewshot_sources"] == {"dev": 5, "validation": 3} and not asked
     with pytest.raises(AdaInferError, match="num_fewshot=9"):
         requests(task, 9)
-    assert sorted(asked) == sorted(set(mmlu_task.SUBJECTS) - {"anatomy"})
+    assert sorted(asked) == sorted(set(mmlu.SUBJECTS) - {"anatomy"})
 
 
 def test_mmlu_without_a_validation_split_says_so(manager, toy_data):
@@ -420,7 +420,7 @@ def test_the_results_file_says_where_shots_came_from_and_is_plain_json(manager, 
     assert configs["adainfer_mmlu_anatomy"]["metadata"]["fewshot_sources"] == {"dev": 5, "validation": 2}
     assert configs["adainfer_sst2"]["metadata"]["fewshot_sources"] == {"train": 7}
     samplers = {config["fewshot_config"]["sampler"] for config in configs.values()}
-    assert samplers == {"lm_eval_adainfer.qa_task.DocumentSeededSampler"}
+    assert samplers == {"lm_eval_adainfer.tasks.qa.DocumentSeededSampler"}
     assert {config["metadata"]["shots"] for config in configs.values()} == {"per_document"}
     assert all(results["n-shot"][name] == 7 and results["versions"][name] == 1.0 for name in EXPECTED)
 
@@ -428,7 +428,7 @@ def test_the_results_file_says_where_shots_came_from_and_is_plain_json(manager, 
 def test_mmlu_is_weighted_by_documents_and_has_stock_categories(manager, toy_data):
     loaded = manager.load(["adainfer_mmlu"])
     leaves = {name.removeprefix("adainfer_mmlu_") for name in loaded["tasks"]}
-    assert leaves == set(mmlu_task.SUBJECTS) and len(leaves) == 57
+    assert leaves == set(mmlu.SUBJECTS) and len(leaves) == 57
     assert set(loaded["groups"]) == {
         "adainfer_mmlu",
         *(f"adainfer_mmlu_{category}" for category in ("stem", "humanities", "social_sciences", "other")),
@@ -437,7 +437,7 @@ def test_mmlu_is_weighted_by_documents_and_has_stock_categories(manager, toy_dat
         assert [(m.metric, m.weight_by_size) for m in group.aggregate_metric_list] == [("acc", True)]
     stock_folder = Path(lm_eval.tasks.__file__).parent / "mmlu" / "default"
     stock = TaskManager(include_path=str(stock_folder), include_defaults=False)
-    for category in mmlu_task.CATEGORIES:
+    for category in mmlu.CATEGORIES:
         ours = manager.task_index[f"adainfer_mmlu_{category}_tasks"].tags
         theirs = stock.task_index[f"mmlu_{category}_tasks"].tags
         assert {f"adainfer_{name}" for name in theirs} == ours
@@ -606,9 +606,9 @@ def real_data(monkeypatch, tmp_path):
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setenv("ADAINFER_DATA", str(SHARED_HF / "function_vectors"))
-    mmlu_task.dev_examples.cache_clear()
+    mmlu.dev_examples.cache_clear()
     yield
-    mmlu_task.dev_examples.cache_clear()
+    mmlu.dev_examples.cache_clear()
 
 
 @needs_shared_data

@@ -12,12 +12,12 @@ from hypothesis import strategies as st
 from reference import instance, score
 from test_model import Scripted, lm_of, requests
 
-from lm_eval_adainfer import scoring
-from lm_eval_adainfer.anatomy import Anatomy
-from lm_eval_adainfer.forward import Forward
-from lm_eval_adainfer.scoring import Document, Engine, Row
+from lm_eval_adainfer.prefill import engine
+from lm_eval_adainfer.prefill.engine import Document, Engine, Row
+from lm_eval_adainfer.prefill.forward import Forward
 from lm_eval_adainfer.strategies.artifact import parse
 from lm_eval_adainfer.strategies.base import Schedule
+from lm_eval_adainfer.structure.anatomy import Anatomy
 
 SHARED = "a few shots that all documents of a task begin with. "
 
@@ -45,7 +45,7 @@ def test_answers_and_exits_do_not_depend_on_what_goes_together(stopper, batch_si
         options |= {"stopper": Scripted() if stopper == "scripted" else stopper}
     together = lm_of(model, tokenizer, **options)
     found = together.loglikelihood(asked(), True)
-    monkeypatch.setattr(scoring, "TOGETHER_ROWS", 1)
+    monkeypatch.setattr(engine, "TOGETHER_ROWS", 1)
     alone = lm_of(model, tokenizer, **options)
     expected = alone.loglikelihood(asked(), True)
     for a, b in zip(expected, found, strict=True):
@@ -72,7 +72,7 @@ def test_the_head_is_read_once_per_block_for_all_batches(monkeypatch, tokenizer)
     lm.loglikelihood([instance("a fox" * (1 + n % 3), "x", n) for n in range(9)], True)
     assert heads == [9] * 5 and rows == [1] * 9
     heads.clear()
-    monkeypatch.setattr(scoring, "TOGETHER_ROWS", 4)
+    monkeypatch.setattr(engine, "TOGETHER_ROWS", 4)
     lm.loglikelihood([instance("a deer" * (1 + n % 3), "x", n) for n in range(9)], True)
     assert heads == [4] * 5 + [4] * 5 + [1] * 5
 
@@ -89,8 +89,8 @@ def test_what_goes_together_keeps_its_order_and_its_bounds(lengths, size, most_r
     engine = Engine(anatomy, stopper, Schedule(anatomy.n_blocks, stopper))
     batches = [([Document([Row([1] * max(rows), 1) for _ in rows], [0])], size) for rows in lengths]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(scoring, "TOGETHER_ROWS", most_rows)
-        patch.setattr(scoring, "TOGETHER_TOKENS", most_tokens)
+        patch.setattr(engine_module, "TOGETHER_ROWS", most_rows)
+        patch.setattr(engine_module, "TOGETHER_TOKENS", most_tokens)
         found = list(engine.together(batches))
     assert [id(batch) for together, _ in found for batch in together] == [id(batch) for batch, _ in batches]
     for together, said in found:

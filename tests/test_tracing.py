@@ -15,9 +15,11 @@ from sklearn.svm import SVC
 from test_features import slow_features
 from test_model import lm_of
 
-from lm_eval_adainfer import container, fitting, tracing
+from lm_eval_adainfer import container
 from lm_eval_adainfer.errors import AdaInferError
+from lm_eval_adainfer.fitting import fit
 from lm_eval_adainfer.strategies.svm import SVMStopper
+from lm_eval_adainfer.traces import recording
 
 ANIMALS = ["cat", "dog", "emu", "fox", "gnu", "hen", "owl", "pig", "ram", "yak"]
 
@@ -63,8 +65,8 @@ def lm(model, tokenizer):
 
 
 def traced(lm, task, folder, **options):
-    (path,) = tracing.trace(lm, {task.config.task: task}, folder, **options)
-    meta, arrays = tracing.read(path)
+    (path,) = recording.trace(lm, {task.config.task: task}, folder, **options)
+    meta, arrays = recording.read(path)
     return path, meta, arrays
 
 
@@ -242,7 +244,7 @@ def test_a_document_is_never_among_its_own_shots(fewshot_split, lm, tmp_path):
     docs = documents(5, 3)
     task = make_task({"train": docs, "test": docs}, fewshot_split=fewshot_split)
     for seed in range(3):
-        tracing.trace(lm, {"toy": task}, tmp_path / str(seed), num_fewshot=4, fewshot_seed=seed)
+        recording.trace(lm, {"toy": task}, tmp_path / str(seed), num_fewshot=4, fewshot_seed=seed)
         for request in task.instances:
             others = [d["question"] for d in docs if d["question"] != request.doc["question"]]
             assert request.args[0].count(request.doc["question"]) == 1
@@ -251,7 +253,7 @@ def test_a_document_is_never_among_its_own_shots(fewshot_split, lm, tmp_path):
 
 def test_a_document_without_training_split_is_never_among_its_own_shots(lm, tmp_path):
     task = make_task({"test": documents(12, 3)}, fewshot_split="test")
-    tracing.trace(lm, {"toy": task}, tmp_path, num_fewshot=11, split="test")
+    recording.trace(lm, {"toy": task}, tmp_path, num_fewshot=11, split="test")
     assert all(r.args[0].count(r.doc["question"]) == 1 for r in task.instances)
 
 
@@ -290,7 +292,7 @@ def hash_parts(docs):
     parts = {}
     for split in ("train", "test"):
         task = make_task({"test": docs})
-        with tracing._documents_of(task, "toy", split, None, 0, 0) as doc_ids:
+        with recording._documents_of(task, "toy", split, None, 0, 0) as doc_ids:
             chosen = [d["question"] for d in task.eval_docs]
         assert chosen == [docs[i]["question"] for i in doc_ids]
         parts[split] = set(chosen)
@@ -315,7 +317,7 @@ def test_the_parts_that_are_traced_are_those_of_the_hash(lm, tmp_path):
     for split in ("train", "test"):
         _, _, arrays = traced(lm, make_task({"test": docs}), tmp_path, split=split)
         ids[split] = arrays["doc_id"].tolist()
-    assert ids["train"] == [i for i, d in enumerate(docs) if tracing.in_fitting_part(d)]
+    assert ids["train"] == [i for i, d in enumerate(docs) if recording.in_fitting_part(d)]
     assert sorted(ids["train"] + ids["test"]) == list(range(20))
 
 
@@ -377,7 +379,7 @@ def test_a_broken_file_there_is_not_overwritten_silently(lm, tmp_path):
 
 def test_a_failing_run_leaves_no_file_and_the_model_as_it_was(lm, tmp_path, monkeypatch):
     before = lm.run_documents
-    monkeypatch.setattr(tracing.Recorder, "_forward", lambda *_: 1 / 0)
+    monkeypatch.setattr(recording.Recorder, "_forward", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         traced(lm, make_task(), tmp_path)
     assert lm.run_documents == before and not list(tmp_path.iterdir())
@@ -402,7 +404,7 @@ def test_a_trace_does_not_depend_on_the_models_stopper_or_batch_size(lm, model, 
 def test_rolling_tasks_are_refused_before_any_other_is_traced(lm, tmp_path):
     good = make_task(name="good")
     bad = make_task(name="bad", output_type="loglikelihood_rolling", doc_to_choice=None, doc_to_target="{{question}}")
-    refused(lambda: tracing.trace(lm, {"good": good, "bad": bad}, tmp_path), "tasks", "bad", "loglikelihood_rolling")
+    refused(lambda: recording.trace(lm, {"good": good, "bad": bad}, tmp_path), "tasks", "bad", "loglikelihood_rolling")
     assert not list(tmp_path.iterdir())
 
 
@@ -430,7 +432,7 @@ def write_trace(path, top, gold_token, features=None, names=("gap", "top_prob"),
     container.write(
         path,
         "trace",
-        tracing.VERSION,
+        recording.VERSION,
         {**base, "documents": len(top), "features": list(names), **meta},
         {
             "features": features,
@@ -445,11 +447,11 @@ def write_trace(path, top, gold_token, features=None, names=("gap", "top_prob"),
 
 def test_labels_by_hand(tmp_path):
     path = write_trace(tmp_path / "a.trace", [[5, 7, 7], [7, 5, 5], [9, 9, 9]], [7, 5, -1])
-    features = tracing.read(path)[1]["features"]
-    x, y, metas = fitting.examples([path], ["top_prob", "gap"], "final")
+    features = recording.read(path)[1]["features"]
+    x, y, metas = fit.examples([path], ["top_prob", "gap"], "final")
     assert y.tolist() == [0, 1, 1, 0, 1, 1, 1, 1, 1]
     np.testing.assert_array_equal(x, features[:, :, [1, 0]].reshape(9, 2).astype(np.float64))
-    x, y, _ = fitting.examples([path], ["gap"], "gold")
+    x, y, _ = fit.examples([path], ["gap"], "gold")
     assert y.tolist() == [0, 1, 1, 0, 1, 1], "an instance without gold answer has no label"
     np.testing.assert_array_equal(x, features[:2, :, :1].reshape(6, 1))
     assert [m["task"] for m in metas] == ["t"]
@@ -459,30 +461,30 @@ def test_examples_of_several_traces_follow_each_other(tmp_path):
     write_trace(tmp_path / "b.trace", [[1, 2]], [2])
     write_trace(tmp_path / "a.trace", [[3, 3]], [2])
     (tmp_path / "notes.txt").write_text("no trace")
-    files = fitting.find([tmp_path])
+    files = fit.find([tmp_path])
     assert [f.name for f in files] == ["a.trace", "b.trace"]
-    _, y, metas = fitting.examples(files, ["gap"], "final")
+    _, y, metas = fit.examples(files, ["gap"], "final")
     assert y.tolist() == [1, 1, 0, 1] and len(metas) == 2
 
 
 def test_the_cap_on_examples_is_a_seeded_draw(tmp_path):
     rng = np.random.default_rng(1)
     path = write_trace(tmp_path / "a.trace", rng.integers(0, 2, (40, 5)), rng.integers(0, 2, 40))
-    first = fitting.fit_svm([path], max_examples=50, seed=3)
-    assert first.fingerprint == fitting.fit_svm([path], max_examples=50, seed=3).fingerprint
-    assert first.fingerprint != fitting.fit_svm([path], max_examples=50, seed=4).fingerprint
+    first = fit.fit_svm([path], max_examples=50, seed=3)
+    assert first.fingerprint == fit.fit_svm([path], max_examples=50, seed=3).fingerprint
+    assert first.fingerprint != fit.fit_svm([path], max_examples=50, seed=4).fingerprint
     assert (first.info["examples"], first.info["examples_available"]) == (50, 200)
-    x, _, _ = fitting.examples([path], ["gap", "top_prob"], "final")
+    x, _, _ = fit.examples([path], ["gap", "top_prob"], "final")
     assert {tuple(v) for v in first.arrays["support_vectors"]} <= {tuple(v) for v in x}
-    assert fitting.fit_svm([path], max_examples=200).info["examples"] == 200
+    assert fit.fit_svm([path], max_examples=200).info["examples"] == 200
 
 
 def test_a_fitted_stopper_is_scikit_learns_default_svc_on_the_examples(tmp_path):
     rng = np.random.default_rng(2)
     path = write_trace(tmp_path / "a.trace", rng.integers(0, 2, (30, 4)), rng.integers(0, 2, 30))
-    x, y, _ = fitting.examples([path], fitting.PAPER_FEATURES, "gold")
+    x, y, _ = fit.examples([path], fit.PAPER_FEATURES, "gold")
     expected = SVMStopper.from_sklearn(SVC().fit(x, y), ("gap", "top_prob"))
-    stopper = fitting.fit_svm([path], label="gold", threshold=0.25)
+    stopper = fit.fit_svm([path], label="gold", threshold=0.25)
     for name, array in expected.arrays.items():
         np.testing.assert_array_equal(stopper.arrays[name], array)
     assert (stopper.threshold, stopper.kernel, stopper.features) == (0.25, "rbf", ("gap", "top_prob"))
@@ -493,49 +495,49 @@ def test_a_fitted_stopper_is_scikit_learns_default_svc_on_the_examples(tmp_path)
 def test_unusable_traces_are_one_sentence(tmp_path):
     good = write_trace(tmp_path / "good.trace", [[1, 2, 1], [2, 2, 2]], [1, 2])
     agree = write_trace(tmp_path / "agree.trace", [[4, 4], [4, 4]], [5, 5])
-    refused(lambda: fitting.fit_svm([agree]), "traces", "stop")
-    refused(lambda: fitting.fit_svm([agree], label="gold"), "traces", "go on")
-    refused(lambda: fitting.fit_svm([good], features=["cos_attn"]), "features", "cos_attn", "gap")
-    refused(lambda: fitting.fit_svm([good], features=["entropy"]), "features", "entropy")
-    refused(lambda: fitting.fit_svm([good], label="best"), "label", "best", "final")
-    refused(lambda: fitting.fit_svm([good], max_examples=1), "max_examples", "1")
+    refused(lambda: fit.fit_svm([agree]), "traces", "stop")
+    refused(lambda: fit.fit_svm([agree], label="gold"), "traces", "go on")
+    refused(lambda: fit.fit_svm([good], features=["cos_attn"]), "features", "cos_attn", "gap")
+    refused(lambda: fit.fit_svm([good], features=["entropy"]), "features", "entropy")
+    refused(lambda: fit.fit_svm([good], label="best"), "label", "best", "final")
+    refused(lambda: fit.fit_svm([good], max_examples=1), "max_examples", "1")
     (tmp_path / "empty").mkdir()
-    refused(lambda: fitting.fit_svm([tmp_path / "empty"]), "traces", "empty")
-    refused(lambda: fitting.fit_svm([]), "traces")
-    refused(lambda: fitting.fit_svm([tmp_path / "none.trace"]), "none.trace", "does not exist")
+    refused(lambda: fit.fit_svm([tmp_path / "empty"]), "traces", "empty")
+    refused(lambda: fit.fit_svm([]), "traces")
+    refused(lambda: fit.fit_svm([tmp_path / "none.trace"]), "none.trace", "does not exist")
     other = write_trace(tmp_path / "other.trace", [[1, 2, 1]], [1], head_hash="another", model="another")
-    refused(lambda: fitting.fit_svm([good, other]), "traces", "other.trace", "another")
+    refused(lambda: fit.fit_svm([good, other]), "traces", "other.trace", "another")
     deeper = write_trace(tmp_path / "deeper.trace", [[1, 2, 1, 1]], [1])
-    refused(lambda: fitting.fit_svm([good, deeper]), "traces", "deeper.trace")
+    refused(lambda: fit.fit_svm([good, deeper]), "traces", "deeper.trace")
     no_gold = write_trace(tmp_path / "no_gold.trace", [[1, 2, 1]], [-1])
-    refused(lambda: fitting.fit_svm([no_gold], label="gold"), "label", "gold")
+    refused(lambda: fit.fit_svm([no_gold], label="gold"), "label", "gold")
     for bad in (np.nan, np.inf):
         features = np.full((1, 3, 2), 0.5, dtype=np.float32)
         features[0, 1, 1] = bad
         nan = write_trace(tmp_path / "nan.trace", [[1, 2, 1]], [1], features)
-        refused(lambda nan=nan: fitting.fit_svm([nan]), "traces", "nan.trace", "NaN")
+        refused(lambda nan=nan: fit.fit_svm([nan]), "traces", "nan.trace", "NaN")
 
 
 def test_no_features_are_refused(tmp_path):
     path = write_trace(tmp_path / "a.trace", [[1, 2, 1], [2, 2, 2]], [1, 2])
-    refused(lambda: fitting.fit_svm([path], features=[]), "features")
+    refused(lambda: fit.fit_svm([path], features=[]), "features")
 
 
 @pytest.mark.parametrize("missing", ["features", "gold_token", "position", "head_hash", "block_weights"])
 def test_a_trace_without_its_parts_is_refused(missing, tmp_path):
     path = write_trace(tmp_path / "a.trace", [[1, 2, 1], [2, 2, 2]], [1, 2])
-    meta, arrays = tracing.read(path)
+    meta, arrays = recording.read(path)
     del (meta if missing in meta else arrays)[missing]
-    container.write(path, "trace", tracing.VERSION, meta, arrays)
-    refused(lambda: fitting.fit_svm([path], label="gold"), "a.trace")
+    container.write(path, "trace", recording.VERSION, meta, arrays)
+    refused(lambda: fit.fit_svm([path], label="gold"), "a.trace")
 
 
 @pytest.mark.parametrize("features", [("gap", "top_prob"), ("cos_hidden", "gap", "cos_mlp", "cos_attn")])
 def test_a_fitted_svm_exits_where_scikit_learn_predicts_stop_on_the_trace(features, lm, model, tokenizer, tmp_path):
     task = make_task({"train": documents(24, 11), "test": documents(3, 2)})
     path, meta, arrays = traced(lm, task, tmp_path)
-    stopper = fitting.fit_svm([path], features=features)
-    x, y, _ = fitting.examples([path], features, "final")
+    stopper = fit.fit_svm([path], features=features)
+    x, y, _ = fit.examples([path], features, "final")
     svc = SVC().fit(x, y)
     seen = arrays["features"][:, :, [meta["features"].index(name) for name in features]].astype(np.float64)
     for options, checked in [({}, (1, 2, 3, 4)), ({"check_layers": "2+4"}, (2, 4))]:

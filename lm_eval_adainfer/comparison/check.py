@@ -12,8 +12,8 @@ from lm_eval_adainfer import container
 from lm_eval_adainfer.comparison.gate import FAIL, INCONCLUSIVE, PASS, Verdict
 from lm_eval_adainfer.comparison.matching import default_metric, documents_of
 from lm_eval_adainfer.comparison.runs import Run
-from lm_eval_adainfer.comparison.tables import escape_markdown
 from lm_eval_adainfer.errors import AdaInferError
+from lm_eval_adainfer.output.comparison_tables import escape_markdown
 
 EXIT = {PASS: 0, FAIL: 1, INCONCLUSIVE: 3}
 _MARK = {PASS: "passed", FAIL: "failed", INCONCLUSIVE: "inconclusive"}

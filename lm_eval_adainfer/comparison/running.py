@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from lm_eval_adainfer import paths
-from lm_eval_adainfer.asking import Asking, key_values
 from lm_eval_adainfer.errors import AdaInferError
+from lm_eval_adainfer.harness.asking import Asking, key_values
 
 
 def run_both(
@@ -41,8 +41,8 @@ def run_both(
     """
     from lm_eval.tasks import TaskManager
 
-    from lm_eval_adainfer.cli import load_tasks
-    from lm_eval_adainfer.model import DEMO
+    from lm_eval_adainfer.cli.main import load_tasks
+    from lm_eval_adainfer.harness.model import DEMO
     from lm_eval_adainfer.registration import install
 
     install()
@@ -76,7 +76,7 @@ def _ours() -> set[str]:
     """The model's arguments that stock ``hf`` does not have."""
     from lm_eval.models.huggingface import HFLM
 
-    from lm_eval_adainfer.model import AdaInferLM
+    from lm_eval_adainfer.harness.model import AdaInferLM
 
     ours, stock = (inspect.signature(cls.__init__).parameters for cls in (AdaInferLM, HFLM))
     return set(ours) - set(stock)

@@ -248,9 +248,11 @@ def fit_stopper(model_dir: Path, recipe: Path, output: Path) -> None:
     """Trace the demo's `train` documents and fit the stopper that ships, as its recipe says."""
     import yaml
 
-    from lm_eval_adainfer import fitting, model, tracing
+    from lm_eval_adainfer.fitting import fit
+    from lm_eval_adainfer.harness import model
     from lm_eval_adainfer.registration import install
     from lm_eval_adainfer.strategies import artifact
+    from lm_eval_adainfer.traces import recording
 
     install()
     from lm_eval.tasks import TaskManager
@@ -261,9 +263,9 @@ def fit_stopper(model_dir: Path, recipe: Path, output: Path) -> None:
     tasks = manager.load(traced.pop("tasks"))["tasks"]
     lm = model.AdaInferLM(pretrained=str(model_dir), dtype="float32", device="cpu", batch_size=8)
     with tempfile.TemporaryDirectory() as folder:
-        tracing.trace(lm, tasks, folder, **traced)
+        recording.trace(lm, tasks, folder, **traced)
         fitted.pop("kind")
-        stopper = fitting.fit_svm([folder], **fitted)
+        stopper = fit.fit_svm([folder], **fitted)
     stopper.info["model"] = model.DEMO
     artifact.save(stopper, output)
     log.info("saved %s", output)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from lm_eval_adainfer.demo import data
-from lm_eval_adainfer.qa_task import QATask
+from lm_eval_adainfer.tasks.qa import QATask
 
 
 class DemoTask(QATask):

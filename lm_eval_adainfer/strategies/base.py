@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lm_eval_adainfer.errors import AdaInferError
-from lm_eval_adainfer.features import PAST, Observation, Recorded, needs_past, remember
+from lm_eval_adainfer.strategies.features import PAST, Observation, Recorded, needs_past, remember
 
 
 class Stopper(ABC):

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lm_eval_adainfer.errors import AdaInferError
-from lm_eval_adainfer.features import check_names
+from lm_eval_adainfer.strategies.features import check_names
 from lm_eval_adainfer.strategies.fitted import FittedStopper
 
 

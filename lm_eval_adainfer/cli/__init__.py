@@ -1,0 +1,1 @@
+"""The ``adainfer`` command: shared options, and one small file per family of subcommands."""

@@ -1,0 +1,364 @@
+"""From traces to a stopper: one training example per (instance, block), as in the paper (Appendix B)."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lm_eval_adainfer import __version__
+from lm_eval_adainfer.errors import AdaInferError
+from lm_eval_adainfer.strategies import crf
+from lm_eval_adainfer.strategies.base import Stopper
+from lm_eval_adainfer.strategies.classifier import ClassifierStopper
+from lm_eval_adainfer.strategies.crf import CRFStopper
+from lm_eval_adainfer.strategies.features import FEATURES, RECORDED, check_names
+from lm_eval_adainfer.strategies.network import LogisticStopper, MLPStopper
+from lm_eval_adainfer.strategies.svm import SVMStopper
+from lm_eval_adainfer.strategies.trees import BoostedStopper
+from lm_eval_adainfer.traces import outcomes, recording
+from lm_eval_adainfer.traces.margins import columns
+
+_logger = logging.getLogger(__name__)
+LABELS = ("final", "gold", "stable")
+PAPER_FEATURES = ("gap", "top_prob")
+MAX_EXAMPLES = 5000
+HELD_OUT = 5  # one in so many documents is for Platt scaling
+CLASSIFIERS: dict[str, type[ClassifierStopper]] = {
+    "logistic": LogisticStopper, "mlp": MLPStopper, "boosted": BoostedStopper,
+}  # fmt: skip
+KINDS = ("svm", "crf", *CLASSIFIERS)
+
+
+@dataclass
+class Examples:
+    """One example per (instance, block).
+
+    Attributes:
+        x: [n, F] float64 features.
+        y: [n] ints, 1 = stop.
+        document: [n] ints, which document (over all traces) an example is of.
+        metas: The traces'.
+        seen: ``"task/split"`` to the documents' indices there.
+    """
+
+    x: np.ndarray
+    y: np.ndarray
+    document: np.ndarray
+    metas: list[dict[str, Any]]
+    seen: dict[str, list[int]]
+
+
+def find(paths: Sequence[str | Path]) -> list[Path]:
+    """Trace files among files and folders, in order.
+
+    Raises:
+        AdaInferError: Where there is none.
+    """
+    files: list[Path] = []
+    for path in map(Path, paths):
+        if path.is_dir():
+            files += sorted(path.glob("*.trace"))
+            for parts in sorted(path.glob("*.trace.parts")):
+                _logger.warning(
+                    "traces: %s is not finished and is left out; the same adainfer trace command goes on with it",
+                    parts.with_suffix(""),
+                )
+        else:
+            files.append(path)
+    if not files:
+        raise AdaInferError(f"traces: {', '.join(map(str, paths))} holds no .trace file; make some with adainfer trace")
+    return files
+
+
+def examples(
+    files: Sequence[Path], features: Sequence[str], label: str
+) -> tuple[np.ndarray, np.ndarray, list[dict[str, Any]]]:
+    """Training examples of traces.
+
+    Args:
+        files: Trace files of one model.
+        features: Which features, in this order.
+        label: ``final``: the block's top token is the last block's (paper, Eq. 1). ``gold``: it is the gold answer's
+            first token (Appendix B). ``stable``: the document's answer (the choice, where there are choices; else the
+            top token) is the last block's and never changes again.
+
+    Returns:
+        [n, F] float64 features, [n] int labels (1 = stop), and the traces' metas.
+
+    Raises:
+        AdaInferError: On traces of different models, missing or NaN features, or no gold answers.
+    """
+    found = collect(files, features, label)
+    return found.x, found.y, found.metas
+
+
+def collect(files: Sequence[Path], features: Sequence[str], label: str) -> Examples:
+    """:func:`examples`, and which documents they are of."""
+    check_names(features, "features")
+    check_label(label)
+    xs, ys, owners = [], [], []
+    metas: list[dict[str, Any]] = []
+    numbers: dict[tuple[str, str, int], int] = {}
+    for file in files:
+        meta, arrays = recording.read(file)
+        recording.require_one_model(file, meta, metas[0] if metas else meta)
+        x = columns(features, meta, arrays)
+        recording.require_finite(file, x)
+        y, known = _labels(meta, arrays, label)
+        xs.append(x[known].reshape(-1, len(features)))
+        ys.append(y[known].astype(int).reshape(-1))
+        place = (meta["task"], meta["split"])
+        ids = arrays["doc_id"] if "doc_id" in arrays else np.arange(len(y))
+        of = np.array([numbers.setdefault((*place, i), len(numbers)) for i in ids[known].tolist()], dtype=int)
+        owners.append(np.repeat(of, y.shape[1]))
+        metas.append(meta)
+    x_all, y_all = np.concatenate(xs), np.concatenate(ys)
+    if len(x_all) == 0:
+        raise AdaInferError(f"label: no instance of these traces has a label {label!r}; use final")
+    seen: dict[str, list[int]] = {}
+    for task, split, i in numbers:
+        seen.setdefault(f"{task}/{split}", []).append(i)
+    return Examples(x_all, y_all, np.concatenate(owners), metas, seen)
+
+
+def _labels(meta: dict[str, Any], arrays: dict[str, np.ndarray], label: str) -> tuple[np.ndarray, np.ndarray]:
+    """[N, L] bool labels of a trace, and [N] bool: which instances have one."""
+    top = arrays["top_token"]
+    if len(top) == 0:
+        raise AdaInferError(f"traces: the trace of {meta['task']} holds no document; trace some")
+    if label == "stable":
+        found = outcomes.outcomes(meta, arrays)
+        return outcomes.stable(found.answer)[found.instance], np.ones(len(top), dtype=bool)
+    goal = top[:, -1] if label == "final" else arrays["gold_token"]
+    return top == goal[:, None], goal >= 0
+
+
+def fit(kind: str, paths: Sequence[str | Path], **options: Any) -> Stopper:
+    """Fit a stopper of any of ``KINDS``.
+
+    Args:
+        kind: What to fit.
+        paths: Trace files or folders of them.
+        **options: Those that all of them take (``label``, ``features``, ``seed``, ``threshold``), or the kind's own.
+
+    Raises:
+        AdaInferError: On an unknown kind, and as :func:`fit_svm`, :func:`fit_crf` and :func:`fit_classifier`.
+    """
+    check_kind(kind)
+    if kind in CLASSIFIERS:
+        return fit_classifier(kind, paths, **options)
+    return (fit_svm if kind == "svm" else fit_crf)(paths, **options)
+
+
+def check_kind(kind: Any) -> None:
+    """Raise AdaInferError where ``kind`` is none of ``KINDS``."""
+    if kind not in KINDS:
+        raise AdaInferError(f"fit: {kind!r} is none of {', '.join(KINDS)}")
+
+
+def check_label(label: Any) -> None:
+    """Raise AdaInferError where ``label`` is none of ``LABELS``."""
+    if label not in LABELS:
+        raise AdaInferError(f"label: {label!r} is none of {', '.join(LABELS)}")
+
+
+def fit_svm(
+    paths: Sequence[str | Path],
+    label: str = "final",
+    features: Sequence[str] = PAPER_FEATURES,
+    max_examples: int = MAX_EXAMPLES,
+    seed: int = 0,
+    threshold: float = 0.0,
+) -> SVMStopper:
+    """Fit the paper's SVM: scikit-learn's SVC with its default settings.
+
+    Args:
+        paths: Trace files or folders of them.
+        label: ``final`` or ``gold``.
+        features: The paper's are gap and top_prob.
+        max_examples: SVC takes time quadratic in the examples, so at most so many are used: drawn uniformly and
+            without replacement from all (instance, block) pairs, with ``seed``.
+        seed: Of the draw.
+        threshold: Stop when the decision function exceeds it; 0 is scikit-learn's ``predict``.
+
+    Raises:
+        AdaInferError: On unusable traces, or where all examples have one label.
+    """
+    from sklearn.svm import SVC
+
+    if max_examples < 2:
+        raise AdaInferError(f"max_examples: {max_examples} can't hold both labels; give 2 or more")
+    found = collect(find(paths), features, label)
+    chosen = _draw(np.arange(len(found.x)), max_examples, seed)
+    x, y = found.x[chosen], found.y[chosen]
+    _need_both_labels(y)
+    info = _info(found, label, y, seed, "scikit-learn")
+    stopper = SVMStopper.from_sklearn(SVC().fit(x, y), features, threshold, info)
+    stopper.seen = found.seen
+    return stopper
+
+
+def fit_crf(
+    paths: Sequence[str | Path],
+    label: str = "final",
+    features: Sequence[str] = PAPER_FEATURES,
+    max_instances: int = MAX_EXAMPLES,
+    seed: int = 0,
+    threshold: float = 0.5,
+    prefixes: bool = False,
+) -> CRFStopper:
+    """Fit a conditional random field along the blocks (paper, section 5.3): CRFsuite with its default settings.
+
+    Args:
+        paths: Trace files or folders of them.
+        label: ``final``, ``gold`` or ``stable``.
+        features: The paper's are gap and top_prob.
+        max_instances: At most so many sequences (one per instance), drawn uniformly with ``seed``.
+        seed: Of the draw.
+        threshold: Stop when the filtered probability of stopping exceeds it.
+        prefixes: Train on every prefix of every sequence (see ``crf.train``).
+
+    Raises:
+        AdaInferError: On unusable traces, where all examples have one label, or without python-crfsuite.
+    """
+    if max_instances < 1:
+        raise AdaInferError(f"max_instances: {max_instances} sequences are none; give 1 or more")
+    found = collect(find(paths), features, label)
+    n_blocks = found.metas[0]["n_blocks"]
+    x, y = found.x.reshape(-1, n_blocks, len(features)), found.y.reshape(-1, n_blocks)
+    chosen = _draw(np.arange(len(x)), max_instances, seed)
+    x, y = x[chosen], y[chosen]
+    _need_both_labels(y.reshape(-1))
+    info = {**_info(found, label, y.reshape(-1), seed, "python-crfsuite"), "prefixes": prefixes}
+    stopper = CRFStopper.from_crfsuite(crf.train(x, y, features, prefixes), features, threshold, info)
+    stopper.seen = found.seen
+    return stopper
+
+
+def fit_classifier(
+    kind: str,
+    paths: Sequence[str | Path],
+    label: str = "final",
+    features: Sequence[str] | None = None,
+    max_examples: int = 20_000,
+    seed: int = 0,
+    threshold: float = 0.95,
+) -> ClassifierStopper:
+    """Fit one of scikit-learn's other small models, and Platt-scale it on documents that it has not seen.
+
+    Args:
+        kind: ``logistic``, ``mlp`` or ``boosted``.
+        paths: Trace files or folders of them.
+        label: ``final``, ``gold`` or ``stable``.
+        features: None takes all that the first trace allows.
+        max_examples: At most so many (instance, block) pairs, drawn uniformly with ``seed``.
+        seed: Of the draw, of the held-out fifth of the documents and of the model.
+        threshold: Stop when the probability exceeds it.
+
+    Raises:
+        AdaInferError: On unusable traces or a wrong argument, or where all examples have one label.
+    """
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.metrics import log_loss
+
+    if kind not in CLASSIFIERS:
+        raise AdaInferError(f"kind: {kind!r} is none of {', '.join(CLASSIFIERS)}")
+    if max_examples < 2:
+        raise AdaInferError(f"max_examples: {max_examples} can't hold both labels; give 2 or more")
+    if not 0 <= threshold <= 1:
+        raise AdaInferError(f"threshold: {threshold:g} is not between 0 and 1; give 0.95, say")
+    files = find(paths)
+    if features is None:
+        recorded = recording.read(files[0])[0]["features"]
+        features = [name for name in FEATURES if name in recorded or name not in RECORDED]
+    found = collect(files, features, label)
+    documents = np.random.default_rng(seed).permutation(found.document.max() + 1)
+    held_out = np.isin(found.document, documents[: len(documents) // HELD_OUT])
+    chosen = _draw(np.flatnonzero(~held_out), max_examples, seed)
+    x, y = found.x[chosen], found.y[chosen]
+    for part in (y, found.y[held_out]):
+        _need_both_labels(part)
+    arrays = _fit_arrays(kind, x, y, seed)
+    bare = CLASSIFIERS[kind](arrays, features)  # slope 1 and offset 0: its probability is the sigmoid of the score
+    scores = bare.bare_scores(found.x[held_out])[:, None]
+    platt = LogisticRegression(C=1e6).fit(scores, found.y[held_out])
+    slope, offset = float(platt.coef_[0, 0]), float(platt.intercept_[0])
+    if slope <= 0:
+        raise AdaInferError(
+            f"traces: this {kind} is no better than chance on documents that it was not fitted on; trace more documents"
+        )
+    info = _info(found, label, y, seed)
+    info["held_out_log_loss"] = float(log_loss(found.y[held_out], platt.predict_proba(scores)[:, 1]))
+    stopper = CLASSIFIERS[kind](arrays, features, threshold, slope, offset, info)
+    stopper.seen = found.seen
+    return stopper
+
+
+def _fit_arrays(kind: str, x: np.ndarray, y: np.ndarray, seed: int) -> dict[str, np.ndarray]:
+    from sklearn.ensemble import GradientBoostingClassifier
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.neural_network import MLPClassifier
+    from sklearn.preprocessing import StandardScaler
+
+    if kind == "boosted":
+        model = GradientBoostingClassifier(max_depth=4, subsample=0.5, min_samples_leaf=20, random_state=seed)
+        return BoostedStopper.arrays_of(model.fit(x, y))
+    scaler = StandardScaler().fit(x)
+    if kind == "logistic":
+        return MLPStopper.arrays_of(scaler, LogisticRegression(max_iter=1000).fit(scaler.transform(x), y))
+    network = MLPClassifier((32,), batch_size=min(512, len(x)), max_iter=60, tol=1e-3, random_state=seed)
+    import warnings
+
+    from sklearn.exceptions import ConvergenceWarning
+
+    with warnings.catch_warnings():  # 60 passes are what is asked for
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        network.fit(scaler.transform(x), y)
+    return MLPStopper.arrays_of(scaler, network)
+
+
+def _draw(indices: np.ndarray, most: int, seed: int) -> np.ndarray:
+    """At most so many of the indices, in order."""
+    if len(indices) <= most:
+        return indices
+    return indices[np.sort(np.random.default_rng(seed).choice(len(indices), most, replace=False))]
+
+
+def _need_both_labels(y: np.ndarray) -> None:
+    if len(set(y.tolist())) == 1:
+        always = "stop" if y[0] else "go on"
+        raise AdaInferError(
+            f"traces: every one of the {len(y)} examples says {always}; trace more documents or other tasks"
+        )
+    if len(y) == 0:
+        raise AdaInferError("traces: too few documents to hold a fifth of them out; trace 5 or more")
+
+
+def _info(found: Examples, label: str, y: np.ndarray, seed: int, fitter: str = "scikit-learn") -> dict[str, Any]:
+    """What a stopper file says about where it comes from; y are the labels of the examples used."""
+    metas = found.metas
+    return {
+        **{key: metas[0][key] for key in ("model", "n_blocks", "head_hash")},
+        "tasks": sorted({meta["task"] for meta in metas}),
+        "num_fewshot": sorted({meta["num_fewshot"] for meta in metas}),
+        "split": sorted({meta["split"] for meta in metas}),
+        "documents": sum(meta["documents"] for meta in metas),
+        **{key: metas[0][key] for key in recording.ASKED if metas[0].get(key) is not None},
+        "label": label,
+        "examples": len(y),
+        "examples_available": len(found.y),
+        "positive_share": float(np.mean(y)),
+        "seed": seed,
+        "versions": {"lm_eval_adainfer": __version__, fitter.replace("-", "_"): _version(fitter)},
+    }
+
+
+def _version(package: str) -> str:
+    from importlib.metadata import version
+
+    return version(package)

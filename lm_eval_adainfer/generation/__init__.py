@@ -1,0 +1,1 @@
+"""Early exit while decoding: the KV cache by slot, layouts, one step, the loop."""

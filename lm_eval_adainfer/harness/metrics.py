@@ -1,0 +1,275 @@
+"""Exit statistics beside the task's own metrics: in the table, the JSON, the samples and the group rows.
+
+lm-eval has no hook for this. When an AdaInferLM is built, ``lm_eval.evaluator.evaluate`` is given other code; for our
+model, and for it alone, each task *instance* gets its own ``process_results``, ``aggregation`` and so on for the
+length of the call. The metrics are defined in ``docs/numbers.md``.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from types import FunctionType
+from typing import TYPE_CHECKING, Any
+
+from lm_eval.api.metrics import mean
+from lm_eval.config.group import AggMetricConfig
+
+from lm_eval_adainfer.errors import AdaInferError
+from lm_eval_adainfer.harness.answers import ExitTrace
+
+if TYPE_CHECKING:
+    from lm_eval.api.group import Group
+    from lm_eval.api.instance import Instance
+
+    from lm_eval_adainfer.harness.model import AdaInferLM
+
+# metric -> higher is better; each is a mean over documents (lm-eval's own mean, which brings a standard error)
+MEANS = {
+    "exit_layer": False,
+    "pruning_ratio": True,
+    "flops_ratio": False,
+    "flops_ratio_total": False,
+    "layers_run": False,
+}
+VARIANCE = "exit_layer_var"
+TOP1 = "top1_acc"
+_STOCK = "_adainfer_stock_evaluate"  # in the module of ``evaluate``
+
+
+def install() -> None:
+    """Let lm-eval's ``evaluate`` gather exit statistics, whoever has imported it, and whenever.
+
+    Scripts may hold the function under any name before a model is built, so the function itself is given other code
+    (in 0.4.13 it is a plain function of ``lm_eval.evaluator``). The code that it had is kept beside it.
+    """
+    from lm_eval import evaluator
+
+    function: Any = inspect.unwrap(evaluator.evaluate)  # below whatever others have put around it
+    if function.__code__ is _stand_in.__code__:
+        return
+    stock: Any = FunctionType(
+        function.__code__, function.__globals__, function.__name__, function.__defaults__, function.__closure__
+    )
+    stock.__kwdefaults__ = function.__kwdefaults__
+    function.__globals__[_STOCK] = stock
+    function.__signature__ = inspect.signature(stock)  # that of the new code would tell nobody anything
+    function.__code__ = _stand_in.__code__
+
+
+def _stand_in(*args: Any, **kwargs: Any) -> Any:
+    """What ``evaluate`` runs now; its globals are those of lm-eval's module, so it names all that it needs."""
+    from lm_eval_adainfer.harness.metrics import evaluate_with_exit_statistics
+
+    return evaluate_with_exit_statistics(_adainfer_stock_evaluate, *args, **kwargs)  # type: ignore[name-defined] # noqa: F821
+
+
+def evaluate_with_exit_statistics(
+    evaluate: Callable[..., Any], lm: Any, task_dict: Any, *args: Any, **kwargs: Any
+) -> Any:
+    """As lm-eval's ``evaluate``; where the model is ours, its exit statistics are among the results."""
+    from lm_eval.evaluator_utils import _handle_back_comp
+
+    from lm_eval_adainfer.harness.model import AdaInferLM
+
+    model = getattr(lm, "lm", lm)  # --use_cache hands in a CachingLM
+    if not isinstance(model, AdaInferLM):
+        return evaluate(lm, task_dict, *args, **kwargs)
+    if "tasks" in task_dict:
+        tasks, groups = task_dict["tasks"], task_dict.get("groups", {})
+    else:
+        groups, tasks = _handle_back_comp(task_dict)
+    before, model.run_totals = model.totals(), {}  # one model object may be evaluated several times
+    with ExitStack() as stack:
+        if model is lm:  # a cache that an earlier run was given is not this one's
+            stack.enter_context(model.without_cache())
+        stack.enter_context(model.identified())
+        watches = {name: stack.enter_context(_watched(task, model)) for name, task in tasks.items()}
+        for group in groups.values():
+            stack.enter_context(_group_metrics(group, tasks))
+        results = evaluate(lm, task_dict, *args, **kwargs)
+    spent = {name: value - before[name] for name, value in model.totals().items()}
+    gathered = model.gather_object(({name: watch.documents for name, watch in watches.items()}, spent))
+    if gathered is not None and model.rank == 0:
+        documents = {name: _merge([part[0][name] for part in gathered]) for name in watches}
+        model.run_totals = _add_up([part[1] for part in gathered])
+        if results is not None:
+            _finish(results, documents, groups)
+    return results
+
+
+class _Watch:
+    """One task's documents during one ``evaluate``: whose turn it is, and what their traces said."""
+
+    def __init__(self, task: Any, model: AdaInferLM):
+        self.task, self.fingerprint = task, model.fingerprint
+        self.dropped_blocks = list(model.stopper.dropped_blocks)
+        self.documents: dict[int, dict[str, Any]] = {}
+        self.current: int = 0
+        self.true_id: int = 0
+        self._instances: dict[int, list[Instance]] | None = None
+
+    def instances(self) -> list[Instance]:
+        """The current document's instances, in the order of their requests."""
+        if self._instances is None:
+            found: dict[int, list[Instance]] = defaultdict(list)
+            for instance in self.task.instances:
+                found[instance.doc_id].append(instance)
+            self._instances = {k: sorted(v, key=lambda i: i.idx) for k, v in found.items()}
+        return self._instances[self.current]
+
+    def metrics(self, doc: Any) -> dict[str, float]:
+        """The current document's exit statistics, from its responses (filters build new strings)."""
+        instances = self.instances()
+        kinds: dict[str, list[ExitTrace]] = defaultdict(list)
+        for i in instances:  # lm-eval pads processes to equal numbers of requests; what it asked twice it appends
+            kinds[i.request_type] += [self._trace_of(response) for response in i.resps[: i.repeats]]
+        layers = {t.exit_layer for t in kinds["loglikelihood"]}
+        if len(layers) > 1:
+            raise AdaInferError(
+                f"use_cache: answers of document {self.current} of task {instances[0].task_name} were scored after "
+                f"different blocks ({', '.join(f'{x:g}' for x in sorted(layers))}); run it without --use_cache"
+            )
+        # every kind of request decides for itself, and counts once, however many of its requests there are
+        means = [{name: mean([getattr(t, name) for t in ts]) for name in MEANS} for ts in kinds.values() if ts]
+        values = {name: mean([one[name] for one in means]) for name in MEANS}
+        traces = [t for ts in kinds.values() for t in ts]
+        features = [t.features for t in traces if t.features is not None]
+        generated = [t.layers for t in traces if t.layers is not None]
+        self.documents[self.true_id] = {
+            "exit_layer": values["exit_layer"],
+            **({"adainfer_features": features[0]} if features else {}),
+            **({"dropped_blocks": self.dropped_blocks} if self.dropped_blocks else {}),
+            **({"exit_layers": generated} if generated else {}),
+        }
+        if (top1 := self._top1(doc, instances)) is not None:
+            values[TOP1] = top1
+        return values
+
+    def _trace_of(self, response: Any) -> ExitTrace:
+        trace = getattr(response, "trace", None)
+        if not isinstance(trace, ExitTrace) or trace.fingerprint != self.fingerprint:
+            raise AdaInferError(
+                "use_cache: it returned an answer that this model and stopper did not give; give another path"
+            )
+        return trace
+
+    def _top1(self, doc: Any, instances: Sequence[Instance]) -> float | None:
+        """Whether the full vocabulary's top token is the gold answer's first token; None where there is no gold."""
+        flags = [getattr(i.resps[0], "top1", None) for i in instances]
+        if any(flag is None for flag in flags):
+            return None
+        if self.task.OUTPUT_TYPE == "loglikelihood" and len(flags) == 1:
+            return float(bool(flags[0]))
+        if self.task.OUTPUT_TYPE != "multiple_choice" or getattr(self.task, "multiple_input", 0):
+            return None
+        gold = self.task.doc_to_target(doc)
+        if isinstance(gold, str):
+            choices = self.task.doc_to_choice(doc)
+            gold = choices.index(gold) if gold in choices else -1
+        golds = gold if isinstance(gold, (list, tuple)) else [gold]
+        if not all(isinstance(g, int) for g in golds):
+            return None
+        return float(any(flags[g] for g in golds if 0 <= g < len(flags)))
+
+
+@contextmanager
+def _watched(task: Any, model: AdaInferLM) -> Iterator[_Watch]:
+    """Give this task instance our statistics, and take them away afterwards."""
+    watch = _Watch(task, model)
+    doc_iterator, process_results = task.doc_iterator, task.process_results
+    aggregation, higher_is_better = task.aggregation, task.higher_is_better
+
+    def watched_iterator(*args: Any, **kwargs: Any) -> Iterator[Any]:
+        chosen = kwargs.get("samples")  # with --samples lm-eval counts documents anew, and logs the true number
+        for doc_id, doc in doc_iterator(*args, **kwargs):
+            watch.current, watch.true_id = doc_id, chosen[doc_id] if chosen else doc_id
+            yield doc_id, doc
+
+    def watched_results(doc: Any, results: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        return {**process_results(doc, results, *args, **kwargs), **watch.metrics(doc)}
+
+    ours = {
+        "doc_iterator": watched_iterator,
+        "process_results": watched_results,
+        "aggregation": lambda: {**aggregation(), **dict.fromkeys([*MEANS, TOP1], mean)},
+        "higher_is_better": lambda: {**higher_is_better(), **MEANS, VARIANCE: False, TOP1: True},
+    }
+    before = {name: task.__dict__[name] for name in ours if name in task.__dict__}
+    for name, function in ours.items():
+        setattr(task, name, function)
+    try:
+        yield watch
+    finally:
+        for name in ours:
+            delattr(task, name)
+        for name, function in before.items():
+            setattr(task, name, function)
+
+
+@contextmanager
+def _group_metrics(group: Group, tasks: dict[str, Any]) -> Iterator[None]:
+    """Let a group that aggregates anything aggregate our means too, weighted by documents."""
+    before = group.aggregate_metric_list
+    if not before:
+        yield
+        return
+    members = [task for task in group.get_all_tasks() if task.task_name in tasks]
+    top1 = all(
+        (task.OUTPUT_TYPE == "multiple_choice"
+        and not getattr(task, "multiple_input", 0))
+        or task.OUTPUT_TYPE == "loglikelihood"
+        for task in members
+    )
+    names = [*MEANS, *([TOP1] if top1 and members else [])]
+    extra = [
+        AggMetricConfig(metric=name, aggregation="mean", weight_by_size=True, filter_list=None)
+        for name in names
+        if name not in {config.metric for config in before}
+    ]
+    group.aggregate_metric_list = [*before, *extra]
+    try:
+        yield
+    finally:
+        group.aggregate_metric_list = before
+
+
+def _merge(parts: Sequence[dict[int, dict[str, Any]]]) -> dict[int, dict[str, Any]]:
+    return {doc_id: details for part in parts for doc_id, details in part.items()}
+
+
+def _add_up(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Totals over processes; they work side by side, so of the seconds the longest count."""
+    return {name: (max if name.startswith("seconds") else sum)(part[name] for part in parts) for name in parts[0]} | (
+        {"processes": len(parts)} if len(parts) > 1 else {}
+    )
+
+
+def _finish(results: dict[str, Any], documents: dict[str, dict[int, dict[str, Any]]], groups: dict[str, Group]) -> None:
+    """Add what is no mean over documents: the variance, for tasks and groups, and the samples' details."""
+    layers = {name: [d["exit_layer"] for d in found.values()] for name, found in documents.items()}
+    members = {group.name: [t.task_name for t in group.get_all_tasks()] for group in groups.values()}
+    tasks = {name: row for name, row in results.get("results", {}).items() if name in layers}
+    for section in ("results", "groups"):
+        for name, row in results.get(section, {}).items():
+            for key in [key for key in row if key.startswith("exit_layer,")]:
+                suffix = key.partition(",")[2]
+                # lm-eval's group row under a filter is over the members that have this filter, so its variance is too
+                own = [name] if name in tasks else [t for t in members.get(name, []) if key in tasks.get(t, {})]
+                found = [x for task in own for x in layers[task]]
+                if not found:
+                    continue
+                row[f"{VARIANCE},{suffix}"] = population_variance(found)
+                row[f"{VARIANCE}_stderr,{suffix}"] = "N/A"
+    for name, samples in results.get("samples", {}).items():
+        for sample in samples:
+            details = documents.get(name, {}).get(sample["doc_id"], {})
+            sample.update({key: value for key, value in details.items() if key != "exit_layer"})
+
+
+def population_variance(values: Sequence[float]) -> float:
+    """The paper's Var: mean squared distance from the mean."""
+    centre = sum(values) / len(values)
+    return sum((x - centre) ** 2 for x in values) / len(values)

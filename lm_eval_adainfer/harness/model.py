@@ -1,0 +1,869 @@
+"""The model type ``adainfer``: lm-eval's HFLM with an early-exit forward. Requests to token rows and back."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import time
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import wraps
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+import torch
+from lm_eval import utils
+from lm_eval.api.model import CacheHook, hash_args
+from lm_eval.models.huggingface import HFLM
+from lm_eval.models.utils import normalize_gen_kwargs
+from tqdm import tqdm
+
+from lm_eval_adainfer import __version__, paths
+from lm_eval_adainfer.errors import AdaInferError, UnsupportedModelError, report_errors_in_one_sentence
+from lm_eval_adainfer.generation.cache import Windows
+from lm_eval_adainfer.generation.loop import Seeds, Stop, decode
+from lm_eval_adainfer.generation.loop import trace as decode_trace
+from lm_eval_adainfer.generation.settings import Settings, check_checkpoint
+from lm_eval_adainfer.generation.step import KV_POLICIES, prepare
+from lm_eval_adainfer.harness import arguments, metrics
+from lm_eval_adainfer.harness.answers import ExitTrace, LogLikelihood, Rolling, Text
+from lm_eval_adainfer.prefill import prefixes
+from lm_eval_adainfer.prefill.engine import Answer, Document, Engine, Row
+from lm_eval_adainfer.prefill.forward import first_not_finite, verify
+from lm_eval_adainfer.prefill.prefixes import Prefix, Sharing
+from lm_eval_adainfer.strategies import artifact
+from lm_eval_adainfer.strategies.base import Schedule
+from lm_eval_adainfer.structure import identity, removal, wrappers
+from lm_eval_adainfer.structure.anatomy import Anatomy, input_device
+
+if TYPE_CHECKING:
+    from lm_eval.api.instance import Instance
+
+eval_logger = logging.getLogger(__name__)
+
+DEMO = "adainfer-demo"
+SHORTLIST = 64  # candidates of head_check=shortlist
+_FINGERPRINT_KEY = "adainfer_fingerprint"
+_MOST_ROWS = 10_000  # answers in one statement: SQLite binds at most 32,766 values
+
+TokenRequest = tuple["tuple[str, str] | None", list[int], list[int]]
+
+
+def _identified(method: Callable[..., Any]) -> Callable[..., Any]:
+    """Answers that one call gives carry one fingerprint, derived when it begins (or by the run around it)."""
+
+    @wraps(method)
+    def answering(self: AdaInferLM, *args: Any, **kwargs: Any) -> Any:
+        with self.identified():
+            return method(self, *args, **kwargs)
+
+    return answering
+
+
+class AdaInferLM(HFLM):
+    """A Hugging Face causal LM whose forward stops early, document by document.
+
+    Everything HFLM takes is taken too, and:
+
+    Args:
+        pretrained: As HFLM's; ``adainfer-demo`` is the small model that ships with the package.
+        stopper: When to stop. ``none`` (dense, the default), ``gap`` or ``gap:0.8`` (P(top 1) - P(top 2) exceeds
+            it; also ``softmax:0.9``), ``saturation:0.98`` (the hidden state's cosine with the block before exceeds
+            it), ``patience:3`` (the top token of 3 asked blocks in a row is the same), ``fixed:24`` (always after
+            block 24), ``shortgpt:last5`` (without the last 5 blocks), ``shortgpt:bi:8:FILE`` (without the 8 blocks of
+            least Block Influence, as ``adainfer influence`` wrote them to FILE), a built-in name (``svm``: fitted on
+            ``adainfer-demo``), or a stopper file written by ``adainfer fit`` or ``adainfer influence``.
+        min_layer: No exit before this block (1 to L; default 1).
+        check_layers: After which blocks the stopper is asked: ``all`` (default), ``every:2``, or a list ``8+12+16``.
+        generation: What ``generate_until`` does: ``early`` (default), where every new token leaves at its own block, or
+            ``dense``.
+        kv_policy: What a token that goes deeper than its predecessors did finds in the cache: ``recompute`` (default):
+            their blocks are run first, so that it sees exactly the dense model's cache; ``propagate``: their exit
+            states are projected into it (CALM's state copy; approximate, cheaper).
+        head_check: How ``generate_until`` asks the stopper: ``exact`` (default): from the full vocabulary at every
+            checked block; ``shortlist`` (or ``shortlist:64``, the number of candidates): from the top tokens of the
+            token's previous full check, confirmed by the full vocabulary before it leaves: never sooner than ``exact``.
+        prefix_cache: Tokens of a prefix shared by documents (few-shot examples, a system prompt) that are run once and
+            whose keys and values are kept while these documents are scored; 0 runs every prompt whole. Default 4096.
+        log_features: Put the features after every block up to the exit into the samples (``--log_samples``);
+            default False.
+
+    Raises:
+        AdaInferError: On a wrong argument or a model that can't exit early, in one sentence.
+    """
+
+    def __init__(
+        self,
+        pretrained: Any = DEMO,
+        stopper: Any = "none",
+        min_layer: int | str = 1,
+        check_layers: Any = "all",
+        log_features: bool | str = False,
+        generation: str = "early",
+        kv_policy: str = "recompute",
+        head_check: str = "exact",
+        prefix_cache: int | str = 4096,
+        **kwargs: Any,
+    ) -> None:
+        report_errors_in_one_sentence()
+        strategy = artifact.parse(stopper)  # before the weights are loaded: a wrong argument should fail at once
+        self._log_features = _flag("log_features", log_features)
+        if generation not in ("dense", "early"):
+            raise AdaInferError(f"generation: {generation!r} is neither dense nor early")
+        if kv_policy not in KV_POLICIES:
+            raise AdaInferError(f"kv_policy: {kv_policy!r} is neither {' nor '.join(KV_POLICIES)}")
+        self.shortlist = _shortlist(head_check)
+        if not str(prefix_cache).isdecimal():
+            raise AdaInferError(f"prefix_cache: {prefix_cache!r} is no number of tokens; give 0 or more")
+        self.prefix_cache = int(prefix_cache)
+        _check_numbers(kwargs)
+        if isinstance(pretrained, os.PathLike):  # which HFLM would take for a model object
+            pretrained = os.fspath(pretrained)
+        self._further = arguments.further(kwargs, HFLM, AdaInferLM)
+        if not isinstance(pretrained, str):
+            arguments.check_beside_object(pretrained, kwargs, self._further)
+        if kwargs.get("backend") == "seq2seq":
+            raise AdaInferError("backend: seq2seq is not supported; adainfer needs a decoder-only model")
+        if kwargs.get("tp_plan") is not None:
+            raise AdaInferError(
+                f"tp_plan: {kwargs['tp_plan']!r} is not supported; split the model with parallelize=True, or the "
+                "documents among processes with accelerate launch"
+            )
+        if pretrained == DEMO:
+            if not paths.demo_model().is_dir():
+                raise AdaInferError(
+                    f"pretrained: {DEMO} is not in this installation; install the package from its wheel"
+                )
+            pretrained = str(paths.demo_model())
+        pretrained = wrappers.uncompiled(pretrained)
+        kwargs.setdefault("device", "cuda" if torch.cuda.is_available() else "cpu")
+        self._pretrained_name = DEMO if pretrained == str(paths.demo_model()) else pretrained
+        try:
+            super().__init__(pretrained, **kwargs)
+        except TypeError as error:  # HFLM hands unknown arguments on to the model's constructor
+            raise AdaInferError(f"model_args: {str(error).splitlines()[0]}") from error
+        if self.backend == "seq2seq":  # a model object of a type that has an encoder, too
+            raise AdaInferError(
+                f"pretrained: lm-eval takes {type(self.model).__name__} for an encoder-decoder model; if it is a "
+                "decoder, pass backend=causal"
+            )
+        if self.prefix_token_id is None:
+            raise AdaInferError(
+                "tokenizer: it has neither a BOS nor an EOS token to begin a text with; give prefix_token_id=0, say"
+            )
+        self._set_ranks()
+        if self.device.type == "meta":  # a model object whose weights are offloaded
+            self._device: torch.device = input_device(self.model)
+        if strategy.removes_blocks and not isinstance(pretrained, str):
+            self._model = wrappers.with_same_weights(self.model)  # the caller's model keeps its blocks
+        self.anatomy = self._taken_apart()
+        self.stopper, self.n_blocks = strategy, self.anatomy.n_blocks
+        strategy.bind(self.n_blocks)
+        if strategy.dropped_blocks and (str(min_layer), str(check_layers)) != ("1", "all"):
+            eval_logger.warning(f"min_layer/check_layers: {strategy.kind} asks nothing, so they don't apply")
+            min_layer, check_layers = 1, "all"
+        self.schedule = Schedule(self.n_blocks, strategy, min_layer, check_layers)
+        if strategy.kind != "none" and not strategy.removes_blocks and not self.schedule.blocks:
+            eval_logger.warning("check_layers/min_layer: they leave no block to ask the stopper at, so it runs dense")
+        artifact.warn_if_foreign(strategy, self._model_name(), self.n_blocks, self.anatomy.head_hash())
+        if strategy.removes_blocks:
+            self._drop_blocks()
+        if self.schedule.blocks:
+            self.anatomy.keep_head_loaded()
+        self.engine = Engine(self.anatomy, strategy, self.schedule, self.softmax_dtype, self._log_features)
+        self.generation = generation if self.schedule.blocks else "dense"
+        self.kv_policy = kv_policy
+        if self.shortlist and strategy.carries:
+            raise AdaInferError(
+                f"head_check: shortlist needs a stopper that decides from one block alone, which {strategy.kind} with "
+                f"{', '.join(strategy.features)} does not; use head_check=exact"
+            )
+        if self.shortlist:
+            self.anatomy.require_candidates()
+        self._identified = ""  # the fingerprint, for the length of a run
+        if any(weight.device.type == "meta" for weight in self.model.parameters()):
+            self.anatomy.weights_hash(self.model)  # it reads offloaded weights once: now, and not in a run
+        self.seconds = 0.0
+        self.generating_seconds = 0.0
+        self.generated_tokens = 0
+        self._generated: defaultdict[str, deque[Text]] = defaultdict(deque)
+        self._max_length_asked: int | None = None  # gen_kwargs' max_length of the requests being generated
+        self._traces: deque[ExitTrace] = deque()
+        self._seeds = Seeds()
+        self.generated_rows: list[list[int]] = []  # of the last dense batch, new tokens up to each row's end
+        self.set_cache_hook(CacheHook(None))
+        self.run_totals: dict[str, Any] = {}
+        self._document_keys: list[Any] = []
+        self._warned_not_finite = False
+        self._found_sharing: Sharing | None = None  # found out when something is first shared
+        self._windows: Windows | None = None  # watched when generation first exits early
+        self.run_documents = self.engine.run  # tracing puts a dense pass that records every block here
+        metrics.install()
+
+    # ------------------------------------------------------------------ set-up
+    def _get_config(self, pretrained: str, **kwargs: Any) -> None:
+        """Refuse, before the weights are loaded, an encoder-decoder model and settings that transformers can't read."""
+        try:
+            super()._get_config(pretrained, **kwargs)
+        except OSError as error:  # transformers' and the hub's errors are subclasses
+            found = " ".join(str(error).split())
+            raise AdaInferError(
+                f"pretrained: {pretrained!r} is neither a model's folder nor one that the hub gives ({found:.200})"
+            ) from error
+        arguments.check_spelling(self._further, self._config)
+        if getattr(self._config, "is_encoder_decoder", False):
+            raise AdaInferError(
+                f"pretrained: {pretrained} is an encoder-decoder model ({self._config.model_type}), "
+                "but adainfer needs a decoder-only one"
+            )
+        check_checkpoint(pretrained, kwargs.get("revision"), kwargs.get("subfolder"))
+
+    def _set_ranks(self) -> None:
+        """Stock HFLM sets rank and world size only where there are several GPUs; processes on CPUs count too."""
+        accelerator = getattr(self, "accelerator", None)
+        if accelerator is not None:
+            self._rank = accelerator.process_index
+            self._world_size = accelerator.num_processes
+
+    def _taken_apart(self) -> Anatomy:
+        """The model's anatomy, checked; whatever goes wrong in these few forwards is told in one sentence."""
+        try:
+            anatomy = Anatomy(self.model)
+            with self._autocast():
+                wrappers.require_nothing_around(anatomy)
+                verify(anatomy)
+        except (AdaInferError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:
+            raise UnsupportedModelError(
+                f"pretrained: {type(self.model).__name__} can't exit early: its forward fails when rows leave it "
+                f"({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''})"
+            ) from error
+        return anatomy
+
+    def _drop_blocks(self) -> None:
+        """Take the stopper's blocks out of the model; what is left is taken apart and checked as any model is."""
+        whole = self.anatomy
+        removal.drop(whole, self.stopper.dropped_blocks)
+        self.anatomy = self._taken_apart()
+        self.anatomy.whole_weights, self.anatomy.whole_widths = whole.block_weights, whole.attention_width
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(
+            device_type=self.device.type,
+            dtype=self.mixed_precision_dtype,
+            enabled=self.mixed_precision_dtype is not None,
+        )
+
+    def _model_name(self) -> str:
+        name = self._pretrained_name
+        return name if isinstance(name, str) else (getattr(name, "name_or_path", "") or type(name).__name__)
+
+    @property
+    def fingerprint(self) -> str:
+        """16 hex digits of whatever changes an answer (``identity``), derived anew whenever no run is going on."""
+        return self._identified or identity.fingerprint(self)
+
+    @contextmanager
+    def identified(self) -> Iterator[None]:
+        """Derive the fingerprint once for all answers that are given inside, and hold the cache to it.
+
+        Raises:
+            AdaInferError: Where the model is no longer the one whose answers the cache holds.
+        """
+        if self._identified:
+            yield
+            return
+        self._identified = identity.fingerprint(self)
+        try:
+            self._require_own_answers(self.cache_hook.dbdict)
+            yield
+        finally:
+            self._identified = ""
+
+    def _dtype(self) -> torch.dtype:
+        return next(self.model.parameters()).dtype
+
+    # ------------------------------------------------------------------ tokens
+    def tok_encode(self, string: str, *args: Any, **kwargs: Any) -> list[int]:
+        """As HFLM's, which encodes all requests before the model runs the first.
+
+        Raises:
+            AdaInferError: On text that is no Unicode, and on tokens that the model has no embedding for.
+        """
+        try:
+            string.encode()
+        except UnicodeEncodeError as error:  # which no tokenizer takes
+            near = string[max(0, error.start - 20) : error.end + 20]
+            raise AdaInferError(
+                f"request: the text {near!r} holds half a surrogate pair, which is no Unicode; repair the document"
+            ) from None
+        ids = super().tok_encode(string, *args, **kwargs)
+        known = self.model.get_input_embeddings().weight.shape[0]
+        if ids and max(ids) >= known:
+            raise AdaInferError(
+                f"tokenizer: it gives token {max(ids)}, but the model has embeddings for {known} tokens; give the "
+                "tokenizer that belongs to the model"
+            )
+        return ids
+
+    def _warn_not_finite(self, tokens: Sequence[int]) -> None:
+        """Say once that a row of tokens led to NaN, and where."""
+        if self._warned_not_finite:
+            return
+        self._warned_not_finite = True
+        with self._autocast():
+            block = first_not_finite(self.anatomy, tokens)
+        where = "the output head gives" if block is None else f"block {block} gives" if block else "the embeddings give"
+        eval_logger.warning(
+            f"dtype: {where} NaN or infinite numbers in {self._dtype()}, so a document of {len(tokens)} tokens (and "
+            "maybe others) runs all blocks and has NaN scores; another dtype may help"
+        )
+
+    # ------------------------------------------------------------------ loglikelihood
+    @_identified
+    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[Any]:
+        """As HFLM's, every answer with its document's exit trace."""
+        for context, continuation in (r.args for r in requests):
+            if context == "" and not self.tok_encode(continuation, add_special_tokens=False):
+                raise _nothing_to_score(continuation)
+        self._document_keys = [
+            (r.task_name, r.doc_id) if r.task_name is not None and r.doc_id is not None else (None, r.args[0])
+            for r in requests
+        ]
+        try:
+            return super().loglikelihood(requests, disable_tqdm=disable_tqdm)
+        finally:
+            self._document_keys = []
+
+    @_identified
+    def _loglikelihood_tokens(
+        self,
+        requests: list[TokenRequest],
+        disable_tqdm: bool = False,
+        override_bs: int | None = None,
+    ) -> list[Any]:
+        keys = self._document_keys or [(None, tuple(r[1])) for r in requests]
+        documents = self.documents(requests, keys)
+        results: list[LogLikelihood | None] = [None] * len(requests)
+        progress = tqdm(
+            total=len(requests),
+            disable=disable_tqdm or self.rank != 0,
+            desc="Running loglikelihood requests",
+        )
+        try:
+            for batches, size in self._batches(documents, override_bs):
+                started = time.perf_counter()
+                with self._autocast():
+                    self.run_documents(batches, size)
+                self.seconds += time.perf_counter() - started
+                for document in (document for batch in batches for document in batch):
+                    trace = self.engine.trace(document, self.fingerprint)
+                    finished = {}
+                    for row, answer in [(r, a) for r in document.rows for a in r.answers]:
+                        result = LogLikelihood(answer.logprob, answer.is_greedy, trace, answer.top1)
+                        results[answer.request] = result
+                        if (strings := requests[answer.request][0]) is not None:
+                            finished[hash_args("loglikelihood", strings)] = result
+                        if math.isnan(answer.logprob):
+                            self._warn_not_finite(row.tokens)
+                        progress.update(1)
+                    self._remember(finished)
+        finally:
+            progress.close()
+            self.engine.prefix = None  # its keys and values are not kept
+        return results
+
+    def documents(self, requests: Sequence[TokenRequest], keys: Sequence[Any]) -> list[Document]:
+        """Group tokenised requests into documents, one row per distinct (context, continuation[:-1]).
+
+        Args:
+            requests: ((context, continuation) or None, context tokens, continuation tokens).
+            keys: Per request, what it has in common with the other requests of its document.
+        """
+        grouped: dict[Any, dict[Any, Row]] = {}
+        contexts: dict[Any, dict[tuple[int, ...], Any]] = {}  # document -> context -> key of the row that decides
+        for n, ((strings, context, continuation), key) in enumerate(zip(requests, keys, strict=True)):
+            if not continuation:
+                raise _nothing_to_score(strings[1] if strings else "")
+            if not context:
+                raise AdaInferError(
+                    f"request: the context {strings[0] if strings else ''!r} has no token; give one of at least one "
+                    "token, or an empty text"
+                )
+            if len(continuation) > self.max_length:
+                raise AdaInferError(
+                    f"max_length: a continuation of {len(continuation)} tokens does not fit the window of "
+                    f"{self.max_length}; give a larger max_length or a shorter continuation"
+                )
+            before = tuple(context)
+            row_key = (before, tuple(continuation[:-1]), None if self.logits_cache else n)
+            rows = grouped.setdefault(key, {})
+            if row_key not in rows:
+                rows[row_key] = Row(self._window(context, continuation), len(continuation))
+            rows[row_key].answers.append(Answer(n, continuation))
+            if strings is None or strings[0] != "":  # an empty context has no decision
+                known = contexts.setdefault(key, {})
+                known.setdefault(before, row_key)
+                rows[row_key].context = list(known).index(before)
+        documents = []
+        for key, rows in grouped.items():
+            order = list(rows)
+            deciders = [order.index(row_key) for row_key in contexts.get(key, {}).values()]
+            documents.append(Document(list(rows.values()), deciders))
+        return documents
+
+    def _window(self, context: list[int], continuation: list[int]) -> list[int]:
+        """The input tokens: context + continuation[:-1], cut from the left to the model's window."""
+        over = len(context) + len(continuation) - self.max_length - 1
+        if over > 0:
+            eval_logger.warning(
+                f"Combined length of context ({len(context)}) and continuation ({len(continuation)}) exceeds model's "
+                f"maximum length ({self.max_length}). Truncating {over} tokens from the left."
+            )
+        return (context + continuation)[-(self.max_length + 1) :][:-1]
+
+    def _batch_scheduler(self, pos: int, n_reordered_requests: Sequence[Any]) -> int:
+        """As HFLM's, which (0.4.13) divides by zero where there are fewer rows than sections."""
+        before: float = self.batch_schedule  # type: ignore[has-type]
+        self.batch_schedule: float = min(before, len(n_reordered_requests))
+        try:
+            return super()._batch_scheduler(pos, n_reordered_requests)
+        finally:
+            self.batch_schedule = before
+
+    def _batches(self, documents: Sequence[Document], fixed: int | None) -> Iterator[tuple[list[list[Document]], int]]:
+        """Batches that are run together, and their batch size; sets the engine's prefix.
+
+        Whole documents, longest first, as many to a batch as fit the batch size.
+        """
+        together = self._grouped(documents, fixed)
+        parts = [sorted(p, key=lambda d: (-d.longest, max(row.tokens for row in d.rows))) for p, _ in together]
+        shapes: list[Any] = []  # only the automatic batch size reads them: a second copy of every prompt
+        if fixed is None and self.batch_size == "auto":
+            rows_of = (row for p in parts for d in p for row in d.rows)
+            shapes = [(None, row.tokens[: row.decision + 1], [0] * row.scored) for row in rows_of]
+        self.batch_sizes: dict[int, int] = {}
+        position = 0
+
+        def cut(ordered: list[Document]) -> Iterator[tuple[list[Document], int]]:
+            nonlocal position
+            start = 0
+            while start < len(ordered):
+                if fixed is not None:
+                    size = fixed
+                elif self.batch_size == "auto":
+                    size = self._batch_scheduler(position, shapes)
+                else:
+                    size = int(self.batch_size)
+                load, end = self.engine.load(ordered[start : start + 1]), start + 1
+                while end < len(ordered):
+                    more = load.and_also(self.engine.load(ordered[end : end + 1]))
+                    if not more.fits(size, ordered[start].longest, self.engine.prefix is not None):
+                        break
+                    load, end = more, end + 1
+                for row in range(position + 1, position + load.rows if shapes else 0):
+                    self._batch_scheduler(row, shapes)  # stock asks at every row, so that it skips no section
+                yield ordered[start:end], size
+                start, position = end, position + load.rows
+
+        for ordered, (_, tokens) in zip(parts, together, strict=True):
+            shared = self._sharing().rule if tokens else None
+            self.engine.prefix = Prefix(self.anatomy, [tokens], shared) if shared else None
+            yield from self.engine.together(cut(ordered))
+
+    def _grouped(self, documents: Sequence[Document], fixed: int | None) -> list[tuple[list[Document], list[int]]]:
+        """Documents by the prefix that they share, where that pays and the model allows it."""
+        alone: list[tuple[list[Document], list[int]]] = [(list(documents), [])]
+        self.engine.rule, self.engine.prefix = None, None
+        if not self.prefix_cache or not documents or self.run_documents != self.engine.run:
+            return alone
+        limit = self.anatomy.fixed_positions
+        if limit is not None and max(d.longest for d in documents) > limit:
+            return alone
+        size = fixed or (int(self.batch_size) if str(self.batch_size).isdecimal() else 1)
+        found = prefixes.groups(documents, size, self.prefix_cache)
+        if not any(prefix for _, prefix in found) and not any(prefixes.Load.of(d, 0).shares for d in documents):
+            return alone
+        if self._sharing().rule is None:
+            return alone
+        self.engine.rule, self.engine.prefix_tokens = self._sharing().rule, self.prefix_cache
+        return found
+
+    def _sharing(self) -> Sharing:
+        """How prompts can share what they begin with; found out once, and a speed-up that is lost is warned of."""
+        if self._found_sharing is None:
+            with self._autocast():
+                self._found_sharing = prefixes.sharing(self.anatomy)
+            if self._found_sharing.missed:
+                eval_logger.warning(f"prefix_cache: {self._found_sharing.how} ({self._found_sharing.missed})")
+        return self._found_sharing
+
+    # ------------------------------------------------------------------ rolling and generation
+    @_identified
+    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[Any]:
+        """As HFLM's, every token scored at its own exit block; the saving is counted as if it had been run."""
+        texts: list[list[Row]] = [[] for _ in requests]  # their windows
+        for n, (text,) in enumerate([r.args for r in requests]):
+            pairs = utils.get_rolling_token_windows(
+                token_list=self.tok_encode(text),
+                prefix_token=self.prefix_token_id,
+                max_seq_len=self.max_length,
+                context_len=1,
+            )
+            for context, continuation in map(utils.make_disjoint_window, pairs):
+                row = Row((context + continuation)[:-1], len(continuation))
+                row.answers.append(Answer(n, continuation))
+                texts[n].append(row)
+        finished: list[list[tuple[Row, list[int]]]] = [[] for _ in requests]
+        results: list[Any] = [None if windows else Rolling(0.0, self._dense_trace()) for windows in texts]
+        # a text's windows stay together, so that it is finished, and kept, before many others are begun
+        order = sorted(range(len(texts)), key=lambda n: -max((len(row.tokens) for row in texts[n]), default=0))
+        windows = [(n, row) for n in order for row in texts[n]]
+        size = self._detect_batch_size() if self.batch_size == "auto" else int(self.batch_size)
+        progress = tqdm(total=len(windows), disable=disable_tqdm or self.rank != 0, desc="Running rolling windows")
+        for start in range(0, len(windows), size):
+            batch = windows[start : start + size]
+            started = time.perf_counter()
+            with self._autocast():
+                layers = self.engine.run_tokens([row for _, row in batch])
+            self.seconds += time.perf_counter() - started
+            for (n, row), found in zip(batch, layers, strict=True):
+                finished[n].append((row, found))
+                if len(finished[n]) == len(texts[n]):
+                    results[n] = self._rolled(finished[n])
+                    self._remember({hash_args("loglikelihood_rolling", requests[n].args): results[n]})
+            progress.update(len(batch))
+        progress.close()
+        return results
+
+    def _rolled(self, parts: Sequence[tuple[Row, list[int]]]) -> Rolling:
+        """The answer of a text from all its windows."""
+        for row, _ in parts:
+            if any(math.isnan(answer.logprob) for answer in row.answers):
+                self._warn_not_finite(row.tokens)
+        logprob = sum(answer.logprob for row, _ in parts for answer in row.answers)
+        return Rolling(logprob, self.engine.trace_tokens(parts, self.fingerprint))
+
+    @_identified
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[Any]:
+        """As HFLM's at batch size 1, every text with its exit trace.
+
+        Raises:
+            AdaInferError: On generation settings that can't be followed, before anything is generated.
+            UnsupportedModelError: Where the model's cache can't be driven block by block; ``generation=dense`` helps.
+        """
+        early = self.generation == "early"
+        if requests and self.eot_token_id is None:
+            raise AdaInferError("tokenizer: it has no EOS token, without which lm-eval can't generate; give it one")
+        for request in requests:
+            if not request.args[0].strip() and not self.tok_encode(request.args[0]):
+                raise AdaInferError(f"request: the prompt {request.args[0]!r} has no token; give one of at least one")
+        for options in {str(r.args[1]): r.args[1] for r in requests}.values():
+            most = normalize_gen_kwargs(options, self.max_gen_toks)["max_gen_toks"]
+            if not 0 < most < self.max_length:
+                raise AdaInferError(
+                    f"max_gen_toks: {most} new tokens don't fit a window of {self.max_length} with room for a prompt; "
+                    f"give 1 to {self.max_length - 1}, or a larger max_length"
+                )
+        self._check_settings(requests, early)
+        if requests and early and self._windows is None:
+            with self._autocast():
+                wrappers.require_same_generation(self.anatomy)
+                self._windows = prepare(self.anatomy)
+            if self._windows.missed:
+                eval_logger.warning(f"generation: tokens are laid out {self._windows.layout} ({self._windows.missed})")
+            self.engine.counter.stored_weights = self._windows.stored_weights
+        if requests and not early and self.schedule.blocks:
+            eval_logger.warning("generation=dense: generate_until does not exit early (exit_layer = L)")
+        self._generated.clear()
+        self._traces.clear()
+        self._seeds = Seeds()
+        started = time.perf_counter()
+        try:
+            for self._max_length_asked, some in _by_max_length(requests).items():
+                super().generate_until(some, disable_tqdm=disable_tqdm)
+        finally:
+            self._max_length_asked = None
+        seconds = time.perf_counter() - started
+        self.seconds, self.generating_seconds = self.seconds + seconds, self.generating_seconds + seconds
+        return [self._generated[hash_args("generate_until", r.args)].popleft() for r in requests]
+
+    def _check_settings(self, requests: list[Instance], early: bool) -> None:
+        """Refuse generation settings that can't be followed (``Settings``), and texts without room."""
+        for options in {str(r.args[1]): r.args[1] for r in requests}.values():
+            given: dict[str, Any] = dict(normalize_gen_kwargs(options, self.max_gen_toks))
+            max_new, max_length = given.pop("max_gen_toks"), given.pop("max_length", None)
+            given.pop("until")
+            most = Settings(self.anatomy.model, given, early).config.max_new_tokens
+            if most is not None:
+                eval_logger.warning(
+                    f"generation_config.json: the checkpoint's max_new_tokens={most} goes before max_gen_toks, as with "
+                    "--model hf"
+                )
+            if max_length is None or most is not None:
+                continue
+            longest = max(len(self.tok_encode(r.args[0])) for r in requests if r.args[1] == options)
+            longest = min(longest, self.max_length - max_new)
+            if not isinstance(max_length, int) or max_length <= longest:
+                raise AdaInferError(
+                    f"generation_kwargs: max_length={max_length!r} leaves no room after a prompt of {longest} tokens; "
+                    "give max_gen_toks instead"
+                )
+
+    @_identified
+    def _model_generate(self, context: torch.Tensor, max_length: int, stop: list[str], **kwargs: Any) -> torch.Tensor:
+        """HFLM's call for one batch: [B, S] left-padded ids to [B, S + new]; notes every row's trace."""
+        early = self._windows is not None and self.generation == "early"  # dense while tracing, whatever came before
+        mask = kwargs.pop("attention_mask")
+        settings = Settings(self.anatomy.model, kwargs, early)
+        max_new = max_length - context.shape[1]
+        padded = bool((mask == 0).any())
+        alone = settings.needs_rows_alone(context, mask) or (padded and self._max_length_asked is not None)
+        if alone:
+            batches = [(row[m.bool()][None], m[m.bool()][None]) for row, m in zip(context, mask, strict=True)]
+        else:
+            batches = [(context, mask)]
+        generated: list[list[int]] = []
+        self.generated_rows = []
+        for ids, some in batches:
+            if early:
+                generated += self._generate_early(settings, ids, some, max_new, stop)
+            else:
+                longest = self._max_length_asked or ids.shape[1] + max_new
+                generated += self._generate_dense(settings, ids, some, longest, stop, kwargs)
+        width = max(map(len, generated))
+        new = torch.full((len(generated), width), self.tokenizer.pad_token_id, dtype=context.dtype)
+        for n, tokens in enumerate(generated):
+            new[n, : len(tokens)] = torch.tensor(tokens)
+        return torch.cat([context, new.to(context.device)], dim=1)
+
+    def _generate_dense(
+        self,
+        settings: Settings,
+        context: torch.Tensor,
+        mask: torch.Tensor,
+        max_length: int,
+        stop: list[str],
+        kwargs: dict[str, Any],
+    ) -> list[list[int]]:
+        """New tokens of every row from ``model.generate``, up to where the row ends by itself."""
+        whole = super()._model_generate(context, max_length, stop, attention_mask=mask, **kwargs)
+        rows = whole[:, context.shape[1] :].tolist()
+        finished = Stop(self.tokenizer, stop, settings.end_tokens())
+        ended = [finished.cut(row) for row in rows]
+        self.generated_rows += ended
+        self._traces.extend(map(self._dense_trace, mask.sum(-1).tolist(), map(len, ended)))
+        self.generated_tokens += sum(map(len, ended))
+        return ended if len(rows) > 1 else rows  # a single row's end is stock's own, with beams too
+
+    def _generate_early(
+        self, settings: Settings, context: torch.Tensor, mask: torch.Tensor, max_new: int, stop: list[str]
+    ) -> list[list[int]]:
+        """New tokens of every row, each of which left at its own block."""
+        assert self._windows is not None
+        with self._autocast():
+            rows = decode(
+                self.anatomy, self.stopper, self.schedule, self._windows, settings, context, mask, max_new,
+                self._max_length_asked, self.tokenizer, stop, self._seeds, self.kv_policy, self.shortlist,
+            )  # fmt: skip
+        for row, prompt, slots in zip(rows, mask.sum(-1).tolist(), context.tolist(), strict=True):
+            if not row.finite:
+                self._warn_not_finite([*slots[len(slots) - int(prompt) :], *row.tokens[:-1]])
+            self._traces.append(decode_trace(row, int(prompt), self.engine.counter, self.fingerprint))
+            self.engine.head_rows += row.head_rows
+            self.engine.block_tokens += row.executed
+            self.engine.tokens += int(prompt) + len(row.tokens) - 1
+            self.generated_tokens += len(row.tokens)
+        return [row.tokens for row in rows]
+
+    def note_text(self, arguments: Any, text: str) -> Text:
+        """Pair a generated text with its trace; HFLM finishes rows in the order in which they were generated."""
+        found = Text(text, self._traces.popleft())
+        self._generated[hash_args("generate_until", arguments)].append(found)
+        return found
+
+    def _dense_trace(self, prompt: int = 1, new: int = 1) -> ExitTrace:
+        """The trace of a text of ``new`` tokens after a prompt that ran all blocks there are, with a cache."""
+        run, count, positions = self.anatomy.n_blocks, self.engine.counter, prompt + max(new, 1) - 1
+        flops, dense = count.blocks(run, positions) + count.head(new), count.dense(positions) + count.head(new)
+        return ExitTrace(run, self.n_blocks, count.flops_ratio(run, prompt), run, flops, dense, self.fingerprint)
+
+    # ------------------------------------------------------------------ --use_cache
+    def set_cache_hook(self, cache_hook: CacheHook) -> None:
+        """Accept a response cache, unless it holds answers of another model or stopper.
+
+        lm-eval's keys hash the method and the arguments alone, so a cache says itself whose it is.
+        """
+        self._require_own_answers(cache_hook.dbdict)
+        super().set_cache_hook(_TextHook(cache_hook, self))
+
+    @contextmanager
+    def without_cache(self) -> Iterator[None]:
+        """Keep answers out of the response cache for a while."""
+        before: CacheHook = self.cache_hook  # type: ignore[has-type]
+        self.set_cache_hook(CacheHook(None))
+        try:
+            yield
+        finally:
+            self.cache_hook = before
+
+    def _require_own_answers(self, answers: Any) -> None:
+        if answers is None:
+            return
+        mine, found = self.fingerprint, answers.get(_FINGERPRINT_KEY)
+        if found is None and len(answers) == 0:
+            answers[_FINGERPRINT_KEY] = mine
+            answers.commit()
+        elif found != mine:
+            whose = "no adainfer model's" if found is None else f"those of fingerprint {found}"
+            raise AdaInferError(
+                f"use_cache: its answers are {whose}, not this model's and stopper's ({mine}); give another path"
+            )
+
+    def _remember(self, finished: dict[str, Any]) -> None:
+        """Store a whole document's answers in one transaction: a killed run leaves no half document behind."""
+        answers = self.cache_hook.dbdict
+        if answers is None:
+            return
+        # dbdict.update would be a transaction per answer
+        pairs = [(answers.encode_key(key), answers.encode(value)) for key, value in finished.items()]
+        for some in (pairs[start : start + _MOST_ROWS] for start in range(0, len(pairs), _MOST_ROWS)):
+            rows = ", ".join(["(?, ?)"] * len(some))
+            answers.conn.execute(
+                f'REPLACE INTO "{answers.tablename}" (key, value) VALUES {rows}', [x for pair in some for x in pair]
+            )
+
+    # ------------------------------------------------------------------ the run's record
+    def get_model_info(self) -> dict[str, Any]:
+        """HFLM's, and under ``adainfer`` what identifies this run and what it came to."""
+        return {**super().get_model_info(), "adainfer": self.record()}
+
+    def record(self) -> dict[str, Any]:
+        """JSON-serialisable: identity (stopper, L, checked blocks, device, versions) and totals (docs/numbers.md)."""
+        import transformers
+
+        totals = self.run_totals or self.totals()
+        tokens, seconds = totals["generated_tokens_counted"], totals["seconds_generating_measured"]
+        how = {
+            "kv_policy": "propagate (approximate)" if self.kv_policy == "propagate" else self.kv_policy,
+            "head_check": f"shortlist:{self.shortlist}" if self.shortlist else "exact",
+        }
+        return {
+            "stopper": self.stopper.describe(),
+            "fingerprint": self.fingerprint,
+            "n_blocks": self.n_blocks,
+            **({"dropped_blocks": list(self.stopper.dropped_blocks)} if self.stopper.dropped_blocks else {}),
+            **self.schedule.describe(),
+            "device": str(self.device),
+            "dtype": str(self._dtype()),
+            "generation": self.generation,
+            **(how if self.generation == "early" else {}),
+            "loglikelihood_rolling": "counted as if each token had been run to its exit block only",
+            **self._speed_ups(),
+            **totals,
+            **({"generated_tokens_per_second_measured": tokens / seconds} if tokens and seconds else {}),
+            "versions": {
+                "lm_eval_adainfer": __version__,
+                "lm_eval": version("lm_eval"),
+                "torch": torch.__version__,
+                "transformers": transformers.__version__,
+            },
+        }
+
+    def _speed_ups(self) -> dict[str, str]:
+        """What was found out of the model's speed-ups, as far as this run needed them, and why one is not used."""
+        found = {}
+        if self._found_sharing is not None:
+            found["shared_prefixes"] = _with_reason(self._found_sharing.how, self._found_sharing.missed)
+        if self._windows is not None:
+            found["generation_layout"] = _with_reason(self._windows.layout, self._windows.missed)
+        return found
+
+    def totals(self) -> dict[str, Any]:
+        """This process's totals since it was built: measured seconds, counted tokens, head rows and block calls.
+
+        The record of a run holds what one evaluation added to them (``reporting``).
+        """
+        return {
+            "seconds_in_model_measured": self.seconds,
+            "tokens_counted": self.engine.tokens,
+            "block_tokens_counted": self.engine.block_tokens,
+            "block_calls_counted": self.engine.block_calls,
+            "head_rows_counted": self.engine.head_rows,
+            "generated_tokens_counted": self.generated_tokens,
+            "seconds_generating_measured": self.generating_seconds,
+        }
+
+
+class _TextHook(CacheHook):
+    """HFLM reports finished texts here, as plain strings; note them with their traces, and cache those."""
+
+    def __init__(self, hook: CacheHook, lm: AdaInferLM):
+        self.dbdict = hook.dbdict
+        self._lm = lm
+
+    def add_partial(self, attr: str, req: Any, res: Any) -> None:
+        super().add_partial(attr, req, self._lm.note_text(req, res) if attr == "generate_until" else res)
+
+
+def _with_reason(how: str, missed: str) -> str:
+    return f"{how} ({missed})" if missed else how
+
+
+def _by_max_length(requests: list[Instance]) -> dict[int | None, list[Instance]]:
+    """Requests by the ``max_length`` in their settings, which HFLM does not hand on as it was given."""
+    found: dict[int | None, list[Instance]] = {}
+    for request in requests:
+        found.setdefault(request.args[1].get("max_length"), []).append(request)
+    return found
+
+
+def _nothing_to_score(continuation: str) -> AdaInferError:
+    return AdaInferError(
+        f"request: the continuation {continuation!r} has no token of its own; give one of at least one token"
+    )
+
+
+def _check_numbers(options: dict[str, Any]) -> None:
+    """Refuse what HFLM would only trip over later."""
+    size = options.get("batch_size", 1)
+    name, colon, sections = str(size).partition(":")
+    number = sections if name == "auto" and colon else "1" if name == "auto" or size is None else str(size)
+    if not (number.isdecimal() and int(number) > 0):
+        raise AdaInferError(f"batch_size: {size!r} is neither a number of 1 or more nor auto nor auto:4")
+    length = options.get("max_length")
+    if length is not None and not (str(length).isdecimal() and int(length) > 0):
+        raise AdaInferError(f"max_length: {length!r} is no number of 1 or more")
+    for name in ("dtype", "softmax_dtype", "mixed_precision_dtype"):
+        value = options.get(name)
+        dtype = getattr(torch, value, None) if isinstance(value, str) else value
+        if value in (None, "auto"):
+            continue
+        if not isinstance(dtype, torch.dtype):
+            raise AdaInferError(f"{name}: {value!r} is no dtype of torch; give float32, bfloat16 or float16, say")
+        if not dtype.is_floating_point or dtype.itemsize < 2:
+            raise AdaInferError(f"{name}: no forward can be computed in {value}; give float32, bfloat16 or float16")
+
+
+def _shortlist(head_check: Any) -> int:
+    """Candidates per token, 0 for ``exact``."""
+    name, colon, number = str(head_check).strip().partition(":")
+    if name == "exact" and not colon:
+        return 0
+    if name == "shortlist" and (not colon or (number.isdecimal() and int(number) >= 2)):
+        return int(number) if colon else SHORTLIST
+    raise AdaInferError(
+        f"head_check: {head_check!r} is neither exact nor shortlist nor shortlist:N with N candidates, 2 or more"
+    )
+
+
+def _flag(argument: str, value: Any) -> bool:
+    text = str(value).strip().lower()
+    if text in ("true", "1", "yes"):
+        return True
+    if text in ("false", "0", "no", "none", ""):
+        return False
+    raise AdaInferError(f"{argument}: {value!r} is neither True nor False")

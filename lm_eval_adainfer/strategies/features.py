@@ -1,0 +1,218 @@
+"""The features a stopper may read after a block (``docs/numbers.md``, paper section 4.1): one function each.
+
+All are computed at the decision positions only. ``gap``, ``top_prob`` and ``entropy`` come from the full vocabulary's
+softmax in float32; the cosines compare a block with the previous one. These are *recorded* in traces. *Derived* ones
+follow from the recorded ones, the top token and what the blocks asked before had said, so a trace has them too.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from lm_eval_adainfer.errors import AdaInferError
+from lm_eval_adainfer.prefill.forward import BlockState
+
+
+class Observation:
+    """What can be seen after one block at n decision positions.
+
+    Args:
+        state: The block's state.
+        rows: [n], indices into the state's rows.
+        positions: [n], token positions in these rows.
+        logits: [n, V], final norm and head of the hidden states there; None where no feature needs them.
+        n_blocks: L.
+        past: [n, PAST], what the blocks asked before had said (zeros at the first); None where no feature needs it.
+    """
+
+    def __init__(
+        self,
+        state: BlockState,
+        rows: Tensor,
+        positions: Tensor,
+        logits: Tensor | None,
+        n_blocks: int = 0,
+        past: Tensor | None = None,
+    ):
+        self.state, self.rows, self.positions, self.logits = state, rows, positions, logits
+        self.block, self.n_blocks, self.past = state.block, n_blocks, past
+
+    @cached_property
+    def probabilities(self) -> Tensor:
+        """[n, V], float32."""
+        assert self.logits is not None
+        return self.logits.float().softmax(dim=-1)
+
+    @cached_property
+    def top2(self) -> Tensor:
+        """[n, 2], the two greatest probabilities over the full vocabulary, float32."""
+        return self.probabilities.topk(2, dim=-1).values
+
+    @property
+    def best_prob(self) -> Tensor:
+        """[n], P(top 1)."""
+        return self.top2[:, 0]
+
+    @cached_property
+    def best_token(self) -> Tensor:
+        """[n], the top token."""
+        assert self.logits is not None
+        return self.logits.argmax(dim=-1)
+
+    def at(self, tensor: Tensor) -> Tensor:
+        """[n, h] of a [rows, S, h] tensor, at the decision positions."""
+        return tensor[self.rows.to(tensor.device), self.positions.to(tensor.device)]
+
+    def part_cosine(self, which: str) -> Tensor:
+        """[n], cosine between this block's and the previous block's part; 0 for block 1 (it has no previous one)."""
+        now = self.at(self.state.parts[which])
+        if which not in self.state.parts_before:
+            return now.new_zeros(now.shape[0], dtype=torch.float32)
+        return cosine(now, self.at(self.state.parts_before[which]))
+
+
+@dataclass
+class Recorded:
+    """What of an :class:`Observation` derived features read, from a trace.
+
+    Attributes:
+        block: k.
+        n_blocks: L.
+        best_prob: [n], P(top 1).
+        best_token: [n], the top token.
+        past: [n, PAST].
+    """
+
+    block: int
+    n_blocks: int
+    best_prob: Tensor
+    best_token: Tensor
+    past: Tensor | None
+
+
+def cosine(a: Tensor, b: Tensor) -> Tensor:
+    """[n], cosine similarity of the rows of two [n, h] tensors, in float32."""
+    return torch.nn.functional.cosine_similarity(a.float(), b.to(a.device).float(), dim=-1)
+
+
+def gap(seen: Observation) -> Tensor:
+    """P(top 1) - P(top 2), in [0, 1]."""
+    return seen.top2[:, 0] - seen.top2[:, 1]
+
+
+def top_prob(seen: Observation) -> Tensor:
+    """P(top 1), in (0, 1]."""
+    return seen.top2[:, 0]
+
+
+def entropy(seen: Observation) -> Tensor:
+    """Entropy of the full vocabulary's probabilities over its maximum log V, in [0, 1]."""
+    p = seen.probabilities
+    return -torch.xlogy(p, p).sum(dim=-1) / math.log(p.shape[-1])
+
+
+def depth(seen: Observation | Recorded) -> Tensor:
+    """K / L."""
+    n = len(seen.rows) if isinstance(seen, Observation) else len(seen.best_prob)
+    return torch.full((n,), seen.block / seen.n_blocks)
+
+
+def agreement(seen: Observation | Recorded) -> Tensor:
+    """How many of the blocks asked last, this one included, have this top token without a break; 1 at the first.
+
+    NaN where the probabilities are: there is no top token then.
+    """
+    assert seen.past is not None
+    same = seen.past[:, 0] == seen.best_token + 1
+    return torch.where(seen.best_prob.isnan(), torch.nan, torch.where(same, seen.past[:, 1], 0.0) + 1)
+
+
+def top_prob_change(seen: Observation | Recorded) -> Tensor:
+    """P(top 1) minus that of the block asked before (0 at the first), in (-1, 1]."""
+    assert seen.past is not None
+    return torch.where(seen.past[:, 0] > 0, seen.best_prob - seen.past[:, 2], 0.0)
+
+
+def remember(seen: Observation | Recorded) -> None:
+    """Note this block in ``seen.past`` (in place) for the next one: top token + 1, agreement, P(top 1)."""
+    assert seen.past is not None
+    seen.past[:] = torch.stack([(seen.best_token + 1).float(), agreement(seen), seen.best_prob], dim=-1)
+
+
+def cos_hidden(seen: Observation) -> Tensor:
+    """Cosine of the block's output and its input (block 1: the embedding output), in [-1, 1]."""
+    return cosine(seen.at(seen.state.hidden), seen.at(seen.state.before))
+
+
+def cos_attn(seen: Observation) -> Tensor:
+    """Cosine of the attention output and the previous block's, before the residual addition; 0 for block 1."""
+    return seen.part_cosine("attn")
+
+
+def cos_mlp(seen: Observation) -> Tensor:
+    """Cosine of the MLP output and the previous block's, before the residual addition; 0 for block 1."""
+    return seen.part_cosine("mlp")
+
+
+RECORDED: dict[str, Callable[[Observation], Tensor]] = {
+    f.__name__: f for f in (gap, top_prob, entropy, cos_attn, cos_mlp, cos_hidden)
+}
+DERIVED: dict[str, Callable[[Observation | Recorded], Tensor]] = {
+    f.__name__: f for f in (depth, agreement, top_prob_change)
+}
+FEATURES: dict[str, Callable[..., Tensor]] = {**RECORDED, **DERIVED}
+PAST = 3  # numbers that derived features keep per decision
+_NEEDS_PAST = {"agreement", "top_prob_change"}
+_NEEDS_HEAD = {"gap", "top_prob", "entropy"} | _NEEDS_PAST
+_NEEDS_PART = {"cos_attn": "attn", "cos_mlp": "mlp"}
+
+
+def needs_past(names: Sequence[str]) -> bool:
+    """Whether any of these features reads what earlier blocks had said."""
+    return any(name in _NEEDS_PAST for name in names)
+
+
+def observe(
+    names: Sequence[str],
+    state: BlockState,
+    rows: Tensor,
+    positions: Tensor,
+    logits: Tensor | None,
+    n_blocks: int,
+    carried: Tensor | None,
+) -> Observation:
+    """An observation for these features; ``carried`` ([n, more]) begins with the past, where they need one."""
+    past = carried[:, :PAST] if carried is not None and needs_past(names) else None
+    return Observation(state, rows, positions, logits, n_blocks, past)
+
+
+def check_names(names: Sequence[str], argument: str) -> None:
+    """Raise AdaInferError where a name is not a feature's."""
+    if not names:
+        raise AdaInferError(f"{argument}: no feature is named; the features are {', '.join(FEATURES)}")
+    for name in names:
+        if name not in FEATURES:
+            raise AdaInferError(f"{argument}: {name!r} is no feature; the features are {', '.join(FEATURES)}")
+
+
+def needs_head(names: Sequence[str]) -> bool:
+    """Whether any of these features reads the output head."""
+    return any(name in _NEEDS_HEAD for name in names)
+
+
+def needed_parts(names: Sequence[str]) -> list[str]:
+    """Which parts of a block (``attn``, ``mlp``) these features read."""
+    return [part for name, part in _NEEDS_PART.items() if name in names]
+
+
+def compute(names: Sequence[str], seen: Observation) -> Tensor:
+    """[n, len(names)] float32: the named features at the decision positions."""
+    device = seen.state.hidden.device
+    columns = [FEATURES[name](seen).to(device) for name in names]
+    return torch.stack(columns, dim=-1) if columns else torch.empty(len(seen.rows), 0, device=device)

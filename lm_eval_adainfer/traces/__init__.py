@@ -1,0 +1,1 @@
+"""What every block said, recorded on documents: the file, one view of it, and replay."""

@@ -1,0 +1,90 @@
+"""What a strategy would have done, from a trace: everything computed here is *simulated*."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lm_eval_adainfer.errors import AdaInferError
+from lm_eval_adainfer.strategies import features
+from lm_eval_adainfer.strategies.base import Stopper
+from lm_eval_adainfer.strategies.features import Recorded
+
+
+def margins(
+    stopper: Stopper, meta: Mapping[str, Any], arrays: Mapping[str, np.ndarray], blocks: Sequence[int] | None = None
+) -> np.ndarray:
+    """What a strategy says after every asked block.
+
+    Args:
+        stopper: The strategy.
+        meta: A trace's.
+        arrays: A trace's.
+        blocks: After which blocks it is asked, in order; by default after all but the last at which it can stop.
+
+    Returns:
+        [N, L] margins (positive: stop), NaN where it is not asked.
+
+    Raises:
+        AdaInferError: Where the trace lacks a feature or the strategy does not fit its model.
+    """
+    stopper.bind(meta["n_blocks"])
+    if stopper.removes_blocks:
+        raise AdaInferError(
+            f"stopper: {stopper.kind} takes blocks out of the model, which changes what all later ones see, so a trace "
+            "can't tell what it would do; run it with lm_eval --model adainfer"
+        )
+    n_blocks, n = meta["n_blocks"], len(arrays["top_token"])
+    if blocks is None:
+        blocks = [k for k in range(1, n_blocks) if stopper.wants(k)]
+    found = np.full((n, n_blocks), np.nan)
+    carried = torch.zeros(n, stopper.carries) if stopper.carries else None
+    for k, values, seen in _walk(stopper.features, meta, arrays, blocks, carried):
+        found[:, k - 1] = stopper.ask(seen, values, carried).double().numpy()
+    return found
+
+
+def columns(names: Sequence[str], meta: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> np.ndarray:
+    """[N, L, F] float64: the named features after every block, as if every block were asked.
+
+    Raises:
+        AdaInferError: Where the trace lacks one.
+    """
+    n_blocks = meta["n_blocks"]
+    carried = torch.zeros(len(arrays["top_token"]), features.PAST) if features.needs_past(names) else None
+    found = []
+    for _, values, seen in _walk(names, meta, arrays, range(1, n_blocks + 1), carried):
+        found.append(values.double().numpy())
+        if seen.past is not None:
+            features.remember(seen)
+    return np.stack(found, axis=1)
+
+
+def _walk(
+    names: Sequence[str],
+    meta: Mapping[str, Any],
+    arrays: Mapping[str, np.ndarray],
+    blocks: Sequence[int],
+    carried: Tensor | None,
+) -> Iterator[tuple[int, Tensor, Recorded]]:
+    """(k, [n, F] features, what was seen) of the blocks, in order; whoever walks notes the past."""
+    recorded = [name for name in names if name in features.RECORDED]
+    needed = [*recorded, *(["top_prob"] if features.needs_past(names) else [])]
+    if missing := [name for name in needed if name not in meta["features"]]:
+        known = ", ".join(meta["features"])
+        raise AdaInferError(f"features: the trace of {meta['task']} has no {missing[0]}; it has {known}")
+    number = {name: meta["features"].index(name) for name in needed}
+    table, top = torch.from_numpy(arrays["features"]), torch.from_numpy(arrays["top_token"])
+    nothing = torch.zeros(len(top))
+    for k in blocks:
+        best = table[:, k - 1, number["top_prob"]] if "top_prob" in number else nothing
+        past = carried[:, : features.PAST] if carried is not None and features.needs_past(names) else None
+        seen = Recorded(k, meta["n_blocks"], best, top[:, k - 1], past)
+        values = [
+            table[:, k - 1, number[name]] if name in number else features.DERIVED[name](seen).float() for name in names
+        ]
+        yield k, torch.stack(values, dim=-1) if values else torch.empty(len(top), 0), seen

@@ -1,0 +1,634 @@
+"""A dense pass over documents that records what every block would have said: the data that stoppers are fitted on.
+
+A *trace* is a file per task (``container`` format, so loading it runs no code). One instance is one decision: a
+document's distinct context, or a token of a generated text. Arrays, for N instances, L blocks, F features and at most
+C requests per context (none in generated text):
+
+===============  =================  =====================================================================
+features         [N, L, F] float32  the features after every block at the decision position
+top_token        [N, L] int32       the full vocabulary's top token there
+scores           [N, L, C] float32  log-probability of each request's continuation, NaN beyond the last
+greedy           [N, L, C] uint8    1 where greedy decoding after that block gives the whole continuation
+request          [N, C] int16       which request of the document that is, -1 beyond the last
+right            [N, C] uint8       1 where that request is a right answer (a task may have several)
+gold             [N] int16          the gold request, -1 where there is none
+gold_token       [N] int32          the first token of the gold answer, -1 where there is none
+prompt_tokens    [N] int32          tokens up to the decision, after truncation
+position         [N] int32          index among the new tokens of a generated text, else 0
+doc_id           [N] int64          the document's index in its split
+===============  =================  =====================================================================
+
+While a file is being made, its finished documents lie in parts beside it (a folder, removed at the end), so a killed
+run goes on from there. ``docs/traces.md`` describes the file for other programs.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections import defaultdict, deque
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from random import Random
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from lm_eval.api.model import hash_args
+from torch import Tensor
+from tqdm import tqdm
+
+from lm_eval_adainfer import __version__, container
+from lm_eval_adainfer.errors import AdaInferError
+from lm_eval_adainfer.harness.asking import Asking
+from lm_eval_adainfer.prefill.engine import CHUNK_ELEMENTS, Answer, Document, Row, available_features
+from lm_eval_adainfer.prefill.forward import BlockState, run_blocks
+from lm_eval_adainfer.strategies import features
+from lm_eval_adainfer.strategies.features import Observation
+from lm_eval_adainfer.structure.identity import generation_settings, tokenizer_hash
+from lm_eval_adainfer.tasks.qa import canonical_json, stable_hash
+
+if TYPE_CHECKING:
+    from lm_eval_adainfer.harness.model import AdaInferLM
+
+VERSION = 2
+# N decisions, L blocks, F features, at most C requests per context; "f" floats, "i" integers
+SHAPES = {
+    "features": ("NLF", "f"), "top_token": ("NL", "i"), "scores": ("NLC", "f"), "greedy": ("NLC", "i"),
+    "request": ("NC", "i"), "right": ("NC", "i"), "gold": ("N", "i"), "gold_token": ("N", "i"),
+    "prompt_tokens": ("N", "i"), "position": ("N", "i"), "doc_id": ("N", "i"),
+}  # fmt: skip
+# what every reader needs
+ARRAYS = ("features", "top_token", "gold_token", "prompt_tokens", "position")
+META = (
+    "model", "n_blocks", "head_hash", "task", "num_fewshot", "split", "documents", "features", "output_type",
+    "hidden_size", "vocab_size", "block_weights",
+)  # fmt: skip
+_NUMBERS = ("n_blocks", "num_fewshot", "documents", "hidden_size", "vocab_size")
+# traces that are read together must agree in these: the model as it computed, and how its documents were asked
+MODEL = ("n_blocks", "dtype", "autocast", "head_hash", "weights_hash", "add_bos_token")
+ASKED = ("chat_template", "system_instruction", "fewshot_as_multiturn")
+SPLITS = ("train", "test")
+OUTPUT_TYPES = ("loglikelihood", "multiple_choice", "generate_until")
+PART_DOCUMENTS = 128  # a killed run loses at most so many finished ones
+_FIT_PERCENT = 30
+_MOST_SCORES = 2**30  # documents x blocks x requests that readers lay out: 8 GiB
+_logger = logging.getLogger(__name__)
+
+
+class Recorder:
+    """Runs documents dense and keeps every block's features, top token and scores; takes the engine's place."""
+
+    def __init__(self, lm: AdaInferLM, progress: Any = None):
+        self.engine = lm.engine
+        self.names = available_features(lm.anatomy)
+        self.parts = features.needed_parts(self.names)
+        self.progress = progress
+        self.records: dict[int, dict[str, Any]] = {}  # id of a document's first request -> its record
+
+    @torch.no_grad()
+    def run(self, batches: Sequence[Sequence[Document]], batch_size: int) -> None:
+        """Run documents; rows go in pieces of ``batch_size``, since a dense pass needs no common decision."""
+        documents = [document for batch in batches for document in batch]
+        for document in documents:
+            document.exit_layer = self.engine.anatomy.n_blocks
+        rows = [(document, i) for document in documents for i in range(len(document.rows))]
+        for start in range(0, len(rows), batch_size):
+            self._forward(rows[start : start + batch_size])
+        if self.progress is not None:
+            self.progress.update(len(documents))
+
+    def _forward(self, flow: Sequence[tuple[Document, int]]) -> None:
+        anatomy, n_blocks = self.engine.anatomy, self.engine.anatomy.n_blocks
+
+        def after_block(state: BlockState) -> Tensor | None:
+            k = state.block
+            deciding = [(r, d, d.deciders.index(i)) for r, (d, i) in enumerate(flow) if i in d.deciders]
+            if deciding:
+                device = state.hidden.device
+                at = torch.tensor([r for r, _, _ in deciding], device=device)
+                positions = torch.tensor([flow[r][0].rows[flow[r][1]].decision for r, _, _ in deciding], device=device)
+                logits = anatomy.logits(state.hidden[at, positions])
+                values = features.compute(self.names, Observation(state, at, positions, logits)).tolist()
+                tops = logits.argmax(-1).tolist()
+                for (_, document, j), row, top in zip(deciding, values, tops, strict=True):
+                    record = self._record(document)
+                    record["features"][j].append(row)
+                    record["top"][j].append(top)
+            rows = [document.rows[i] for document, i in flow]
+            if k < n_blocks:  # the last block's scores are the requests' answers; the others' go into the record alone
+                rows = [
+                    Row(row.tokens, row.scored, row.context, [Answer(a.request, a.continuation) for a in row.answers])
+                    for row in rows
+                ]
+            self.engine.score_fresh(
+                [state], [(0, r, row.decision + j, row, j) for r, row in enumerate(rows) for j in range(row.scored)]
+            )
+            for (document, _), row in zip(flow, rows, strict=True):
+                for answer in row.answers:
+                    record = self._record(document)
+                    record["scores"].setdefault(answer.request, []).append(answer.logprob)
+                    record["greedy"].setdefault(answer.request, []).append(answer.is_greedy)
+            return torch.empty(0, dtype=torch.long) if k == n_blocks else None
+
+        run_blocks(anatomy, self.engine.pad([d.rows[i].tokens for d, i in flow]), after_block, self.parts)
+
+    def _record(self, document: Document) -> dict[str, Any]:
+        key = document.rows[0].answers[0].request
+        if key not in self.records:
+            self.records[key] = {
+                "document": document,
+                "features": [[] for _ in document.deciders],
+                "top": [[] for _ in document.deciders],
+                "scores": {},
+                "greedy": {},
+            }
+        return self.records[key]
+
+
+class TextRecorder:
+    """Keeps what a model generated, dense, and then runs it once more to see every block at every new token."""
+
+    def __init__(self, lm: AdaInferLM):
+        self.lm, self.names = lm, available_features(lm.anatomy)
+        self._rows: deque[tuple[list[int], list[int]]] = deque()  # generated, but not yet named by a request
+        self.texts: defaultdict[str, deque[tuple[list[int], list[int]]]] = defaultdict(deque)
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Generate dense, and keep the token ids of prompts and texts."""
+        lm = self.lm
+        generation, generate, note = lm.generation, lm._model_generate, lm.note_text
+
+        def watched(context: Tensor, max_length: int, stop: list[str], **kwargs: Any) -> Tensor:
+            whole = generate(context, max_length, stop, **kwargs)
+            prompts = zip(context.tolist(), kwargs["attention_mask"].bool().tolist(), strict=True)
+            for (row, mask), new in zip(prompts, lm.generated_rows, strict=True):
+                self._rows.append(([t for t, m in zip(row, mask, strict=True) if m], new))
+            return whole
+
+        def noted(arguments: Any, text: str) -> Any:
+            self.texts[hash_args("generate_until", arguments)].append(self._rows.popleft())
+            return note(arguments, text)
+
+        lm.generation = "dense"
+        lm._model_generate, lm.note_text = watched, noted  # type: ignore[method-assign]
+        try:
+            yield
+        finally:
+            del lm.__dict__["_model_generate"], lm.__dict__["note_text"]
+            lm.generation = generation
+
+    @torch.no_grad()
+    def records(self, instances: Sequence[Any]) -> list[dict[str, Any]]:
+        """A record per new token of these instances' texts, in order."""
+        texts = [self.texts[hash_args("generate_until", i.args)].popleft() for i in instances]
+        records: list[dict[str, Any]] = [
+            {"instance": i, "position": j, "prompt_tokens": len(prompt) + j, "features": [], "top_token": []}
+            for i, (prompt, new) in zip(instances, texts, strict=True)
+            for j in range(len(new))
+        ]
+        starts = np.cumsum([0] + [len(new) for _, new in texts]).tolist()
+        order = sorted(range(len(texts)), key=lambda n: -len(texts[n][0]) - len(texts[n][1]))
+        size = int(self.lm.batch_size) if str(self.lm.batch_size).isdecimal() else 1
+        anatomy, parts = self.lm.anatomy, features.needed_parts(self.names)
+        chunk = max(1, CHUNK_ELEMENTS // anatomy.vocab_size)
+        for begin in tqdm(range(0, len(order), size), desc="Tracing generated texts", disable=self.lm.rank != 0):
+            batch = order[begin : begin + size]
+            points = [(r, len(texts[n][0]) - 1 + j, starts[n] + j) for r, n in enumerate(batch)
+                      for j in range(len(texts[n][1]))]  # fmt: skip
+
+            def after_block(state: BlockState, points: Any = points) -> Tensor | None:
+                device = state.hidden.device
+                for some in (points[i : i + chunk] for i in range(0, len(points), chunk)):
+                    at, positions = (torch.tensor([p[i] for p in some], device=device) for i in (0, 1))
+                    logits = anatomy.logits(state.hidden[at, positions])
+                    values = features.compute(self.names, Observation(state, at, positions, logits)).tolist()
+                    for (_, _, n), row, top in zip(some, values, logits.argmax(-1).tolist(), strict=True):
+                        records[n]["features"].append(row)
+                        records[n]["top_token"].append(top)
+                return torch.empty(0, dtype=torch.long) if state.block == anatomy.n_blocks else None
+
+            tokens = [[*texts[n][0], *texts[n][1][:-1]] for n in batch]
+            with self.lm._autocast():
+                run_blocks(anatomy, self.lm.engine.pad(tokens), after_block, parts)
+        return records
+
+
+def trace(
+    lm: AdaInferLM,
+    tasks: dict[str, Any],
+    output: str | Path,
+    num_fewshot: int | Sequence[int] | None = None,
+    split: str = "train",
+    limit: int | None = None,
+    seed: int = 0,
+    fewshot_seed: int = 1234,
+    asked: Asking | None = None,
+) -> list[Path]:
+    """Trace tasks, a file for each and each number of shots; what an earlier, equal call finished is kept.
+
+    Args:
+        lm: The model; its stopper does not matter.
+        tasks: Name to lm-eval task, as ``TaskManager.load(...)["tasks"]``.
+        output: The folder.
+        num_fewshot: Shots per document, or several such numbers; None takes the task's own.
+        split: ``train``: the task's training split, or, where it has none, the 30% of its evaluation documents that a
+            fixed hash sets apart for fitting. ``test``: its evaluation documents without these.
+        limit: At most so many documents, drawn with ``seed``.
+        seed: Of that draw.
+        fewshot_seed: Of the shots, as ``lm_eval``'s.
+        asked: Chat template, system instruction and the like; by default none.
+
+    Returns:
+        The files.
+
+    Raises:
+        AdaInferError: On a task that can't be traced, or a file there that an unequal call made.
+    """
+    check_arguments(split, limit, num_fewshot)
+    for name, task in tasks.items():
+        if task.OUTPUT_TYPE not in OUTPUT_TYPES:
+            raise AdaInferError(f"tasks: {name} is a {task.OUTPUT_TYPE} task; traced are {', '.join(OUTPUT_TYPES)}")
+    asked = asked or Asking()
+    files: list[Path] = []
+    model = model_identity(lm)
+    numbers = list(num_fewshot) if isinstance(num_fewshot, Sequence) else [num_fewshot]
+    for number in numbers:
+        for name, task in tasks.items():
+            shots = number if number is not None else task.get_config("num_fewshot") or 0
+            path = Path(output) / f"{name}_{shots}shot_{split}.trace"
+            files.append(path)
+            if len(numbers) > 1:
+                _logger.info("%s: file %d of %d", path, len(files), len(numbers) * len(tasks))
+            with _documents_of(task, name, split, limit, seed, shots) as doc_ids:
+                task.set_fewshot_seed(seed=fewshot_seed)
+                asked.build_requests(lm, task)
+                instances = _traced_instances(task, name)
+                identity = {
+                    **model,
+                    "task": name,
+                    "output_type": task.OUTPUT_TYPE,
+                    "task_version": str(task.VERSION),
+                    "num_fewshot": shots,
+                    "split": split,
+                    "limit": limit,
+                    "seed": seed,
+                    "fewshot_seed": fewshot_seed,
+                    **asked.identity(lm, task.OUTPUT_TYPE),
+                    "requests": f"{stable_hash(*(text for i in instances for text in i.args)):x}"[:16],
+                }
+                if path.exists():
+                    found, _ = read(path)
+                    different = [key for key, value in identity.items() if found.get(key) != value]
+                    if different:
+                        raise AdaInferError(
+                            f"output: {path} was made with other settings ({different[0]} was "
+                            f"{found.get(different[0])!r}, not {identity[different[0]]!r}); give another folder"
+                        )
+                    _logger.info("%s is there already, made with the same settings", path)
+                    shutil.rmtree(_parts_folder(path), ignore_errors=True)
+                    continue
+                arrays = _in_parts(lm, task, name, instances, path, identity, doc_ids)
+            meta = {
+                **identity,
+                "features": list(available_features(lm.anatomy)),
+                "documents": len(doc_ids),
+                "block_hidden_size": lm.anatomy.block_hidden_size,
+                "version": __version__,
+            }
+            whole = _parts_folder(path) / "whole"  # there, what a kill leaves half written is removed with the parts
+            container.write(whole, "trace", VERSION, meta, arrays)
+            whole.replace(path)
+            shutil.rmtree(_parts_folder(path), ignore_errors=True)
+    return files
+
+
+def _traced_instances(task: Any, name: str) -> list[Any]:
+    """The requests that a task's file holds: where documents mix kinds, those of the task's own output type.
+
+    Raises:
+        AdaInferError: Where it has none of these.
+    """
+    kind = "generate_until" if task.OUTPUT_TYPE == "generate_until" else "loglikelihood"
+    chosen = [i for i in task.instances if i.request_type == kind]
+    others = ", ".join(sorted({i.request_type for i in task.instances} - {kind}))
+    if others and not chosen:
+        raise AdaInferError(
+            f"tasks: {name} is a {task.OUTPUT_TYPE} task, but its documents make {others} requests alone, so there is "
+            "nothing of its kind to trace"
+        )
+    if others:
+        _logger.warning("tasks: documents of %s also make %s requests; only those of %s are traced", name, others, kind)
+    return chosen
+
+
+def _parts_folder(path: Path) -> Path:
+    return path.with_name(f"{path.name}.parts")
+
+
+def _in_parts(
+    lm: AdaInferLM,
+    task: Any,
+    name: str,
+    asked: Sequence[Any],
+    path: Path,
+    identity: dict[str, Any],
+    doc_ids: Sequence[int],
+) -> dict[str, np.ndarray]:
+    """Arrays of a task's documents, made and kept so many at a time; parts that an equal call left are taken over."""
+    by_document: dict[int, list[Any]] = defaultdict(list)
+    for instance in asked:
+        by_document[instance.doc_id].append(instance)
+    order = list(by_document)
+    parts: list[dict[str, np.ndarray]] = []
+    warned = False
+    with tqdm(total=len(order), desc=f"Tracing {path.stem}", unit="doc", disable=lm.rank != 0) as progress:
+        for start in range(0, len(order), PART_DOCUMENTS):
+            chosen = order[start : start + PART_DOCUMENTS]
+            file = _parts_folder(path) / f"{start:08d}.part"
+            mine = {**identity, "documents": chosen}
+            found = _read_part(file, mine)
+            if found is None:
+                instances = [i for doc in chosen for i in by_document[doc]]
+                found = _record(lm, task, name, instances, doc_ids, progress)
+                container.write(file, "part", VERSION, mine, found)
+            else:
+                progress.update(len(chosen))
+            if len(found["top_token"]):
+                parts.append(found)
+                odd = ~np.isfinite(found["features"]).all(axis=(0, 2))
+                if odd.any() and not warned:
+                    warned = True
+                    _logger.warning(
+                        "traces: %s will hold NaN or infinite features (from block %d on), and fit, calibrate and "
+                        "replay refuse such a trace; trace in a dtype that does not overflow",
+                        path, odd.argmax() + 1,
+                    )  # fmt: skip
+    if not parts:
+        why = "generated no token" if task.OUTPUT_TYPE == "generate_until" else "has no document with a context"
+        raise AdaInferError(f"tasks: {name} {why}, so there is no decision to trace")
+    width = max(part["request"].shape[1] for part in parts)
+    for part in parts:  # documents of one part may have fewer requests than those of another
+        more = width - part["request"].shape[1]
+        for key, nothing in (("request", -1), ("right", 0), ("scores", np.nan), ("greedy", 0)):
+            space = [(0, 0)] * (part[key].ndim - 1) + [(0, more)]
+            part[key] = np.pad(part[key], space, constant_values=nothing)
+    return {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
+
+
+def _read_part(file: Path, identity: dict[str, Any]) -> dict[str, np.ndarray] | None:
+    """A part that an equal call finished; None where there is none, or another call's."""
+    if not file.exists():
+        return None
+    try:
+        found, arrays = container.read(file, "part", VERSION, "output")
+    except AdaInferError:
+        return None
+    return arrays if found == identity else None
+
+
+def _record(
+    lm: AdaInferLM, task: Any, name: str, instances: Sequence[Any], doc_ids: Sequence[int], progress: Any
+) -> dict[str, np.ndarray]:
+    """Arrays of some documents' instances."""
+    if task.OUTPUT_TYPE == "generate_until":
+        texts = TextRecorder(lm)
+        with texts.listening():
+            lm.generate_until(list(instances), disable_tqdm=True)
+        records = texts.records(instances)
+        progress.update(len({i.doc_id for i in instances}))
+        return _text_arrays(records, doc_ids, lm.anatomy.n_blocks, len(texts.names))
+    recorder = Recorder(lm, progress)
+    before, lm.run_documents = lm.run_documents, recorder.run
+    try:
+        lm.loglikelihood(list(instances), disable_tqdm=True)
+    finally:
+        lm.run_documents = before
+    return _arrays(task, recorder, instances, doc_ids, lm.anatomy.n_blocks)
+
+
+def check_arguments(split: str, limit: int | None, num_fewshot: int | Sequence[int] | None) -> None:
+    """Raise AdaInferError where these make no sense; no model is needed for that."""
+    if split not in SPLITS:
+        raise AdaInferError(f"split: {split!r} is none of {', '.join(SPLITS)}")
+    if limit is not None and limit < 1:
+        raise AdaInferError(f"limit: {limit} documents are none; give 1 or more")
+    shots = [num_fewshot] if isinstance(num_fewshot, int) else num_fewshot or []
+    if num_fewshot is not None and not shots:
+        raise AdaInferError("num_fewshot: no number is given; give 5, say, or 0,5,10")
+    for number in shots:
+        if number < 0:
+            raise AdaInferError(f"num_fewshot: {number} is negative; give 0 or more")
+    if len(set(shots)) < len(shots):
+        raise AdaInferError(f"num_fewshot: {','.join(map(str, shots))} names a number twice; give each once")
+
+
+def model_identity(lm: AdaInferLM) -> dict[str, Any]:
+    """What a trace or a stopper says about its model."""
+    return {
+        "model": lm._model_name(),
+        "n_blocks": lm.anatomy.n_blocks,
+        "head_hash": lm.anatomy.head_hash(),
+        "weights_hash": lm.anatomy.weights_hash(),
+        "tokenizer_hash": tokenizer_hash(lm.tokenizer),
+        "generation_config": generation_settings(lm.model),
+        "max_length": lm.max_length,
+        "dtype": str(lm._dtype()),
+        "autocast": str(lm.mixed_precision_dtype),
+        "add_bos_token": str(lm.add_bos_token),
+        "hidden_size": lm.anatomy.hidden_size,
+        "vocab_size": lm.anatomy.vocab_size,
+        "block_weights": lm.anatomy.block_weights,
+    }
+
+
+def read(path: str | Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """Meta and arrays of a trace file.
+
+    Raises:
+        AdaInferError: Where it is missing, damaged or no trace.
+    """
+    meta, arrays = container.read(path, "trace", VERSION, "traces")
+    missing = [f"array {n}" for n in ARRAYS if n not in arrays] + [n for n in META if n not in meta]
+    if missing:
+        raise AdaInferError(f"traces: {path} is incomplete: it has no {missing[0]}; make it again with adainfer trace")
+    if wrong := _wrong(meta, arrays):
+        raise AdaInferError(f"traces: {path} is no trace that adainfer wrote ({wrong}); make it again")
+    return meta, arrays
+
+
+def _wrong(meta: dict[str, Any], arrays: dict[str, np.ndarray]) -> str | None:
+    """What does not fit together in a trace; a file may say anything, and no reader should have to ask."""
+    for name in META:
+        wanted = int if name in _NUMBERS else list if name in ("features", "block_weights") else str
+        if not isinstance(meta[name], wanted) or isinstance(meta[name], bool):
+            return f"{name} is {meta[name]!r:.60}"
+    if not all(isinstance(name, str) for name in meta["features"]):
+        return "features are no names"
+    if not all(isinstance(n, (int, float)) for n in meta["block_weights"]):
+        return "block_weights are no numbers"
+    if meta["n_blocks"] != len(meta["block_weights"]) or meta["n_blocks"] < 1:
+        return f"{meta['n_blocks']} blocks, but weights of {len(meta['block_weights'])}"
+    sizes = {"L": meta["n_blocks"], "F": len(meta["features"])}
+    for name, (letters, kind) in SHAPES.items():
+        if name not in arrays:
+            continue
+        array = arrays[name]
+        expected = tuple(
+            sizes.setdefault(letter, size) for letter, size in zip(letters, array.shape, strict=False)
+        )
+        if len(letters) != array.ndim or array.shape != expected or (array.dtype.kind == "f") != (kind == "f"):
+            return f"{name} is {array.dtype} of shape {array.shape}"
+    if meta["output_type"] not in OUTPUT_TYPES or (meta["output_type"] != "generate_until" and sizes.get("C") == 0):
+        return f"{meta['output_type']} without requests"
+    most = int(arrays["request"].max(initial=0)) + 1 if "request" in arrays else 1
+    documents = len(np.unique(arrays["doc_id"])) if "doc_id" in arrays else 0
+    if documents * sizes["L"] * most > _MOST_SCORES:
+        return f"documents of {most} requests"
+    return None
+
+
+def require_one_model(path: str | Path, meta: Mapping[str, Any], first: Mapping[str, Any]) -> None:
+    """Raise AdaInferError where a trace is not of the model of another, or its documents were asked in another way.
+
+    Args:
+        path: The trace's.
+        meta: The trace's.
+        first: The other's, with which it is to be pooled.
+    """
+    for key in (*MODEL, *ASKED):
+        if meta.get(key) != first.get(key):
+            raise AdaInferError(
+                f"traces: {path} is of {meta['model']} with {key} {meta.get(key)!s:.60}, the others are of "
+                f"{first['model']} with {key} {first.get(key)!s:.60}; give traces of one model, asked in one way"
+            )
+
+
+def require_finite(path: str | Path, features: np.ndarray) -> None:
+    """Raise AdaInferError where a trace's features are not all finite: nothing fitted on them could be trusted."""
+    if not np.isfinite(features).all():
+        raise AdaInferError(f"traces: {path} holds NaN or infinite features; trace in a dtype that does not overflow")
+
+
+def in_fitting_part(doc: Any) -> bool:
+    """Whether a document of a task without training split is among the 30% for fitting (docs/numbers.md, Splits)."""
+    return stable_hash("split", canonical_json(doc)) % 100 < _FIT_PERCENT
+
+
+@contextmanager
+def _documents_of(
+    task: Any, name: str, split: str, limit: int | None, seed: int, num_fewshot: int
+) -> Iterator[list[int]]:
+    """Make the task evaluate these documents for a while; yields their indices in the split they come from."""
+    has_training = task.has_training_docs()
+    docs = task.training_docs() if split == "train" and has_training else task.eval_docs
+    indices = list(range(len(docs)))
+    if not has_training:
+        indices = [i for i in indices if in_fitting_part(docs[i]) == (split == "train")]
+    if limit is not None and limit < len(indices):
+        indices = sorted(Random(seed).sample(indices, limit))
+    if not indices:
+        raise AdaInferError(f"tasks: {name} has no documents for split={split}")
+    chosen = [docs[i] for i in indices]
+    shots, test_split = task.get_config("num_fewshot"), task.get_config("test_split")
+    task.has_test_docs, task.test_docs = (lambda: True), (lambda: chosen)
+    task.set_config(key="num_fewshot", value=num_fewshot)
+    # lm-eval excludes a document from its own shots only where it believes the two splits to be the same
+    if hasattr(task, "fewshot_cfg"):
+        task.set_config(key="test_split", value=task.fewshot_cfg.split)
+    try:
+        yield indices
+    finally:
+        del task.has_test_docs, task.test_docs
+        task.set_config(key="num_fewshot", value=shots)
+        task.set_config(key="test_split", value=test_split)
+
+
+def _arrays(
+    task: Any, recorder: Recorder, instances: Sequence[Any], doc_ids: Sequence[int], n_blocks: int
+) -> dict[str, np.ndarray]:
+    rows = []
+    for key in sorted(recorder.records):
+        record = recorder.records[key]
+        document: Document = record["document"]
+        first = instances[key]
+        golds = _golds(task, first.doc)
+        gold = golds[0] if golds else -1
+        for j, decider in enumerate(document.deciders):
+            answers = sorted(
+                (a for row in document.rows if row.context == j for a in row.answers), key=lambda a: a.request
+            )
+            numbers = [instances[a.request].idx for a in answers]
+            starts = [a.continuation[0] for a, n in zip(answers, numbers, strict=True) if n == gold]
+            rows.append(
+                {
+                    "features": record["features"][j],
+                    "top_token": record["top"][j],
+                    "scores": [record["scores"][a.request] for a in answers],
+                    "greedy": [record["greedy"][a.request] for a in answers],
+                    "request": numbers,
+                    "right": [n in golds for n in numbers],
+                    "gold": gold,
+                    "gold_token": starts[0] if starts else -1,
+                    "prompt_tokens": document.rows[decider].decision + 1,
+                    "doc_id": doc_ids[first.doc_id],
+                }
+            )
+    width = max((len(row["request"]) for row in rows), default=0)
+    scores = np.full((len(rows), n_blocks, width), np.nan, dtype=np.float32)
+    greedy = np.zeros((len(rows), n_blocks, width), dtype=np.uint8)
+    request = np.full((len(rows), width), -1, dtype=np.int16)
+    right = np.zeros((len(rows), width), dtype=np.uint8)
+    for n, row in enumerate(rows):
+        count = len(row["request"])
+        scores[n, :, :count], greedy[n, :, :count] = np.array(row["scores"]).T, np.array(row["greedy"]).T
+        request[n, :count], right[n, :count] = row["request"], row["right"]
+    kinds: dict[str, tuple[Any, tuple[int, ...]]] = {
+        "features": (np.float32, (n_blocks, len(recorder.names))), "top_token": (np.int32, (n_blocks,)),
+        "gold": (np.int16, ()), "gold_token": (np.int32, ()), "prompt_tokens": (np.int32, ()), "doc_id": (np.int64, ()),
+    }  # fmt: skip
+    plain = {
+        name: np.array([row[name] for row in rows], dtype=kind).reshape(len(rows), *shape)
+        for name, (kind, shape) in kinds.items()
+    }
+    position = np.zeros(len(rows), dtype=np.int32)
+    return {**plain, "scores": scores, "greedy": greedy, "request": request, "right": right, "position": position}
+
+
+def _text_arrays(
+    records: Sequence[dict[str, Any]], doc_ids: Sequence[int], n_blocks: int, n_features: int
+) -> dict[str, np.ndarray]:
+    n = len(records)
+    nothing = np.full(n, -1)
+    return {
+        "features": np.array([r["features"] for r in records], dtype=np.float32).reshape(n, n_blocks, n_features),
+        "top_token": np.array([r["top_token"] for r in records], dtype=np.int32).reshape(n, n_blocks),
+        "scores": np.zeros((n, n_blocks, 0), dtype=np.float32),
+        "greedy": np.zeros((n, n_blocks, 0), dtype=np.uint8),
+        "request": np.zeros((n, 0), dtype=np.int16),
+        "right": np.zeros((n, 0), dtype=np.uint8),
+        "gold": nothing.astype(np.int16),
+        "gold_token": nothing.astype(np.int32),
+        "prompt_tokens": np.array([r["prompt_tokens"] for r in records], dtype=np.int32),
+        "doc_id": np.array([doc_ids[r["instance"].doc_id] for r in records], dtype=np.int64),
+        "position": np.array([r["position"] for r in records], dtype=np.int32),
+    }
+
+
+def _golds(task: Any, doc: Any) -> list[int]:
+    """The right requests' indices: the only one, or the target(s) among the choices; none where that is unclear."""
+    if task.OUTPUT_TYPE == "loglikelihood":
+        return [0]
+    target = task.doc_to_target(doc)
+    if getattr(task, "multiple_input", 0):
+        target = task.doc_to_text(doc)  # there the gold is an index into the contexts
+    found = []
+    for one in target if isinstance(target, (list, tuple)) else [target]:
+        if isinstance(one, str):
+            choices = task.doc_to_choice(doc)
+            one = choices.index(one) if one in choices else None
+        if isinstance(one, int):
+            found.append(one)
+    return found
