@@ -14,7 +14,7 @@ from transformers import LlamaForCausalLM
 from benchmarks.models import alternately, asking, cut, over
 from lm_eval_adainfer.harness.model import AdaInferLM
 from lm_eval_adainfer.strategies.base import Stopper
-from lm_eval_adainfer.structure.anatomy import hidden_of
+from lm_eval_adainfer.structure.arguments import hidden_of
 
 MOST_TOKENS = 4096  # of the documents of a call, unless a batch has more
 

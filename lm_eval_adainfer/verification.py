@@ -27,11 +27,11 @@ from tqdm import tqdm
 from lm_eval_adainfer.errors import AdaInferError, UnsupportedModelError
 from lm_eval_adainfer.generation.step import Decoder, prepare
 from lm_eval_adainfer.harness.model import AdaInferLM
-from lm_eval_adainfer.prefill.forward import BlockState
 from lm_eval_adainfer.strategies import features
 from lm_eval_adainfer.strategies.base import Schedule, Stopper
-from lm_eval_adainfer.structure.anatomy import hidden_of, with_hidden
+from lm_eval_adainfer.structure.arguments import hidden_of, with_hidden
 from lm_eval_adainfer.structure.rounding import coarsest, in_float32, measured
+from lm_eval_adainfer.structure.state import BlockState
 
 OK, NOT_SUPPORTED, FAILED = "ok", "not supported", "FAILED"
 _LONGEST = 40  # tokens of a prompt and what follows it

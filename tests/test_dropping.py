@@ -17,7 +17,7 @@ from lm_eval_adainfer.strategies.base import Schedule
 from lm_eval_adainfer.strategies.shortgpt import LastStopper, ShortGPTStopper
 from lm_eval_adainfer.structure import removal
 from lm_eval_adainfer.structure.anatomy import Anatomy
-from lm_eval_adainfer.structure.wrappers import with_same_weights
+from lm_eval_adainfer.structure.unwrapping import with_same_weights
 
 FEW = ["llama", "gpt2", "opt", "gemma3", "mistral"]
 LIST_NAMES = ("layers", "h")

@@ -13,13 +13,13 @@ from reference import gap_after_block, instance, logits_after_block
 from test_model import Scripted
 
 from lm_eval_adainfer.errors import AdaInferError, UnsupportedModelError
-from lm_eval_adainfer.generation.cache import watch_windows
 from lm_eval_adainfer.generation.step import Decoder, _Script, prepare
 from lm_eval_adainfer.harness.model import AdaInferLM
 from lm_eval_adainfer.strategies.artifact import parse
 from lm_eval_adainfer.strategies.base import Schedule
 from lm_eval_adainfer.strategies.rules import NoStopper
 from lm_eval_adainfer.structure.anatomy import Anatomy
+from lm_eval_adainfer.structure.windows import watch_windows
 
 WITH_CACHE = [family for family in FAMILIES if family != "mamba"]
 STEPS = 9

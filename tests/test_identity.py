@@ -17,8 +17,9 @@ from test_model import requests
 from torch import nn
 
 from lm_eval_adainfer.errors import AdaInferError
+from lm_eval_adainfer.harness import identity
 from lm_eval_adainfer.harness.model import AdaInferLM
-from lm_eval_adainfer.structure import identity
+from lm_eval_adainfer.structure import hashes
 
 
 def lm_of(model=None, tokenizer=None, **kwargs):
@@ -227,25 +228,25 @@ def test_adapters_that_are_switched_off_are_another_model():
 def test_a_hash_of_a_tensor_sees_every_bit_and_does_not_depend_on_memory():
     torch.manual_seed(0)
     whole = torch.randn(3 * 2**16 + 5)
-    base = identity.tensor_hash(whole)
+    base = hashes.tensor_hash(whole)
     for at in (0, 1, 2**16 - 1, 2**16, len(whole) - 1):
         for bit in (0, 12, 31):
             other = whole.clone()
             other.view(torch.int32)[at] ^= torch.tensor(1 << bit if bit < 31 else -(2**31), dtype=torch.int32)
-            assert identity.tensor_hash(other) != base
+            assert hashes.tensor_hash(other) != base
     signs = whole.clone()
     signs[:1000].neg_()
-    assert identity.tensor_hash(signs) != base != identity.tensor_hash(whole.flip(0))
+    assert hashes.tensor_hash(signs) != base != hashes.tensor_hash(whole.flip(0))
     wide = torch.zeros(len(whole), 2)
     wide[:, 1] = whole
-    assert identity.tensor_hash(wide[:, 1]) == base  # strided
-    assert identity.tensor_hash(torch.cat([whole[:3], whole])[3:]) == base  # elsewhere in its storage
+    assert hashes.tensor_hash(wide[:, 1]) == base  # strided
+    assert hashes.tensor_hash(torch.cat([whole[:3], whole])[3:]) == base  # elsewhere in its storage
     half = torch.randn(7).bfloat16()
-    assert identity.tensor_hash(torch.cat([half[:1], half])[1:]) == identity.tensor_hash(half)  # at an odd place there
+    assert hashes.tensor_hash(torch.cat([half[:1], half])[1:]) == hashes.tensor_hash(half)  # at an odd place there
     odd = torch.tensor([True, False, True])
-    assert identity.tensor_hash(odd) != identity.tensor_hash(~odd)
-    assert identity.tensor_hash(torch.zeros(4)) != identity.tensor_hash(torch.zeros(2, 2))
-    assert identity.tensor_hash(torch.zeros(0)) and identity.tensor_hash(torch.tensor(1.0))
+    assert hashes.tensor_hash(odd) != hashes.tensor_hash(~odd)
+    assert hashes.tensor_hash(torch.zeros(4)) != hashes.tensor_hash(torch.zeros(2, 2))
+    assert hashes.tensor_hash(torch.zeros(0)) and hashes.tensor_hash(torch.tensor(1.0))
 
 
 # ------------------------------------------------------------------------------------------------ caches
@@ -323,4 +324,4 @@ def test_a_tokenizer_in_python_has_a_hash_of_its_vocabulary():
 
 
 def test_a_module_without_weights_is_hashed_too():
-    assert identity.modules_hash(nn.Dropout(0.1)) != identity.modules_hash(nn.Dropout(0.2))
+    assert hashes.modules_hash(nn.Dropout(0.1)) != hashes.modules_hash(nn.Dropout(0.2))

@@ -11,7 +11,7 @@ from test_model import lm_of
 from test_tracing import KINDS, documents, make_task, traced
 
 from lm_eval_adainfer.fitting import fit
-from lm_eval_adainfer.prefill.engine import Answer, Row
+from lm_eval_adainfer.prefill.documents import Answer, Row
 from lm_eval_adainfer.strategies.artifact import parse
 from lm_eval_adainfer.strategies.base import Schedule
 from lm_eval_adainfer.strategies.crf import CRFStopper

@@ -11,8 +11,8 @@ from test_model import Scripted
 
 from lm_eval_adainfer.errors import AdaInferError
 from lm_eval_adainfer.harness.model import AdaInferLM
-from lm_eval_adainfer.prefill import prefixes
-from lm_eval_adainfer.prefill.engine import Document, Row
+from lm_eval_adainfer.prefill import planning, probes
+from lm_eval_adainfer.prefill.documents import Document, Row
 from lm_eval_adainfer.strategies.artifact import parse
 from lm_eval_adainfer.structure.anatomy import Anatomy
 
@@ -167,22 +167,22 @@ def test_groups_by_hand():
     same = documents(*([*head, n, n, n] for n in range(5)))
     other = documents(*([*range(50), 7, n] for n in range(4)))
     lonely = documents([1, 2, 3, 4])
-    found = prefixes.groups([*same, *other, *lonely], rows=4, most=1000)
+    found = planning.groups([*same, *other, *lonely], rows=4, most=1000)
     assert [(len(members), prefix) for members, prefix in found] == [(4, [*range(50), 7]), (5, head), (1, [])]
-    assert prefixes.groups(same, rows=4, most=30)[0][1] == head[:30]
-    assert prefixes.groups(lonely, rows=4, most=30) == [(lonely, [])]
+    assert planning.groups(same, rows=4, most=30)[0][1] == head[:30]
+    assert planning.groups(lonely, rows=4, most=30) == [(lonely, [])]
     few = documents([*head, *range(500)], [*head, *range(700, 1200)])
-    assert prefixes.groups(few, rows=8, most=1000) == [(sorted(few, key=lambda d: d.rows[0].tokens), [])]
+    assert planning.groups(few, rows=8, most=1000) == [(sorted(few, key=lambda d: d.rows[0].tokens), [])]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_what_is_usable_is_known_by_family(family):
     anatomy = Anatomy(make_model(family))
     if family == "mamba":
-        found = prefixes.sharing(anatomy)
-        assert found == prefixes.Sharing(None, "every prompt is run whole", "blocks keep a recurrent state")
+        found = probes.sharing(anatomy)
+        assert found == probes.Sharing(None, "every prompt is run whole", "blocks keep a recurrent state")
     else:
-        rule = prefixes.sharing(anatomy).rule
+        rule = probes.sharing(anatomy).rule
         assert rule is not None and rule.apart == (
             anatomy.model.config._attn_implementation == "sdpa" and family != "falcon"  # Falcon has one of its own
         )

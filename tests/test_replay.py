@@ -22,6 +22,7 @@ from lm_eval_adainfer import container
 from lm_eval_adainfer.cli import main
 from lm_eval_adainfer.comparison.statistics import tango_interval
 from lm_eval_adainfer.fitting import fit
+from lm_eval_adainfer.harness import loading
 from lm_eval_adainfer.harness.model import AdaInferLM
 from lm_eval_adainfer.output import tables
 from lm_eval_adainfer.strategies import artifact
@@ -110,7 +111,7 @@ def test_replay_is_the_real_run_of_every_document(kind, options, model, tokenize
 @pytest.mark.parametrize("name", ["sentiment", "fact", "odd_of_six"])
 def test_replay_is_the_real_run_of_the_demo_model(name, tmp_path):
     manager = our_tasks()
-    task = main.load_tasks(manager, [f"adainfer_demo_{name}"])[f"adainfer_demo_{name}"]
+    task = loading.load_tasks(manager, [f"adainfer_demo_{name}"])[f"adainfer_demo_{name}"]
     options = {"pretrained": "adainfer-demo", "dtype": "float32", "batch_size": 16, "device": "cpu"}
     (path,) = recording.trace(AdaInferLM(**options), {task.config.task: task}, tmp_path, split="test", limit=40)
     (trace,) = replay.load([path])
@@ -125,7 +126,7 @@ def test_replay_is_the_real_run_of_a_small_real_model(name, shared, hub, tmp_pat
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
     monkeypatch.setenv("ADAINFER_DATA", str(shared / "hf" / "function_vectors"))
     manager = our_tasks()
-    task = main.load_tasks(manager, [name])[name]
+    task = loading.load_tasks(manager, [name])[name]
     options = {"pretrained": str(shared / "models" / "llama-16x128"), "batch_size": 16, "device": "cpu"}
     lm = AdaInferLM(**options)
     (path,) = recording.trace(lm, {name: task}, tmp_path, num_fewshot=3, split="test", limit=40)

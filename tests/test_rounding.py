@@ -15,7 +15,7 @@ from reference import instance
 from lm_eval_adainfer.errors import UnsupportedModelError
 from lm_eval_adainfer.generation.step import prepare
 from lm_eval_adainfer.harness.model import AdaInferLM
-from lm_eval_adainfer.prefill import prefixes
+from lm_eval_adainfer.prefill import probes
 from lm_eval_adainfer.structure import rounding
 from lm_eval_adainfer.structure.anatomy import Anatomy
 from lm_eval_adainfer.verification import FAILED, OK, render, verify_model
@@ -236,12 +236,12 @@ def smollm2(shared):
 def test_smollm2_shares_prefixes_and_generates_packed(smollm2, dtype):
     model = copy.deepcopy(smollm2[0]).to(dtype)
     lm = AdaInferLM(pretrained=model, tokenizer=smollm2[1], stopper="gap:0.9")
-    assert lm._sharing() == prefixes.Sharing(lm._sharing().rule, "what prompts share is attended to together")
+    assert lm._sharing() == probes.Sharing(lm._sharing().rule, "what prompts share is attended to together")
     assert lm._sharing().rule.apart
     windows = prepare(lm.anatomy)
     assert windows.layout == "packed" and not windows.missed
     swapped(model)
-    assert "hidden states are off by" in prefixes.sharing(Anatomy(model)).missed
+    assert "hidden states are off by" in probes.sharing(Anatomy(model)).missed
 
 
 @pytest.mark.slow

@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from reference import instance, score
 from test_model import Scripted, lm_of, requests
 
-from lm_eval_adainfer.prefill import engine
-from lm_eval_adainfer.prefill.engine import Document, Engine, Row
+from lm_eval_adainfer.prefill import engine as engine_module
+from lm_eval_adainfer.prefill.documents import Document, Row
+from lm_eval_adainfer.prefill.engine import Engine
 from lm_eval_adainfer.prefill.forward import Forward
 from lm_eval_adainfer.strategies.artifact import parse
 from lm_eval_adainfer.strategies.base import Schedule
@@ -45,7 +46,7 @@ def test_answers_and_exits_do_not_depend_on_what_goes_together(stopper, batch_si
         options |= {"stopper": Scripted() if stopper == "scripted" else stopper}
     together = lm_of(model, tokenizer, **options)
     found = together.loglikelihood(asked(), True)
-    monkeypatch.setattr(engine, "TOGETHER_ROWS", 1)
+    monkeypatch.setattr(engine_module, "TOGETHER_ROWS", 1)
     alone = lm_of(model, tokenizer, **options)
     expected = alone.loglikelihood(asked(), True)
     for a, b in zip(expected, found, strict=True):
@@ -72,7 +73,7 @@ def test_the_head_is_read_once_per_block_for_all_batches(monkeypatch, tokenizer)
     lm.loglikelihood([instance("a fox" * (1 + n % 3), "x", n) for n in range(9)], True)
     assert heads == [9] * 5 and rows == [1] * 9
     heads.clear()
-    monkeypatch.setattr(engine, "TOGETHER_ROWS", 4)
+    monkeypatch.setattr(engine_module, "TOGETHER_ROWS", 4)
     lm.loglikelihood([instance("a deer" * (1 + n % 3), "x", n) for n in range(9)], True)
     assert heads == [4] * 5 + [4] * 5 + [1] * 5
 

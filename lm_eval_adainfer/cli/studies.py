@@ -85,7 +85,7 @@ def _replay(arguments: argparse.Namespace) -> None:
 
 
 def _recipe(arguments: argparse.Namespace) -> None:
-    from lm_eval_adainfer.cli.main import load_model_and_tasks
+    from lm_eval_adainfer.harness.loading import load_model_and_tasks
     from lm_eval_adainfer.studies import recipes
     from lm_eval_adainfer.traces import recording
 

@@ -41,7 +41,7 @@ def run_both(
     """
     from lm_eval.tasks import TaskManager
 
-    from lm_eval_adainfer.cli.main import load_tasks
+    from lm_eval_adainfer.harness.loading import load_tasks
     from lm_eval_adainfer.harness.model import DEMO
     from lm_eval_adainfer.registration import install
 

@@ -13,9 +13,10 @@ from tqdm import tqdm
 from lm_eval_adainfer import __version__
 from lm_eval_adainfer.errors import AdaInferError
 from lm_eval_adainfer.harness.asking import Asking
-from lm_eval_adainfer.prefill.forward import BlockState, run_blocks
+from lm_eval_adainfer.prefill.forward import run_blocks
 from lm_eval_adainfer.strategies.features import cosine
 from lm_eval_adainfer.strategies.shortgpt import ShortGPTStopper
+from lm_eval_adainfer.structure.state import BlockState
 from lm_eval_adainfer.traces import recording
 
 if TYPE_CHECKING:

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 from transformers.modeling_utils import AttentionInterface
 
-from lm_eval_adainfer.generation.cache import Call, PackedCall, PaddedCall, Windows
+from lm_eval_adainfer.generation.cache import Call, PackedCall, PaddedCall
+from lm_eval_adainfer.structure.windows import Windows
 
 
 class Tokens:

@@ -13,12 +13,12 @@ from torch import Tensor
 
 from lm_eval_adainfer.counting import FlopCounter
 from lm_eval_adainfer.errors import AdaInferError, UnsupportedModelError
-from lm_eval_adainfer.generation.cache import Windows
 from lm_eval_adainfer.generation.settings import Settings
 from lm_eval_adainfer.generation.step import Decoded, Decoder
-from lm_eval_adainfer.harness.answers import ExitTrace
+from lm_eval_adainfer.records import ExitTrace
 from lm_eval_adainfer.strategies.base import Schedule, Stopper
 from lm_eval_adainfer.structure.anatomy import Anatomy
+from lm_eval_adainfer.structure.windows import Windows
 
 
 class Stop:

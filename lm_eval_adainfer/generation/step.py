@@ -26,21 +26,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lm_eval_adainfer.generation.cache import SlotCache, Stored, Windows, no_cache, watch_windows
+from lm_eval_adainfer.generation.cache import SlotCache, Stored
 from lm_eval_adainfer.generation.layouts import LAYOUTS, Tokens
-from lm_eval_adainfer.prefill.forward import (
-    AllRowsLeft,
-    BlockState,
-    bypassed,
-    explicit_masks,
-    hooked,
-    part_output,
-    without_hooks,
-)
 from lm_eval_adainfer.strategies import features
 from lm_eval_adainfer.strategies.base import Schedule, Stopper
-from lm_eval_adainfer.structure.anatomy import Anatomy, hidden_of, walk, with_hidden
+from lm_eval_adainfer.structure.anatomy import Anatomy
+from lm_eval_adainfer.structure.arguments import hidden_of, walk, with_hidden
+from lm_eval_adainfer.structure.calls import AllRowsLeft, bypassed, explicit_masks, hooked, part_output
+from lm_eval_adainfer.structure.hooks import without_hooks
 from lm_eval_adainfer.structure.rounding import logits_distance, probed
+from lm_eval_adainfer.structure.state import BlockState
+from lm_eval_adainfer.structure.windows import Windows, no_cache, watch_windows
 
 KV_POLICIES = ("recompute", "propagate")
 _SLACK = 64  # slots that a deeper block may miss before it gets a forward of its own, with masks of its own

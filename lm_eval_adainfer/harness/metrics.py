@@ -18,7 +18,7 @@ from lm_eval.api.metrics import mean
 from lm_eval.config.group import AggMetricConfig
 
 from lm_eval_adainfer.errors import AdaInferError
-from lm_eval_adainfer.harness.answers import ExitTrace
+from lm_eval_adainfer.records import ExitTrace
 
 if TYPE_CHECKING:
     from lm_eval.api.group import Group

@@ -22,21 +22,25 @@ from tqdm import tqdm
 
 from lm_eval_adainfer import __version__, paths
 from lm_eval_adainfer.errors import AdaInferError, UnsupportedModelError, report_errors_in_one_sentence
-from lm_eval_adainfer.generation.cache import Windows
 from lm_eval_adainfer.generation.loop import Seeds, Stop, decode
 from lm_eval_adainfer.generation.loop import trace as decode_trace
 from lm_eval_adainfer.generation.settings import Settings, check_checkpoint
 from lm_eval_adainfer.generation.step import KV_POLICIES, prepare
-from lm_eval_adainfer.harness import arguments, metrics
-from lm_eval_adainfer.harness.answers import ExitTrace, LogLikelihood, Rolling, Text
-from lm_eval_adainfer.prefill import prefixes
-from lm_eval_adainfer.prefill.engine import Answer, Document, Engine, Row
+from lm_eval_adainfer.harness import arguments, identity, metrics
+from lm_eval_adainfer.harness.answers import LogLikelihood, Rolling, Text
+from lm_eval_adainfer.prefill import planning, probes
+from lm_eval_adainfer.prefill.documents import Answer, Document, Row
+from lm_eval_adainfer.prefill.engine import Engine
 from lm_eval_adainfer.prefill.forward import first_not_finite, verify
-from lm_eval_adainfer.prefill.prefixes import Prefix, Sharing
+from lm_eval_adainfer.prefill.prefixes import Prefix
+from lm_eval_adainfer.prefill.probes import Sharing
+from lm_eval_adainfer.records import ExitTrace
 from lm_eval_adainfer.strategies import artifact
 from lm_eval_adainfer.strategies.base import Schedule
-from lm_eval_adainfer.structure import identity, removal, wrappers
-from lm_eval_adainfer.structure.anatomy import Anatomy, input_device
+from lm_eval_adainfer.structure import removal, unwrapping, wrappers
+from lm_eval_adainfer.structure.anatomy import Anatomy
+from lm_eval_adainfer.structure.weights import input_device
+from lm_eval_adainfer.structure.windows import Windows
 
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
@@ -137,7 +141,7 @@ class AdaInferLM(HFLM):
                     f"pretrained: {DEMO} is not in this installation; install the package from its wheel"
                 )
             pretrained = str(paths.demo_model())
-        pretrained = wrappers.uncompiled(pretrained)
+        pretrained = unwrapping.uncompiled(pretrained)
         kwargs.setdefault("device", "cuda" if torch.cuda.is_available() else "cpu")
         self._pretrained_name = DEMO if pretrained == str(paths.demo_model()) else pretrained
         try:
@@ -157,7 +161,7 @@ class AdaInferLM(HFLM):
         if self.device.type == "meta":  # a model object whose weights are offloaded
             self._device: torch.device = input_device(self.model)
         if strategy.removes_blocks and not isinstance(pretrained, str):
-            self._model = wrappers.with_same_weights(self.model)  # the caller's model keeps its blocks
+            self._model = unwrapping.with_same_weights(self.model)  # the caller's model keeps its blocks
         self.anatomy = self._taken_apart()
         self.stopper, self.n_blocks = strategy, self.anatomy.n_blocks
         strategy.bind(self.n_blocks)
@@ -484,8 +488,8 @@ class AdaInferLM(HFLM):
         if limit is not None and max(d.longest for d in documents) > limit:
             return alone
         size = fixed or (int(self.batch_size) if str(self.batch_size).isdecimal() else 1)
-        found = prefixes.groups(documents, size, self.prefix_cache)
-        if not any(prefix for _, prefix in found) and not any(prefixes.Load.of(d, 0).shares for d in documents):
+        found = planning.groups(documents, size, self.prefix_cache)
+        if not any(prefix for _, prefix in found) and not any(planning.Load.of(d, 0).shares for d in documents):
             return alone
         if self._sharing().rule is None:
             return alone
@@ -496,7 +500,7 @@ class AdaInferLM(HFLM):
         """How prompts can share what they begin with; found out once, and a speed-up that is lost is warned of."""
         if self._found_sharing is None:
             with self._autocast():
-                self._found_sharing = prefixes.sharing(self.anatomy)
+                self._found_sharing = probes.sharing(self.anatomy)
             if self._found_sharing.missed:
                 eval_logger.warning(f"prefix_cache: {self._found_sharing.how} ({self._found_sharing.missed})")
         return self._found_sharing

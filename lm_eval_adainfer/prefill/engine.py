@@ -12,89 +12,24 @@ from functools import reduce
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from lm_eval_adainfer.counting import FlopCounter
 from lm_eval_adainfer.errors import UnsupportedModelError
-from lm_eval_adainfer.harness.answers import ExitTrace
-from lm_eval_adainfer.prefill.forward import BlockState, Forward, run_blocks
-from lm_eval_adainfer.prefill.prefixes import Continued, Load, Prefix, contexts
+from lm_eval_adainfer.prefill.documents import Document, Row
+from lm_eval_adainfer.prefill.forward import Forward, run_blocks
+from lm_eval_adainfer.prefill.planning import Load, contexts
+from lm_eval_adainfer.prefill.prefixes import Continued, Prefix
+from lm_eval_adainfer.prefill.scoring import CHUNK_ELEMENTS, score_points
+from lm_eval_adainfer.records import ExitTrace
 from lm_eval_adainfer.strategies import features
 from lm_eval_adainfer.strategies.base import Schedule, Stopper
-from lm_eval_adainfer.structure.anatomy import Anatomy, BatchRule
+from lm_eval_adainfer.structure.anatomy import Anatomy
+from lm_eval_adainfer.structure.arguments import BatchRule
+from lm_eval_adainfer.structure.state import BlockState
 
-CHUNK_ELEMENTS = 2**25  # logits held at once when scoring many positions (128 MiB in float32)
 TOGETHER_ROWS = 64  # of batches that go through the blocks together: a check costs little more than one of few rows
 TOGETHER_TOKENS = 2**14  # of these batches, which bounds the memory that their hidden states take
-
-
-@dataclass
-class Answer:
-    """One request's result, filled position by position: log-probability, greedy match, top token at the first."""
-
-    request: int
-    continuation: list[int]
-    logprob: float = 0.0
-    is_greedy: bool = True
-    top1: bool = False
-
-
-@dataclass
-class Row:
-    """One token row; it answers every request of its document with this context and this continuation[:-1].
-
-    Attributes:
-        tokens: The input: context + continuation[:-1], left-truncated to the model's window.
-        scored: How many positions at the end are scored (the continuation's length).
-        context: Which of the document's distinct contexts it has (index into the deciders); -1 for an empty one.
-        answers: The requests it answers; their continuations have ``scored`` tokens.
-        skip: How many of its first tokens a prefix has run.
-    """
-
-    tokens: list[int]
-    scored: int
-    context: int = -1
-    answers: list[Answer] = field(default_factory=list)
-    skip: int = 0
-
-    @property
-    def decision(self) -> int:
-        """The position of the last context token."""
-        return len(self.tokens) - self.scored
-
-
-@dataclass
-class Document:
-    """The rows of one document, and what its run came to.
-
-    Attributes:
-        rows: Its token rows.
-        deciders: Indices of the rows that decide: one per distinct context. Empty: it has no decision and, unless
-            the strategy needs none, runs dense.
-        exit_layer: The block it leaves after; None until decided.
-        head_rows: Head rows computed for it (checks and scores).
-        decisions: Times the stopper was asked for it.
-        extra_flops: Operations of a deciding pass made before the scoring one.
-        extra_block_tokens: Block executions x tokens of that pass.
-        logged: With ``log_features``: per decider, ``layer`` and feature values.
-        carried: Per decider, what the stopper keeps from one asked block to the next.
-    """
-
-    rows: list[Row]
-    deciders: list[int]
-    exit_layer: int | None = None
-    head_rows: int = 0
-    decisions: int = 0
-    extra_flops: float = 0.0
-    extra_block_tokens: int = 0
-    logged: list[dict[str, list[float]]] = field(default_factory=list)
-    carried: dict[int, Tensor] = field(default_factory=dict)
-
-    @property
-    def longest(self) -> int:
-        """Tokens of the longest row."""
-        return max(len(row.tokens) for row in self.rows)
 
 
 @dataclass
@@ -580,23 +515,3 @@ def available_features(anatomy: Anatomy) -> tuple[str, ...]:
     return tuple(names)
 
 
-def score_points(logits: Tensor, points: Sequence[tuple[Row, int]], softmax_dtype: torch.dtype | None) -> None:
-    """Add the log-probabilities at some scored positions to their rows' answers.
-
-    Args:
-        logits: [n, V].
-        points: n of (row, index among the row's scored positions).
-        softmax_dtype: Of the log-softmax; None keeps the logits' dtype (as HFLM).
-    """
-    if not points:
-        return
-    logprobs = F.log_softmax(logits, dim=-1, dtype=softmax_dtype)
-    pairs = [(n, a, a.continuation[j]) for n, (row, j) in enumerate(points) for a in row.answers]
-    index = torch.tensor([[n, token] for n, _, token in pairs], device=logits.device)
-    values = logprobs[index[:, 0], index[:, 1]].tolist()
-    top = logits.argmax(dim=-1).tolist()
-    for (n, answer, token), value in zip(pairs, values, strict=True):
-        answer.logprob += value
-        answer.is_greedy = answer.is_greedy and top[n] == token
-        if points[n][1] == 0:
-            answer.top1 = top[n] == token

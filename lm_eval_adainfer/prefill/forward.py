@@ -8,179 +8,27 @@ several batches can go through the blocks together. The weights and the code of 
 
 from __future__ import annotations
 
-from collections import OrderedDict, UserDict
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from collections import UserDict
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
-from transformers import masking_utils
+from torch import Tensor
 
 from lm_eval_adainfer.errors import UnsupportedModelError
-from lm_eval_adainfer.structure.anatomy import Anatomy, BatchRule, hidden_of, replaced_forward, walk
+from lm_eval_adainfer.structure.anatomy import Anatomy
+from lm_eval_adainfer.structure.arguments import BatchRule, hidden_of, walk
+from lm_eval_adainfer.structure.calls import AllRowsLeft, bypassed, explicit_masks, part_output
+from lm_eval_adainfer.structure.hooks import without_hooks
 from lm_eval_adainfer.structure.rounding import hidden_distance, probed
+from lm_eval_adainfer.structure.state import BlockState
 
 if TYPE_CHECKING:
     from lm_eval_adainfer.prefill.prefixes import Continued
 
 
-@dataclass
-class BlockState:
-    """What is known after block ``block`` for the n rows still in flow (S tokens each).
-
-    Attributes:
-        block: k, from 1 to L.
-        hidden: [n, S, h], the block's output.
-        before: [n, S, h], the block's input (for k = 1 the embedding output).
-        parts: ``"attn"`` / ``"mlp"`` -> [n, S, h], output of that part of the block, where captured.
-        parts_before: The same of the previous block (empty for k = 1).
-    """
-
-    block: int
-    hidden: Tensor
-    before: Tensor
-    parts: dict[str, Tensor] = field(default_factory=dict)
-    parts_before: dict[str, Tensor] = field(default_factory=dict)
-
-    @classmethod
-    def at(cls, states: Sequence[BlockState], points: Sequence[tuple[int, int, int]]) -> BlockState:
-        """Some tokens of several batches after the same block, as n rows of one token.
-
-        Args:
-            states: The batches' states.
-            points: n of (batch, row, position); those of a batch stand together, batches in order.
-        """
-        index = {n: torch.tensor([p[1:] for p in points if p[0] == n]).T for n in {p[0] for p in points}}
-
-        def gather(tensors: Sequence[Tensor]) -> Tensor:
-            found = []
-            for n in sorted(index):
-                rows, positions = index[n] = index[n].to(tensors[n].device)
-                found.append(tensors[n][rows, positions])
-            return torch.cat(found)[:, None]
-
-        first = states[0]
-        return cls(
-            first.block,
-            gather([state.hidden for state in states]),
-            gather([state.before for state in states]),
-            {name: gather([state.parts[name] for state in states]) for name in first.parts},
-            {name: gather([state.parts_before[name] for state in states]) for name in first.parts_before},
-        )
-
-
 AfterBlock = Callable[[BlockState], "Tensor | None"]
-
-
-class AllRowsLeft(Exception):  # noqa: N818 - control flow, never seen by users
-    """Leaves the model's forward when nothing is needed of what follows."""
-
-
-def part_output(output: Any, block_input: Tensor) -> Tensor:
-    """[n, S, h] output of a block's attention or feed-forward part, kept apart from what the block does with it."""
-    hidden = hidden_of(output).reshape(*block_input.shape[:2], -1)  # some families flatten here
-    return hidden.clone()  # and some add the other part in place afterwards
-
-
-@contextmanager
-def explicit_masks(active: bool = True) -> Iterator[None]:
-    """Let transformers build every causal mask.
-
-    It leaves masks out ("is causal") where a plain forward allows that, but a block that runs some tokens against
-    more keys needs one.
-    """
-    before = masking_utils._ignore_causal_mask_sdpa
-    if active:
-        masking_utils._ignore_causal_mask_sdpa = lambda *args, **kwargs: False
-    try:
-        yield
-    finally:
-        masking_utils._ignore_causal_mask_sdpa = before
-
-
-@contextmanager
-def bypassed(
-    anatomy: Anatomy, blocks: Iterable[nn.Module], note: Callable[[tuple, dict], None] | None = None
-) -> Iterator[None]:
-    """Let these blocks hand their hidden states on, in the form in which the family's blocks do.
-
-    ``note`` is told of every call's arguments.
-    """
-    returned = {id(block): n for block, n in zip(anatomy.blocks, anatomy.returned, strict=True)}
-
-    def passing(block: nn.Module) -> Callable:
-        beside = (None,) * (returned[id(block)] - 1)
-
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            if note is not None:
-                note(args, kwargs)
-            hidden = args[0] if args else kwargs["hidden_states"]
-            return (hidden, *beside) if returned[id(block)] else hidden
-
-        return forward
-
-    with ExitStack() as stack:
-        for block in blocks:
-            stack.enter_context(replaced_forward(block, passing(block)))
-        yield
-
-
-@contextmanager
-def without_hooks(modules: Sequence[nn.Module]) -> Iterator[None]:
-    """Somebody's hooks on the blocks see real calls only, not those that find out what the blocks are given."""
-    names = ("_forward_pre_hooks", "_forward_hooks")
-    before = [{name: getattr(module, name) for name in names} for module in modules]
-    try:
-        for module in modules:
-            for name in names:
-                setattr(module, name, OrderedDict())
-        yield
-    finally:
-        for module, hooks in zip(modules, before, strict=True):
-            for name, value in hooks.items():
-                setattr(module, name, value)
-
-
-class BlockHooks(Protocol):
-    """What watches a forward's blocks (numbered k, from 1) and their parts."""
-
-    def pre_hook(self, k: int, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-        """Before block k: its arguments, as they are to be (None: as they are)."""
-
-    def part_hook(self, which: str, output: Any) -> None:
-        """After the attention or feed-forward part of a block."""
-
-    def post_hook(self, k: int, output: Any) -> Any:
-        """After block k: its output, as it is to be (None: as it is); or raises AllRowsLeft."""
-
-
-@contextmanager
-def hooked(anatomy: Anatomy, hooks: BlockHooks, capture: Sequence[str]) -> Iterator[None]:
-    """Attach ``hooks`` to every block and to its captured parts, for a while.
-
-    Somebody else's hooks on the blocks act in between, on what a block is really given and on what it gives.
-    """
-    handles: list[Any] = []
-    try:
-        for k, block in enumerate(anatomy.blocks, start=1):
-            handles.append(
-                block.register_forward_pre_hook(
-                    lambda m, args, kwargs, k=k: hooks.pre_hook(k, args, kwargs), with_kwargs=True, prepend=True
-                )
-            )
-            for which in capture:
-                handles.append(
-                    anatomy.part(block, which).register_forward_hook(
-                        lambda m, args, output, which=which: hooks.part_hook(which, output)
-                    )
-                )
-            handles.append(block.register_forward_hook(lambda m, args, output, k=k: hooks.post_hook(k, output)))
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 class ArgumentCutter:

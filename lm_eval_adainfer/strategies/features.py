@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from lm_eval_adainfer.errors import AdaInferError
-from lm_eval_adainfer.prefill.forward import BlockState
+from lm_eval_adainfer.structure.state import BlockState
 
 
 class Observation:

@@ -9,12 +9,10 @@ it is built, so a model that does not fit is refused in one sentence instead of 
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import inspect
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, is_dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from functools import cached_property
 from itertools import pairwise
 from typing import Any
@@ -24,14 +22,22 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from lm_eval_adainfer.errors import UnsupportedModelError
-from lm_eval_adainfer.structure import identity, opaque
+from lm_eval_adainfer.structure import hashes, opaque
+from lm_eval_adainfer.structure.arguments import BatchRule, _tensors, batch_factors, hidden_of
+from lm_eval_adainfer.structure.head import _candidate_logits, _is_slow_with_few_rows, few_rows_linear
+from lm_eval_adainfer.structure.hooks import _Call, _recorded, replaced_forward
 from lm_eval_adainfer.structure.rounding import Rounding, coarsest, hidden_distance, in_float32, logits_distance, probed
-from lm_eval_adainfer.structure.wrappers import base_of
+from lm_eval_adainfer.structure.unwrapping import base_of
+from lm_eval_adainfer.structure.weights import (
+    _expert_count,
+    _has_weights,
+    input_device,
+    is_linear,
+    linear_size,
+    values_of,
+)
 
 _PROBE_TOKENS = 5
-_FEW_ROWS = 64  # rows of a product with the head that MKL is slow for
-_PIECE = 512  # rows of the head's weight in one piece of such a product
-_Call = tuple[int, Any, Any]  # module id, (args, kwargs), output
 
 
 class _HeadInput(BaseModelOutputWithPast):
@@ -41,62 +47,6 @@ class _HeadInput(BaseModelOutputWithPast):
         if name.startswith("__"):
             raise AttributeError(name)
         return None
-
-
-def hidden_of(output: Any) -> Tensor:
-    """The hidden states in a block's output; blocks return a tensor or a tuple, depending on the family."""
-    return output if isinstance(output, Tensor) else output[0]
-
-
-def with_hidden(output: Any, hidden: Tensor) -> Any:
-    """The block's output with other hidden states in it."""
-    return hidden if isinstance(output, Tensor) else (hidden, *output[1:])
-
-
-@dataclass
-class BatchRule:
-    """How a block argument's first dimension follows the batch, as seen at two batch sizes.
-
-    ``factors[(block, path)]`` is f where the first dimension was f x batch (Bloom's alibi: f = heads), or 0 where
-    it did not change (shared by the batch). Sizes can coincide, so the rule is observed, not guessed. ``apart``: the
-    keys of a prefix can stay apart from those of the rows that continue it.
-    """
-
-    factors: dict[tuple[int, str], int] = field(default_factory=dict)
-    apart: bool = False
-
-    def cut(self, block: int, path: str, value: Tensor, rows: Tensor, batch: int) -> Tensor:
-        """Keep ``rows`` (indices into the original batch of ``batch`` rows) of an argument of block ``block``."""
-        factor = self.factors.get((block, path))
-        if factor is None:  # not there at the probe (a mask that was None): judge by its size
-            factor = 1 if value.dim() > 0 and value.shape[0] == batch else 0
-        if factor == 0:
-            return value
-        rows = rows.to(value.device)
-        if factor == 1:
-            return value.index_select(0, rows)
-        return value.unflatten(0, (batch, factor)).index_select(0, rows).flatten(0, 1)
-
-
-def walk(arguments: Any, act: Callable[[str, Tensor], Any], path: str = "") -> Any:
-    """Rebuild nested tuples, lists, dicts and dataclasses with ``act(path, tensor)`` in place of every tensor."""
-    if isinstance(arguments, Tensor):
-        return act(path, arguments)
-    inside = opaque.parts(arguments)
-    if inside is None or (is_dataclass(arguments) and not opaque.holds_tensors(list(inside.values()))):
-        return arguments
-    walked = {key: walk(x, act, f"{path}.{key}") for key, x in inside.items()}
-    if type(arguments) in (tuple, list):
-        return type(arguments)(walked.values())
-    if isinstance(arguments, tuple):  # named
-        return type(arguments)(*walked.values())
-    if type(arguments) is dict:
-        return walked
-    changed = copy.copy(arguments)
-    put: Any = object.__setattr__ if type(arguments).__dataclass_params__.frozen else setattr
-    for name, value in walked.items():
-        put(changed, name, value)
-    return changed
 
 
 class Anatomy:
@@ -396,7 +346,7 @@ class Anatomy:
     def weights_hash(self, model: nn.Module | None = None) -> str:
         """A short hash of every bit of every parameter and buffer, adapters included, as they are now.
 
-        It costs one reading of the weights (see :func:`identity.tensor_hash`). Offloaded weights, which nothing trains
+        It costs one reading of the weights (see :func:`hashes.tensor_hash`). Offloaded weights, which nothing trains
         in place, are read for the first hash only. Buffers that follow the texts a model has seen are left out.
 
         Args:
@@ -413,11 +363,11 @@ class Anatomy:
             key = (path, name)
             if key not in self._offloaded_hashes:
                 values = values_of(module, name)
-                self._offloaded_hashes[key] = "" if values is None else identity.tensor_hash(values)
+                self._offloaded_hashes[key] = "" if values is None else hashes.tensor_hash(values)
             return self._offloaded_hashes[key]
         if id(tensor) not in known:
             values = tensor if name not in module._parameters else values_of(module, name)
-            known[id(tensor)] = "" if values is None else identity.tensor_hash(values)
+            known[id(tensor)] = "" if values is None else hashes.tensor_hash(values)
         return known[id(tensor)]
 
     def part(self, block: nn.Module, which: str) -> nn.Module:
@@ -481,68 +431,14 @@ class Anatomy:
         return heads * size
 
 
-def input_device(model: Any) -> torch.device:
-    """Where token ids go: the device that the embeddings run on, also where they are offloaded."""
-    embeddings = model.get_input_embeddings()
-    if embeddings.weight.device.type != "meta":
-        return embeddings.weight.device
-    return torch.empty(0, device=getattr(embeddings._hf_hook, "execution_device", None)).device
-
-
 def _state_of(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """A module's own parameters and buffers, and what its state holds besides (scales of quantised weights)."""
-    found: dict[str, Any] = {**module._parameters, **({} if identity.changes_by_itself(module) else module._buffers)}
+    found: dict[str, Any] = {**module._parameters, **({} if hashes.changes_by_itself(module) else module._buffers)}
     stored: dict[str, Any] = {}
     module._save_to_state_dict(stored, "", True)
     for name, value in {**{k: v for k, v in stored.items() if k not in module._buffers}, **found}.items():
         if isinstance(value, Tensor):
             yield name, value
-
-
-@torch.no_grad()
-def values_of(module: Any, name: str) -> Tensor | None:
-    """A module's parameter, whole: read where it is offloaded, unpacked where it is quantised.
-
-    None where there is no such parameter, or its values are not at hand.
-    """
-    value: Any = getattr(module, name, None)
-    if isinstance(value, Tensor) and value.device.type == "meta":
-        stored = getattr(getattr(module, "_hf_hook", None), "weights_map", None)
-        value = None if stored is None else stored[name]
-    if not isinstance(value, Tensor):
-        return None
-    value = value.detach()
-    return value if type(value) is Tensor or isinstance(value, nn.Parameter) else value.dequantize()
-
-
-def is_linear(module: nn.Module) -> bool:
-    """A linear map: ``nn.Linear`` and its quantised subclasses, or GPT-2's ``Conv1D``."""
-    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
-
-
-def linear_size(module: Any) -> int:
-    """Weights of a linear map."""
-    if isinstance(module, nn.Linear):  # packed 4-bit weights have another shape than the map
-        return module.in_features * module.out_features
-    return module.weight.numel()
-
-
-def _expert_count(config: Any) -> int | None:
-    for name in ("num_local_experts", "num_experts", "n_routed_experts"):
-        if value := getattr(config, name, None):
-            return value
-    return None
-
-
-def _has_weights(module: nn.Module) -> bool:
-    return any(True for _ in module.parameters())
-
-
-def _tensors(arguments: Any) -> list[tuple[str, Tensor]]:
-    """Every tensor in nested arguments, with its path."""
-    found: list[tuple[str, Tensor]] = []
-    walk(arguments, lambda path, x: found.append((path, x)))
-    return found
 
 
 def _handed_on(output: Any, arguments: tuple[list, dict]) -> list[tuple[int | str, int]]:
@@ -573,101 +469,3 @@ def _hidden_argument(arguments: Sequence[Any]) -> Tensor | None:
     return value if isinstance(value, Tensor) else None
 
 
-def batch_factors(first: dict, second: dict, batches: tuple[int, int]) -> dict[tuple[int, str], int]:
-    """From argument shapes at two batch sizes: the factor by which the first dimension follows the batch, or 0."""
-    factors = {}
-    for key, shape in first.items():
-        other = second.get(key)
-        if not other or not shape:
-            continue
-        factor, rest = divmod(shape[0], batches[0])
-        factors[key] = factor if rest == 0 and other[0] == factor * batches[1] else 0
-    return factors
-
-
-def _candidate_logits(head: Any, hidden: Tensor, candidates: Tensor) -> Tensor:
-    """[n, 1, C] of hidden states [n, 1, h], each row with its own candidates."""
-    logits = torch.einsum("nsh,nch->nsc", hidden, head.weight[candidates])
-    bias = getattr(head, "bias", None)
-    return logits if bias is None else logits + bias[candidates][:, None]
-
-
-def _is_slow_with_few_rows(head: Any, n: int) -> bool:
-    """Whether :func:`few_rows_linear` pays: MKL's float32 product with a wide weight and few rows is what is slow."""
-    return (
-        type(head) is nn.Linear
-        and "forward" not in head.__dict__  # accelerate's, which may have to load the weight first
-        and n <= _FEW_ROWS
-        and torch.backends.mkl.is_available()
-        and head.weight.device.type == "cpu"
-        and head.weight.dtype == torch.float32
-        and head.weight.is_contiguous()
-    )
-
-
-def few_rows_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """``F.linear`` for few rows and a wide weight, as one batched product of narrow pieces.
-
-    For one row MKL reads the weight with one thread, and for 2 to 64 rows it packs all of it first, which takes longer
-    than the product (benchmarks/LOG.md). Pieces are shared out to the threads, and a packed one stays in the cache.
-
-    Args:
-        x: [n, ..., h].
-        weight: [V, h], contiguous.
-        bias: [V].
-
-    Returns:
-        [n, ..., V].
-    """
-    rows = x.reshape(-1, x.shape[-1])
-    n, (width, h) = len(rows), weight.shape
-    count = width // _PIECE
-    whole = count * _PIECE
-    pieces = weight[:whole].view(count, _PIECE, h)
-    found = rows.new_empty(n, width)
-    into = found[:, :whole].view(n, count, _PIECE)
-    if n <= 4:
-        into.copy_(torch.bmm(pieces, rows.T.expand(count, h, n)).permute(2, 0, 1))
-    else:
-        into.copy_(torch.bmm(rows.expand(count, n, h), pieces.transpose(1, 2)).transpose(0, 1))
-    found[:, whole:] = nn.functional.linear(rows, weight[whole:])
-    if bias is not None:
-        found += bias
-    return found.view(*x.shape[:-1], width)
-
-
-@contextmanager
-def _recorded(module: nn.Module, calls: list[_Call]) -> Iterator[None]:
-    """Append every call of the module: what it was given, before anybody's pre-hook, and what came of it."""
-    given: list[tuple[list, dict]] = []
-
-    def note(m: nn.Module, args: Any, kwargs: Any) -> None:
-        given.append((list(args), dict(kwargs)))
-
-    def record(m: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        calls.append((id(m), given.pop(), output))
-
-    handles = [
-        module.register_forward_pre_hook(note, with_kwargs=True, prepend=True),
-        module.register_forward_hook(record, with_kwargs=True),
-    ]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-@contextmanager
-def replaced_forward(module: nn.Module, forward: Callable) -> Iterator[None]:
-    """Put another forward in place; accelerate keeps its own in the instance's dict, so restore what was there."""
-    missing = object()
-    before = module.__dict__.get("forward", missing)
-    module.forward = forward  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        if before is missing:
-            del module.__dict__["forward"]
-        else:
-            module.forward = before  # type: ignore[method-assign]

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from lm_eval_adainfer.errors import UnsupportedModelError
-from lm_eval_adainfer.prefill.forward import bypassed, without_hooks
 from lm_eval_adainfer.structure.anatomy import Anatomy
+from lm_eval_adainfer.structure.calls import bypassed
+from lm_eval_adainfer.structure.hooks import without_hooks
 from lm_eval_adainfer.structure.rounding import coarsest, in_float32, logits_distance
 
 _NUMBERS = ("layer_idx", "layer_id", "layer_index", "layer_number", "block_idx")

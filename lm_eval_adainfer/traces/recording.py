@@ -42,11 +42,14 @@ from tqdm import tqdm
 from lm_eval_adainfer import __version__, container
 from lm_eval_adainfer.errors import AdaInferError
 from lm_eval_adainfer.harness.asking import Asking
-from lm_eval_adainfer.prefill.engine import CHUNK_ELEMENTS, Answer, Document, Row, available_features
-from lm_eval_adainfer.prefill.forward import BlockState, run_blocks
+from lm_eval_adainfer.harness.identity import generation_settings, tokenizer_hash
+from lm_eval_adainfer.prefill.documents import Answer, Document, Row
+from lm_eval_adainfer.prefill.engine import available_features
+from lm_eval_adainfer.prefill.forward import run_blocks
+from lm_eval_adainfer.prefill.scoring import CHUNK_ELEMENTS
 from lm_eval_adainfer.strategies import features
 from lm_eval_adainfer.strategies.features import Observation
-from lm_eval_adainfer.structure.identity import generation_settings, tokenizer_hash
+from lm_eval_adainfer.structure.state import BlockState
 from lm_eval_adainfer.tasks.qa import canonical_json, stable_hash
 
 if TYPE_CHECKING:

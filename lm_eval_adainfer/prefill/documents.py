@@ -1,0 +1,75 @@
+"""Documents as token rows: which rows decide, what is scored, and what their run came to."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+
+@dataclass
+class Answer:
+    """One request's result, filled position by position: log-probability, greedy match, top token at the first."""
+
+    request: int
+    continuation: list[int]
+    logprob: float = 0.0
+    is_greedy: bool = True
+    top1: bool = False
+
+
+@dataclass
+class Row:
+    """One token row; it answers every request of its document with this context and this continuation[:-1].
+
+    Attributes:
+        tokens: The input: context + continuation[:-1], left-truncated to the model's window.
+        scored: How many positions at the end are scored (the continuation's length).
+        context: Which of the document's distinct contexts it has (index into the deciders); -1 for an empty one.
+        answers: The requests it answers; their continuations have ``scored`` tokens.
+        skip: How many of its first tokens a prefix has run.
+    """
+
+    tokens: list[int]
+    scored: int
+    context: int = -1
+    answers: list[Answer] = field(default_factory=list)
+    skip: int = 0
+
+    @property
+    def decision(self) -> int:
+        """The position of the last context token."""
+        return len(self.tokens) - self.scored
+
+
+@dataclass
+class Document:
+    """The rows of one document, and what its run came to.
+
+    Attributes:
+        rows: Its token rows.
+        deciders: Indices of the rows that decide: one per distinct context. Empty: it has no decision and, unless
+            the strategy needs none, runs dense.
+        exit_layer: The block it leaves after; None until decided.
+        head_rows: Head rows computed for it (checks and scores).
+        decisions: Times the stopper was asked for it.
+        extra_flops: Operations of a deciding pass made before the scoring one.
+        extra_block_tokens: Block executions x tokens of that pass.
+        logged: With ``log_features``: per decider, ``layer`` and feature values.
+        carried: Per decider, what the stopper keeps from one asked block to the next.
+    """
+
+    rows: list[Row]
+    deciders: list[int]
+    exit_layer: int | None = None
+    head_rows: int = 0
+    decisions: int = 0
+    extra_flops: float = 0.0
+    extra_block_tokens: int = 0
+    logged: list[dict[str, list[float]]] = field(default_factory=list)
+    carried: dict[int, Tensor] = field(default_factory=dict)
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest row."""
+        return max(len(row.tokens) for row in self.rows)

@@ -1,0 +1,55 @@
+"""A module's weights, wherever they are and however they are stored."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def input_device(model: Any) -> torch.device:
+    """Where token ids go: the device that the embeddings run on, also where they are offloaded."""
+    embeddings = model.get_input_embeddings()
+    if embeddings.weight.device.type != "meta":
+        return embeddings.weight.device
+    return torch.empty(0, device=getattr(embeddings._hf_hook, "execution_device", None)).device
+
+
+@torch.no_grad()
+def values_of(module: Any, name: str) -> Tensor | None:
+    """A module's parameter, whole: read where it is offloaded, unpacked where it is quantised.
+
+    None where there is no such parameter, or its values are not at hand.
+    """
+    value: Any = getattr(module, name, None)
+    if isinstance(value, Tensor) and value.device.type == "meta":
+        stored = getattr(getattr(module, "_hf_hook", None), "weights_map", None)
+        value = None if stored is None else stored[name]
+    if not isinstance(value, Tensor):
+        return None
+    value = value.detach()
+    return value if type(value) is Tensor or isinstance(value, nn.Parameter) else value.dequantize()
+
+
+def is_linear(module: nn.Module) -> bool:
+    """A linear map: ``nn.Linear`` and its quantised subclasses, or GPT-2's ``Conv1D``."""
+    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+
+
+def linear_size(module: Any) -> int:
+    """Weights of a linear map."""
+    if isinstance(module, nn.Linear):  # packed 4-bit weights have another shape than the map
+        return module.in_features * module.out_features
+    return module.weight.numel()
+
+
+def _expert_count(config: Any) -> int | None:
+    for name in ("num_local_experts", "num_experts", "n_routed_experts"):
+        if value := getattr(config, name, None):
+            return value
+    return None
+
+
+def _has_weights(module: nn.Module) -> bool:
+    return any(True for _ in module.parameters())
