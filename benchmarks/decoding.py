@@ -147,7 +147,7 @@ def measure(model: LlamaForCausalLM, lengths: list[int], batch_sizes: list[int],
                 limit_seconds = allowed(model, mixed, asked, tokens + new // 2, 2)
                 whole, prefill = seconds(timed(mixed)), seconds(first)
                 best.append(limit_seconds / (whole - prefill))
-            mean = sum(n for r in mixed.generate_until(asked, disable_tqdm=True) for n in r.trace.layers)
+            mean = sum(n for r in mixed.generate_until(asked, disable_tqdm=True) for n in r.exit_record.layers)
             row = (
                 {
                     "prompt tokens": tokens,

@@ -4,7 +4,7 @@ Importing this package is cheap on purpose (it is on the start-up path of every 
 environment, see ``registration``): it imports neither torch nor lm_eval.
 """
 
-__version__ = "0.1.0"
+from lm_eval_adainfer._version import __version__
 
 __all__ = ["AdaInferLM", "__version__"]
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class ExitTrace:
+class ExitRecord:
     """How deep one document went (``docs/numbers.md``, "Per document").
 
     Attributes:

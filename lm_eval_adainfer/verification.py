@@ -289,7 +289,7 @@ class _Verifier:
         asked = [request for document in documents for request in document]
         requests: list[Any] = [(None, list(a.context), list(a.continuation)) for a in asked]
         answers = lm._loglikelihood_tokens(requests, disable_tqdm=True, override_bs=_BATCH)
-        exits = [int(answer.trace.exit_layer) for answer in answers]
+        exits = [int(answer.exit_record.exit_layer) for answer in answers]
         for a, answer, k in zip(asked, answers, exits, strict=True):
             n = len(a.continuation)
             expected = self.plain.logprobs(a.row, k)[-n:]
@@ -421,7 +421,7 @@ class _Verifier:
             asked = [request for document in documents for request in document]
             requests: list[Any] = [(None, list(a.context), list(a.continuation)) for a in asked]
             for a, answer in zip(asked, lm._loglikelihood_tokens(requests, True, override_bs=_BATCH), strict=True):
-                k, n = int(answer.trace.exit_layer), len(a.continuation)
+                k, n = int(answer.exit_record.exit_layer), len(a.continuation)
                 plain = [self.plain.logprobs(a.row, k, behind)[-n:] for behind in ((), self.tokens(3), self.tokens(9))]
                 total, *others = (x[range(n), list(a.continuation)].sum().item() for x in plain)
                 found.append(answer[0] - total)

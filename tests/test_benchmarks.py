@@ -66,7 +66,7 @@ def test_spread_exits_leave_where_they_say_and_the_needed_blocks_run_just_these_
         spread.restart()
         calls.clear()
         found = lm.loglikelihood(requests(documents, 12), disable_tqdm=True)
-        assert sorted(answer.trace.exit_layer for answer in found[::2]) == sorted(exits)
+        assert sorted(answer.exit_record.exit_layer for answer in found[::2]) == sorted(exits)
     ours = list(calls)
     calls.clear()
     run_needed(model, torch.ones(documents, 12, dtype=torch.long), exits)

@@ -158,7 +158,7 @@ def test_a_real_run_leaves_where_the_trace_says(kind, tokenizer, tmp_path):
         exits = outcomes.exits(found.of_decisions(said), 0.0)
         run = lm_of(model, tokenizer, stopper=stopper, batch_size=8, max_length=400)
         answers = run.loglikelihood(task.instances, True)
-        real = {r.doc_id: a.trace.exit_layer for r, a in zip(task.instances, answers, strict=True)}
+        real = {r.doc_id: a.exit_record.exit_layer for r, a in zip(task.instances, answers, strict=True)}
         assert len(said) == len(exits), "one context a document"
         for document, exit_layer, row in zip(found.document.tolist(), exits.tolist(), said, strict=True):
             if np.nanmin(np.abs(row)) > 1e-4:

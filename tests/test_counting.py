@@ -98,13 +98,13 @@ def test_flops_ratio_is_the_papers_equation_2(stopper, llama, tokenizer):
     lm = lm_of(llama, tokenizer, stopper=stopper)
     asked = [instance(c, w, n, idx=i) for n, c in enumerate(["a", "the fox hi"]) for i, w in enumerate([" x", " yes"])]
     for request, answer in zip(asked, lm.loglikelihood(asked, True), strict=True):
-        s, layer = len(request.args[0]), answer.trace.exit_layer  # one token per byte
-        assert answer.trace.flops_ratio == pytest.approx(
+        s, layer = len(request.args[0]), answer.exit_record.exit_layer  # one token per byte
+        assert answer.exit_record.flops_ratio == pytest.approx(
             (2 * layer * (6 * H + s) + V) / (2 * L * (6 * H + s) + V), rel=1e-12
         )
-        assert answer.trace.pruning_ratio == pytest.approx(1 - layer / L)
+        assert answer.exit_record.pruning_ratio == pytest.approx(1 - layer / L)
     if stopper == "none":
-        assert answer.trace.flops_ratio == 1
+        assert answer.exit_record.flops_ratio == 1
 
 
 def row_flops(depth, tokens):
@@ -119,7 +119,7 @@ DENSE = row_flops(L, 8) + row_flops(L, 10) + 6 * HEAD
 
 def run_one(lm, batch=None):
     asked = [instance(CONTEXT, choice, 0, idx=i) for i, choice in enumerate(CHOICES)]
-    return lm.loglikelihood(asked, True)[0].trace
+    return lm.loglikelihood(asked, True)[0].exit_record
 
 
 def test_a_dense_run_counts_itself(llama, tokenizer):
@@ -162,7 +162,7 @@ def test_checks_cost_more_than_they_save_where_nothing_stops(llama, tokenizer):
 
 def test_one_row_that_answers_many_choices_is_counted_once(llama, tokenizer):
     asked = [instance("the fox", f" {choice}", 0, idx=i) for i, choice in enumerate("abcd")]
-    trace = lm_of(llama, tokenizer, stopper="fixed:2").loglikelihood(asked, True)[0].trace
+    trace = lm_of(llama, tokenizer, stopper="fixed:2").loglikelihood(asked, True)[0].exit_record
     assert trace.flops == row_flops(2, 8) + 2 * HEAD  # "the fox" and the space; the last token is not an input
     assert trace.flops_dense == row_flops(L, 8) + 2 * HEAD
 
@@ -175,7 +175,7 @@ def test_deciding_passes_of_a_document_larger_than_the_batch_are_counted_on_top(
     seen_layers = set()
     for threshold in (0.0, 0.05, 0.1, 0.2, 0.3, 0.5):
         lm = lm_of(llama, tokenizer, stopper=f"gap:{threshold}", batch_size=2)
-        trace = lm.loglikelihood(asked, True)[0].trace
+        trace = lm.loglikelihood(asked, True)[0].exit_record
         gaps = [
             [gap_after_block(llama, lm.anatomy.blocks, lm._encode_pair(c, " yes")[0], k) for k in range(1, L)]
             for c in contexts
@@ -215,7 +215,7 @@ def test_head_rows_are_those_a_hook_on_the_head_sees(stopper, batch_size, llama,
     finally:
         handle.remove()
     assert rows == lm.totals()["head_rows_counted"] > 0
-    traces = {id(answer.trace): answer.trace for answer in answers}.values()
+    traces = {id(answer.exit_record): answer.exit_record for answer in answers}.values()
     assert sum(trace.flops for trace in traces) > rows * HEAD
 
 
@@ -227,7 +227,7 @@ def test_a_whole_run_is_counted_as_pytorch_counts_it(stopper, tokenizer):
     lm = lm_of(model, tokenizer, stopper=stopper, batch_size=1)
     asked = [instance("the quick fox"[: 3 + n], " yes", n) for n in range(8)]
     with FlopCounterMode(display=False) as mode:
-        traces = [a.trace for a in lm.loglikelihood(asked, True)]
+        traces = [a.exit_record for a in lm.loglikelihood(asked, True)]
     lengths = [3 + n + 3 for n in range(8)]
     future = sum(4 * 32 * t.exit_layer * (s * (s - 1) // 2) for t, s in zip(traces, lengths, strict=True))
     decisions = sum(min(t.exit_layer, L - 1) for t in traces) if stopper.startswith("gap") else 0
@@ -239,9 +239,9 @@ def test_a_text_scored_token_by_token_is_counted_as_if_each_token_had_left_at_it
     asked = [instance(text, None, 0, kind="loglikelihood_rolling")]
     n = len(text)  # the row is the prefix token and all but the last
     (answer,) = lm_of(llama, tokenizer, stopper="fixed:2").loglikelihood_rolling(asked, True)
-    assert answer.trace.flops == row_flops(2, n) + n * HEAD
-    assert answer.trace.flops_dense == row_flops(L, n) + n * HEAD
-    assert answer.trace.flops_ratio == pytest.approx(
+    assert answer.exit_record.flops == row_flops(2, n) + n * HEAD
+    assert answer.exit_record.flops_dense == row_flops(L, n) + n * HEAD
+    assert answer.exit_record.flops_ratio == pytest.approx(
         sum((4 * (6 * H + s) + V) / (2 * L * (6 * H + s) + V) for s in range(1, n + 1)) / n
     )
 

@@ -66,9 +66,9 @@ def test_answers_are_those_of_a_model_built_without_the_blocks(family, dropped, 
     dense = lm_of(whole, tokenizer).loglikelihood(asked, True)
     for mine, theirs, before in zip(lm.loglikelihood(asked, True), expected, dense, strict=True):
         assert mine[0] == pytest.approx(theirs[0], rel=2e-6, abs=1e-4) and mine[1] == theirs[1]
-        assert (mine.trace.exit_layer, mine.trace.n_blocks) == (5 - len(dropped), 5)
-        assert mine.trace.pruning_ratio == pytest.approx(len(dropped) / 5)
-        assert mine.trace.flops_dense == before.trace.flops_dense == before.trace.flops
+        assert (mine.exit_record.exit_layer, mine.exit_record.n_blocks) == (5 - len(dropped), 5)
+        assert mine.exit_record.pruning_ratio == pytest.approx(len(dropped) / 5)
+        assert mine.exit_record.flops_dense == before.exit_record.flops_dense == before.exit_record.flops
     assert any(abs(mine[0] - before[0]) > 1e-3 for mine, before in zip(lm.loglikelihood(asked, True), dense, strict=True))
 
 
@@ -84,11 +84,11 @@ def test_texts_are_those_of_a_model_built_without_the_blocks(family, dropped, ov
     assert texts == HFLM(pretrained=small, tokenizer=tokenizer, batch_size=4, max_length=64).generate_until(asked, True)
     for text, prompt in zip(texts, prompts, strict=True):
         run, new, count = 5 - len(dropped), len(lm.tok_encode(text)), Counts(whole)
-        assert (text.trace.exit_layer, text.trace.layers_run, text.trace.n_blocks) == (run, run, 5)
+        assert (text.exit_record.exit_layer, text.exit_record.layers_run, text.exit_record.n_blocks) == (run, run, 5)
         if new == 8:
-            assert text.trace.flops_dense == count.of(range(5), len(prompt) + 7, 8)
+            assert text.exit_record.flops_dense == count.of(range(5), len(prompt) + 7, 8)
             kept = [k for k in range(5) if k + 1 not in dropped]
-            assert text.trace.flops == count.of(kept, len(prompt) + 7, 8)
+            assert text.exit_record.flops == count.of(kept, len(prompt) + 7, 8)
 
 
 class Counts:
@@ -165,7 +165,7 @@ def test_rolling_counts_against_the_whole_model(tokenizer):
     (theirs,) = HFLM(pretrained=small, tokenizer=tokenizer, max_length=64).loglikelihood_rolling(asked, True)
     (dense,) = lm_of(whole, tokenizer).loglikelihood_rolling(asked, True)
     assert mine == pytest.approx(theirs, rel=2e-6, abs=1e-4)
-    assert (mine.trace.exit_layer, mine.trace.n_blocks, mine.trace.flops_dense) == (3, 5, dense.trace.flops_dense)
+    assert (mine.exit_record.exit_layer, mine.exit_record.n_blocks, mine.exit_record.flops_dense) == (3, 5, dense.exit_record.flops_dense)
 
 
 def test_the_record_and_the_fingerprint_name_the_dropped_blocks(tokenizer):
@@ -271,7 +271,7 @@ def test_shortgpt_last_is_an_exit_before_the_last_blocks(family, tokenizer):
     expected = HFLM(pretrained=small, tokenizer=tokenizer, max_length=64).loglikelihood(asked, True)
     for mine, theirs in zip(lm_of(model, tokenizer, stopper="shortgpt:last2").loglikelihood(asked, True), expected, strict=True):
         assert mine[0] == pytest.approx(theirs[0], rel=2e-6, abs=1e-4)
-        assert (mine.trace.exit_layer, mine.trace.pruning_ratio) == (3, pytest.approx(0.4))
+        assert (mine.exit_record.exit_layer, mine.exit_record.pruning_ratio) == (3, pytest.approx(0.4))
     texts = [instance(p, {"until": ["\0"], "max_gen_toks": 6}, n, kind="generate_until") for n, p in enumerate(["a", "deer hi"])]
     assert lm_of(model, tokenizer, stopper="shortgpt:last2").generate_until(texts, True) == HFLM(
         pretrained=small, tokenizer=tokenizer, batch_size=2, max_length=64

@@ -415,7 +415,7 @@ def test_an_error_in_a_forward_leaves_the_model_as_it_was_and_usable(method, err
         ],
     }[method]
     run = getattr(lm, method)
-    expected = [(a, a.trace) for a in run(asked, True)]
+    expected = [(a, a.exit_record) for a in run(asked, True)]
     ids = torch.arange(12)[None]
     logits = model(input_ids=ids).logits
     hooks = [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()]
@@ -436,7 +436,7 @@ def test_an_error_in_a_forward_leaves_the_model_as_it_was_and_usable(method, err
     assert forwards == [m.__dict__.get("forward") for m in model.modules()]
     assert lm.engine.prefix is None
     assert torch.equal(model(input_ids=ids).logits, logits)
-    assert [(a, a.trace) for a in run(asked, True)] == expected
+    assert [(a, a.exit_record) for a in run(asked, True)] == expected
 
 
 # ------------------------------------------------------------------------------------------------ NaN
@@ -480,10 +480,10 @@ def test_no_stopper_stops_at_nan_and_others_stop_as_ever(stopper, overflowing, t
     asked = [instance(text, " x", n) for n, text in enumerate(["the fox", "the taq", "a hen"])]
     lm = lm_of(overflowing, tokenizer, stopper=STOPPERS[stopper], check_layers="3+4")
     answers = lm.loglikelihood(asked, True)
-    assert [a.trace.exit_layer for a in answers] == [3, 5, 3]
+    assert [a.exit_record.exit_layer for a in answers] == [3, 5, 3]
     assert [math.isnan(a[0]) for a in answers] == [False, True, False]
     again = lm.loglikelihood(asked, True)
-    assert [a.trace.exit_layer for a in again] == [3, 5, 3]
+    assert [a.exit_record.exit_layer for a in again] == [3, 5, 3]
     (said,) = [r.getMessage() for r in caplog.records if "NaN" in r.getMessage()]
     one_sentence(said, "dtype", "block 3", "float32")
 
@@ -510,7 +510,7 @@ def test_generated_text_with_nan_runs_on_and_is_warned_of(overflowing, tokenizer
     lm = lm_of(overflowing, tokenizer, stopper="patience:1", check_layers="3")
     prompts = [instance(t, options, n, kind="generate_until") for n, t in enumerate(["a fox", "a taq"])]
     fox, taq = lm.generate_until(prompts, True)
-    assert set(fox.trace.layers) == {3} and set(taq.trace.layers) == {5}
+    assert set(fox.exit_record.layers) == {3} and set(taq.exit_record.layers) == {5}
     assert sum("block 3 gives NaN" in r.getMessage() for r in caplog.records) == 1
     drawn = {**options, "do_sample": True, "temperature": 1.0}
     with pytest.raises(AdaInferError) as caught:

@@ -117,7 +117,7 @@ def test_logged_features_are_the_slow_ones_while_documents_leave_around_them(fam
     asked = requests(seed=2, documents=12, shared_context=shared_context)
     answers = lm.loglikelihood(asked, True)
     contexts = contexts_of(lm, asked)
-    traces = {r.doc_id: a.trace for r, a in zip(asked, answers, strict=True)}
+    traces = {r.doc_id: a.exit_record for r, a in zip(asked, answers, strict=True)}
     assert len({t.exit_layer for t in traces.values()}) > 1, "nothing left early, so compaction is not tested"
     for doc, trace in traces.items():
         assert len(trace.features) == len(contexts[doc])
@@ -137,7 +137,7 @@ def test_a_stopper_is_shown_the_slow_features_in_its_order_and_nothing_after_its
     lm = lm_of(model, tokenizer, stopper=stopper, batch_size=32)
     asked = requests(seed=4, documents=7)
     answers = lm.loglikelihood(asked, True)
-    layers = {r.doc_id: int(a.trace.exit_layer) for r, a in zip(asked, answers, strict=True)}
+    layers = {r.doc_id: int(a.exit_record.exit_layer) for r, a in zip(asked, answers, strict=True)}
     assert len(set(layers.values())) > 1
     expected = []
     for doc, (context,) in contexts_of(lm, asked).items():
@@ -171,7 +171,7 @@ def test_probabilities_are_of_the_full_vocabulary_in_float32_even_for_a_half_pre
     model = make_model("llama", vocab_size=257).to(torch.bfloat16)
     lm = lm_of(model, tokenizer, stopper="gap:1", log_features=True)
     asked = [instance("the quick brown fox", " x", 0)]
-    (seen,) = lm.loglikelihood(asked, True)[0].trace.features
+    (seen,) = lm.loglikelihood(asked, True)[0].exit_record.features
     context = lm._encode_pair(*asked[0].args)[0]
     with torch.no_grad():
         logits = model(input_ids=torch.tensor([context])).logits[0, -1]
@@ -184,7 +184,7 @@ def test_features_are_in_their_ranges_and_only_checked_blocks_and_the_last_are_l
     model = make_model("llama", vocab_size=257)
     lm = lm_of(model, tokenizer, stopper="gap:1", check_layers="2+4", log_features=True)
     for answer in lm.loglikelihood(requests(seed=1, documents=5), True):
-        for seen in answer.trace.features:
+        for seen in answer.exit_record.features:
             assert set(seen["layer"]) >= {2, 4}
             assert all(0 <= g <= p <= 1 for g, p in zip(seen["gap"], seen["top_prob"], strict=True))
             assert all(abs(c) <= 1 + 1e-6 for name in ("cos_hidden", "cos_attn", "cos_mlp") for c in seen[name])
@@ -197,8 +197,8 @@ def test_logging_features_changes_no_answer_and_no_count(tokenizer):
     logged = lm_of(model, tokenizer, stopper="gap:0.3", log_features=True).loglikelihood(asked, True)
     for a, b in zip(plain, logged, strict=True):
         assert b[0] == pytest.approx(a[0], abs=1e-5) and b[1] == a[1]
-        assert (b.trace.exit_layer, b.trace.flops_ratio_total) == (a.trace.exit_layer, a.trace.flops_ratio_total)
-        assert a.trace.features is None
+        assert (b.exit_record.exit_layer, b.exit_record.flops_ratio_total) == (a.exit_record.exit_layer, a.exit_record.flops_ratio_total)
+        assert a.exit_record.features is None
 
 
 def test_features_are_logged_whatever_the_batch_size(tokenizer):
@@ -206,8 +206,8 @@ def test_features_are_logged_whatever_the_batch_size(tokenizer):
     asked = [instance(f"the fox {c}", " x", 0, idx=n) for n, c in enumerate("abc")]
     few = lm_of(model, tokenizer, stopper="gap:0.9", batch_size=2, log_features=True).loglikelihood(asked, True)
     many = lm_of(model, tokenizer, stopper="gap:0.9", batch_size=8, log_features=True).loglikelihood(asked, True)
-    assert few[0].trace.exit_layer == many[0].trace.exit_layer
-    assert len(few[0].trace.features) == len(many[0].trace.features) == 3
+    assert few[0].exit_record.exit_layer == many[0].exit_record.exit_layer
+    assert len(few[0].exit_record.features) == len(many[0].exit_record.features) == 3
 
 
 def test_a_block_without_attention_has_the_other_features(tokenizer):

@@ -106,8 +106,8 @@ def test_texts_that_never_leave_early_are_stock_hfs(tokenizer, batch_size):
         asked = questions(**settings)
         answers = ours.generate_until(asked, True)
         assert answers == stock.generate_until(asked, True)
-        assert {a.trace.exit_layer for a in answers} == {5} and {a.trace.layers_run for a in answers} == {5}
-        assert all(a.trace.flops_ratio_total > 1 for a in answers)  # the checks cost, and are counted
+        assert {a.exit_record.exit_layer for a in answers} == {5} and {a.exit_record.layers_run for a in answers} == {5}
+        assert all(a.exit_record.flops_ratio_total > 1 for a in answers)  # the checks cost, and are counted
 
 
 def test_a_text_does_not_depend_on_its_neighbours(tokenizer):
@@ -118,8 +118,8 @@ def test_a_text_does_not_depend_on_its_neighbours(tokenizer):
         alone = lm_of(model, tokenizer, stopper="gap:0.3", generation="early", batch_size=1).generate_until(asked, True)
         together = lm_of(model, tokenizer, stopper="gap:0.3", generation="early", batch_size=7).generate_until(asked, True)
         assert alone == together
-        assert [a.trace.layers for a in alone] == [a.trace.layers for a in together]
-        assert any(a.trace.exit_layer < 5 for a in alone)
+        assert [a.exit_record.layers for a in alone] == [a.exit_record.layers for a in together]
+        assert any(a.exit_record.exit_layer < 5 for a in alone)
 
 
 def test_repeats_of_a_sampled_question_differ_and_can_be_repeated(tokenizer):
@@ -140,11 +140,11 @@ def test_traces_belong_to_their_texts(tokenizer):
     answers = lm.generate_until(asked, True)
     run = 0.0
     for request, answer in zip(asked, answers, strict=True):
-        trace = answer.trace
+        trace = answer.exit_record
         assert trace.exit_layer == pytest.approx(sum(trace.layers) / len(trace.layers))
         run += trace.layers_run * (len(lm.tok_encode(request.args[0])) + len(trace.layers) - 1)
     assert run == pytest.approx(lm.engine.block_tokens)
-    assert lm.record()["generated_tokens_counted"] == sum(len(a.trace.layers) for a in answers)
+    assert lm.record()["generated_tokens_counted"] == sum(len(a.exit_record.layers) for a in answers)
 
 
 def test_beams_and_wrong_values_are_refused_in_one_sentence(tokenizer):
@@ -186,7 +186,7 @@ def test_a_decoding_step_sees_the_features_of_a_plain_forward(family, tokenizer)
     generated = lm.generate_until(
         [instance(t, {"until": [], "max_gen_toks": 1}, n, kind="generate_until") for n, t in enumerate(texts)], True
     )
-    assert [g.trace.layers[0] for g in generated] == [d.trace.exit_layer for d in documents]
+    assert [g.exit_record.layers[0] for g in generated] == [d.exit_record.exit_layer for d in documents]
 
 
 def test_a_second_forward_of_a_step_has_masks_of_its_own():

@@ -19,7 +19,7 @@ from replay import (
 
 from lm_eval_adainfer.counting import FlopCounter
 from lm_eval_adainfer.errors import AdaInferError
-from lm_eval_adainfer.generation.loop import trace
+from lm_eval_adainfer.generation.loop import record_of
 from lm_eval_adainfer.generation.step import prepare
 from lm_eval_adainfer.harness.model import AdaInferLM
 from lm_eval_adainfer.strategies.artifact import parse
@@ -194,7 +194,7 @@ def test_stored_tokens_are_counted_with_the_weights_that_lead_to_keys_and_values
     deep = 2 * weights * s + 4 * 32 * (s * (s - 1) // 2 + s + 2) + 2 * by_hand * 2
     checks = 1 + 1 + 4
     expected = first + 4 * deep + 2 * 32 * 101 * 3 + checks * stopper.flops
-    assert trace(result, s, counter, "").flops == expected
+    assert record_of(result, s, counter, "").flops == expected
 
 
 # ------------------------------------------------------------------------------------------------ head_check
@@ -286,7 +286,7 @@ def test_shortlist_is_counted_by_what_was_really_computed(rows, monkeypatch):
             + 2 * 32 * result.screened
             + result.decisions
         )
-        assert trace(result, len(prompt), counter, "").flops == expected
+        assert record_of(result, len(prompt), counter, "").flops == expected
 
 
 def test_a_shortlist_computes_less_than_the_exact_check_and_exact_screens_nothing():
@@ -353,7 +353,7 @@ def test_a_text_does_not_depend_on_its_neighbours_under_any_policy(options, fami
                 pretrained=model, tokenizer=tokenizer, batch_size=size, max_length=64, stopper=f"gap:{threshold}", **options
             )
             answers = lm.generate_until(asked, True)
-            found.append([(a, a.trace.layers) for a in answers])
+            found.append([(a, a.exit_record.layers) for a in answers])
         assert found[0] == found[1] == found[2]
         assert len({layer for _, layers in found[0] for layer in layers}) >= 2
 

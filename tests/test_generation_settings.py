@@ -124,7 +124,7 @@ class Laboratory:
             self.early.batch_size_per_gpu = size
             early = self.early.generate_until(requests, True)
             assert early == expected, f"early, batch size {size}"
-            assert {t.trace.exit_layer for t in early} == {early[0].trace.n_blocks}
+            assert {t.exit_record.exit_layer for t in early} == {early[0].exit_record.n_blocks}
         self.dense.batch_size_per_gpu = 4
         assert self.dense.generate_until(requests, True) == expected, "dense, batch size 4"
 
@@ -287,7 +287,7 @@ def test_the_clock_of_max_time_starts_with_each_text(source, lab, monkeypatch):
     monkeypatch.setattr(loop, "time", clock)
     requests = lab.given(source, {"max_time": 4.5})
     lab.check(requests, lab.expected(requests))
-    assert {len(t.trace.layers) for t in lab.early.generate_until(requests, True)} == {5}
+    assert {len(t.exit_record.layers) for t in lab.early.generate_until(requests, True)} == {5}
 
 
 def test_a_stop_string_inside_the_reasoning_ends_it_at_every_batch_size(lab):

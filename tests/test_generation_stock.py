@@ -57,7 +57,7 @@ def both(model, requests, batch_size, stopper="gap:1", **options):
     options = {"batch_size": batch_size, "max_length": 700, "device": "cpu", **options}
     stock = HFLM(pretrained=model, **options).generate_until(requests, True)
     ours = AdaInferLM(pretrained=model, stopper=stopper, **options).generate_until(requests, True)
-    assert {trace.exit_layer for trace in (a.trace for a in ours)} == {ours[0].trace.n_blocks}
+    assert {trace.exit_layer for trace in (a.exit_record for a in ours)} == {ours[0].exit_record.n_blocks}
     return stock, ours
 
 
@@ -142,7 +142,7 @@ def test_stop_strings_of_several_tokens_end_a_text_where_stock_ends_it_alone(dem
     for size in (1, 5):
         ours = AdaInferLM(stopper="gap:1", batch_size=size, **options).generate_until(requests, True)
         assert ours == expected
-        assert sum(len(a.trace.layers) < 20 for a in ours) >= 3
+        assert sum(len(a.exit_record.layers) < 20 for a in ours) >= 3
 
 
 def test_every_end_token_of_a_list_ends_a_text(tokenizer):
@@ -163,7 +163,7 @@ def test_every_end_token_of_a_list_ends_a_text(tokenizer):
     for size in (1, 5, 16):
         stock, ours = both(model, asked(PROMPTS, until=[]), size, tokenizer=tokenizer)
         assert ours == stock
-        assert min(len(a.trace.layers) for a in ours) <= 4
+        assert min(len(a.exit_record.layers) for a in ours) <= 4
 
 
 @pytest.mark.parametrize("setting", [{"temprature": 0.7}, {"num_return_sequences": 2, "do_sample": True, "temperature": 1.0},
@@ -234,7 +234,7 @@ def test_trained_models_generate_what_stock_does(which):
         )
         answers = ours.generate_until(requests, True)
         assert answers == stock.generate_until(requests, True)
-        assert len({len(a.trace.layers) for a in answers}) > 1
+        assert len({len(a.exit_record.layers) for a in answers}) > 1
 
 
 # ------------------------------------------------------------------------------------------------ killed runs
@@ -316,7 +316,7 @@ def test_the_record_says_how_many_tokens_were_generated_how_fast_and_how(model, 
 
     answers, found = record()
     assert (found["generation"], found["kv_policy"], found["head_check"]) == ("early", "recompute", "exact")
-    assert found["generated_tokens_counted"] == sum(len(a.trace.layers) for a in answers)
+    assert found["generated_tokens_counted"] == sum(len(a.exit_record.layers) for a in answers)
     _, found = record(kv_policy="propagate", head_check="shortlist:9")
     assert (found["kv_policy"], found["head_check"]) == ("propagate (approximate)", "shortlist:9")
     for options in ({"generation": "dense"}, {"stopper": "none"}):
@@ -334,7 +334,7 @@ def test_a_dense_run_counts_the_tokens_up_to_the_end_of_each_row(batch_size, dem
     dense = AdaInferLM(generation="dense", stopper="gap", batch_size=batch_size, **options)
     dense.generate_until(requests, True)
     early = AdaInferLM(stopper="gap:1", batch_size=1, **options)
-    expected = sum(len(a.trace.layers) for a in early.generate_until(requests, True))
+    expected = sum(len(a.exit_record.layers) for a in early.generate_until(requests, True))
     assert dense.record()["generated_tokens_counted"] == expected < 16 * len(PROMPTS)
 
 

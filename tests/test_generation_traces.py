@@ -124,7 +124,7 @@ def test_a_stopper_is_fitted_on_generated_positions_as_on_others(lm, model, toke
     np.testing.assert_allclose(np.sort(margins), np.sort(here.decision_function(x)), atol=2e-3)
     early = lm_of(model, tokenizer, batch_size=4, max_length=400, stopper=str(tmp_path / "svm.pkl"))
     answers = early.generate_until(built(), True)
-    assert all(1 <= layer <= L for a in answers for layer in a.trace.layers)
+    assert all(1 <= layer <= L for a in answers for layer in a.exit_record.layers)
 
 
 def built():

@@ -253,10 +253,10 @@ def test_a_hash_of_a_tensor_sees_every_bit_and_does_not_depend_on_memory():
 def test_an_answer_carries_the_model_as_it_was_when_it_was_given():
     lm = lm_of()
     asked = requests(documents=2)
-    first = lm.loglikelihood(asked, True)[0].trace.fingerprint
+    first = lm.loglikelihood(asked, True)[0].exit_record.fingerprint
     trained(lm)
-    second = lm.loglikelihood(asked, True)[0].trace.fingerprint
-    assert first != second == lm.fingerprint == lm.generate_until(texts(), True)[0].trace.fingerprint
+    second = lm.loglikelihood(asked, True)[0].exit_record.fingerprint
+    assert first != second == lm.fingerprint == lm.generate_until(texts(), True)[0].exit_record.fingerprint
 
 
 @cache
@@ -293,7 +293,7 @@ def test_a_model_that_is_trained_behind_a_cache_is_refused(tmp_path):
         cached.generate_until([*asked, instance("new", asked[0].args[1], 9, kind="generate_until")])
     assert len(cached.dbdict) == len(asked) + 1  # and the fingerprint
     lm.set_cache_hook(CacheHook(None))
-    assert lm.generate_until(asked, True)[0].trace.fingerprint == lm.fingerprint
+    assert lm.generate_until(asked, True)[0].exit_record.fingerprint == lm.fingerprint
 
 
 def test_a_run_without_a_cache_does_not_write_into_an_earlier_ones(tmp_path):

@@ -69,7 +69,7 @@ def test_documents_exit_as_simulated_on_their_trace(kind, batch_size, check_laye
     for stopper in stoppers.values():
         lm = lm_of(model, tokenizer, stopper=stopper, batch_size=batch_size, max_length=400, check_layers=check_layers)
         answers = lm.loglikelihood(task.instances, True)
-        real = {r.doc_id: a.trace.exit_layer for r, a in zip(task.instances, answers, strict=True)}
+        real = {r.doc_id: a.exit_record.exit_layer for r, a in zip(task.instances, answers, strict=True)}
         simulated = exits(stopper, meta, arrays, lm.schedule.blocks, groups)
         agree([real[doc] for doc in sorted(real)], simulated)
         layers |= {(stopper.kind, layer) for layer in real.values()}
@@ -118,7 +118,7 @@ def test_generated_tokens_exit_as_simulated(check_layers, stoppers, model, token
         def watched(context, *args, generate=generate, rows=rows, lm=lm, **kwargs):
             real = [row[mask.bool()].tolist() for row, mask in zip(context, kwargs["attention_mask"], strict=True)]
             whole = generate(context, *args, **kwargs)
-            rows += [(p, w[context.shape[1] :].tolist(), t) for p, w, t in zip(real, whole, lm._traces, strict=True)]
+            rows += [(p, w[context.shape[1] :].tolist(), t) for p, w, t in zip(real, whole, lm._exit_records, strict=True)]
             return whole
 
         lm._model_generate = watched

@@ -54,7 +54,7 @@ def test_dense_equals_stock_hf(family, tokenizer):
     for a, b in zip(stock, ours, strict=True):
         assert b[0] == pytest.approx(a[0], rel=2e-6, abs=1e-4)
         assert b[1] == a[1]
-        assert b.trace.exit_layer == 5 and b.trace.pruning_ratio == 0 and b.trace.flops_ratio_total == pytest.approx(1)
+        assert b.exit_record.exit_layer == 5 and b.exit_record.pruning_ratio == 0 and b.exit_record.flops_ratio_total == pytest.approx(1)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -67,7 +67,7 @@ def test_fixed_exit_equals_norm_and_head_of_that_block(family, k, tokenizer):
         context, continuation = lm._encode_pair(*request.args)
         logprob, greedy, top1 = score(model, lm.anatomy.blocks, context, continuation, k, 64)
         assert answer[0] == pytest.approx(logprob, rel=2e-6, abs=1e-4)
-        assert (answer[1], answer.top1, answer.trace.exit_layer) == (greedy, top1, k)
+        assert (answer[1], answer.top1, answer.exit_record.exit_layer) == (greedy, top1, k)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -78,9 +78,9 @@ def test_documents_leave_at_their_own_block_and_do_not_disturb_each_other(family
     answers = lm.loglikelihood(asked, True)
     for request, answer in zip(asked, answers, strict=True):
         context, continuation = lm._encode_pair(*request.args)
-        logprob, *_ = score(model, lm.anatomy.blocks, context, continuation, int(answer.trace.exit_layer), 64)
+        logprob, *_ = score(model, lm.anatomy.blocks, context, continuation, int(answer.exit_record.exit_layer), 64)
         assert answer[0] == pytest.approx(logprob, rel=2e-6, abs=1e-4)
-    layers = {r.doc_id: a.trace.exit_layer for r, a in zip(asked, answers, strict=True)}
+    layers = {r.doc_id: a.exit_record.exit_layer for r, a in zip(asked, answers, strict=True)}
     assert len(set(layers.values())) > 1
 
 
@@ -113,7 +113,7 @@ def test_one_decision_per_document(shared_context, batch_size, options, checked,
         mine = [(r, a) for r, a in zip(asked, answers, strict=True) if r.doc_id == doc]
         contexts = [lm._encode_pair(*r.args)[0] for r, _ in mine]
         layer = expected_exit(model, lm, contexts, 0.3, checked)
-        assert {a.trace.exit_layer for _, a in mine} == {layer}
+        assert {a.exit_record.exit_layer for _, a in mine} == {layer}
         for request, answer in mine:
             context, continuation = lm._encode_pair(*request.args)
             assert answer[0] == pytest.approx(
@@ -125,7 +125,7 @@ def test_results_do_not_depend_on_order_batch_size_or_limit(tokenizer):
     model = make_model("llama", vocab_size=257)
     asked = requests(seed=5, shared_context=False)
     base = lm_of(model, tokenizer, stopper="gap:0.3", batch_size=1).loglikelihood(asked, True)
-    expected = {(r.doc_id, r.idx): (a[0], a[1], a.trace.exit_layer) for r, a in zip(asked, base, strict=True)}
+    expected = {(r.doc_id, r.idx): (a[0], a[1], a.exit_record.exit_layer) for r, a in zip(asked, base, strict=True)}
     variants = [(list(reversed(asked)), 2), (asked[:11], 7), (random.Random(1).sample(asked, len(asked)), "auto")]
     for subset, size in variants:
         kept = {r.doc_id for r in asked} - ({asked[11].doc_id} if len(subset) == 11 else set())
@@ -135,7 +135,7 @@ def test_results_do_not_depend_on_order_batch_size_or_limit(tokenizer):
         for r, a in zip(subset, answers, strict=True):
             if r.doc_id in kept:
                 logprob, greedy, layer = expected[r.doc_id, r.idx]
-                assert (a[1], a.trace.exit_layer) == (greedy, layer)
+                assert (a[1], a.exit_record.exit_layer) == (greedy, layer)
                 assert a[0] == pytest.approx(logprob, rel=2e-6, abs=1e-4)
 
 
@@ -178,7 +178,7 @@ def test_documents_of_several_rows_jump_over_sections_of_auto_batch_sizes(tokeni
             detector = Detector(lm, lambda _, size=size: size)
             found = lm.loglikelihood(asked, True)
             for a, b in zip(found, expected.loglikelihood(asked, True), strict=True):
-                assert a[0] == pytest.approx(b[0], abs=1e-4) and a.trace.exit_layer == b.trace.exit_layer
+                assert a[0] == pytest.approx(b[0], abs=1e-4) and a.exit_record.exit_layer == b.exit_record.exit_layer
             assert len(detector.asked) == len(set(detector.asked)) <= len(lm.batch_sizes)
 
 
@@ -192,7 +192,7 @@ def test_left_truncation_moves_the_decision(tokenizer):
     first = (pairs[0][0] + pairs[0][1])[-13:][:-1][: 12 - len(pairs[0][1]) + 1]
     layer = expected_exit(model, lm, [first], 0.3, (1, 2, 3, 4))
     for (context, continuation), answer in zip(pairs, answers, strict=True):
-        assert answer.trace.exit_layer == layer
+        assert answer.exit_record.exit_layer == layer
         assert answer[0] == pytest.approx(
             score(model, lm.anatomy.blocks, context, continuation, layer, 12)[0], abs=1e-4
         )
@@ -208,13 +208,13 @@ def test_empty_context_follows_its_document_and_has_no_decision_of_its_own(token
     asked.append(instance("", " alone", 1))
     answers = lm.loglikelihood(asked, True)
     layer = expected_exit(model, lm, [lm._encode_pair("a fox", " x")[0]], 0.3, (1, 2, 3, 4))
-    assert [a.trace.exit_layer for a in answers] == [layer] * 4 + [5]
+    assert [a.exit_record.exit_layer for a in answers] == [layer] * 4 + [5]
     for request, answer in zip(asked[2:4], answers[2:4], strict=True):
         tokens = lm.tok_encode(request.args[1], add_special_tokens=False)
         expected = score(model, lm.anatomy.blocks, [lm.prefix_token_id], tokens, layer, 64)[0]
         assert answer[0] == pytest.approx(expected, abs=1e-4)
     fixed = lm_of(model, tokenizer, stopper="fixed:2").loglikelihood(asked, True)
-    assert {a.trace.exit_layer for a in fixed} == {2}
+    assert {a.exit_record.exit_layer for a in fixed} == {2}
 
 
 @pytest.mark.parametrize("logits_cache", [True, False])
@@ -228,7 +228,7 @@ def test_one_row_answers_all_one_token_choices_and_contexts_are_kept_apart(token
     for request, answer in zip(asked, lm.loglikelihood(asked, True), strict=True):
         context, continuation = lm._encode_pair(*request.args)
         layer = expected_exit(model, lm, [context], 0.3, (1, 2, 3, 4))
-        assert answer.trace.exit_layer == layer
+        assert answer.exit_record.exit_layer == layer
         assert answer[0] == pytest.approx(
             score(model, lm.anatomy.blocks, context, continuation, layer, 64)[0], abs=1e-4
         )
@@ -263,12 +263,12 @@ def test_rolling_scores_every_token_at_its_own_block(tokenizer, stopper):
                         layers.append(k)
                         break
         assert float(answer) == pytest.approx(total, abs=1e-3)
-        assert answer.trace.exit_layer == pytest.approx(sum(layers) / len(layers))
+        assert answer.exit_record.exit_layer == pytest.approx(sum(layers) / len(layers))
         if stopper == "none":
             assert float(answer) == pytest.approx(dense, abs=1e-3)
-            assert answer.trace.flops_ratio_total == pytest.approx(1)
+            assert answer.exit_record.flops_ratio_total == pytest.approx(1)
         else:
-            assert (answer.trace.flops_ratio < 1) == (answer.trace.exit_layer < 5)
+            assert (answer.exit_record.flops_ratio < 1) == (answer.exit_record.exit_layer < 5)
 
 
 def test_generation_can_be_dense_and_says_so(tokenizer, caplog):
@@ -281,7 +281,7 @@ def test_generation_can_be_dense_and_says_so(tokenizer, caplog):
     ours = lm_of(model, tokenizer, stopper="gap:0.1", batch_size=2, generation="dense").generate_until(asked, True)
     assert ours == stock
     assert "generation=dense" in caplog.text
-    assert {a.trace.exit_layer for a in ours} == {5} and {a.trace.pruning_ratio for a in ours} == {0}
+    assert {a.exit_record.exit_layer for a in ours} == {5} and {a.exit_record.pruning_ratio for a in ours} == {0}
 
 
 def test_exit_layers_agree_with_a_count_of_block_calls(tokenizer):
@@ -299,7 +299,7 @@ def test_exit_layers_agree_with_a_count_of_block_calls(tokenizer):
     answers = lm.loglikelihood(asked, True)
     for handle in handles:
         handle.remove()
-    assert calls == sum(a.trace.exit_layer for a in answers) == lm.engine.block_calls
+    assert calls == sum(a.exit_record.exit_layer for a in answers) == lm.engine.block_calls
     assert calls < 12 * 5
 
 
@@ -310,9 +310,9 @@ def test_answers_survive_pickling_with_their_trace(tokenizer):
     lm = lm_of(model, tokenizer, stopper="gap:0.3", log_features=True)
     (answer,) = lm.loglikelihood([instance("a fox", " x", 0)], True)
     again = pickle.loads(pickle.dumps(answer))
-    assert again == answer and again.trace == answer.trace and again.top1 == answer.top1
-    seen = answer.trace.features[0]
-    assert seen["layer"] == list(range(1, int(answer.trace.exit_layer) + 1))
+    assert again == answer and again.exit_record == answer.exit_record and again.top1 == answer.top1
+    seen = answer.exit_record.features[0]
+    assert seen["layer"] == list(range(1, int(answer.exit_record.exit_layer) + 1))
     gaps = [gap_after_block(model, lm.anatomy.blocks, lm._encode_pair("a fox", " x")[0], k) for k in seen["layer"]]
     assert seen["gap"] == pytest.approx(gaps, abs=1e-5)
 
@@ -372,7 +372,7 @@ def test_a_decision_in_parts_is_counted_on_top(tokenizer):
     traces = {}
     for lm in (together, apart):
         answers = lm.loglikelihood(asked, True)
-        traces[lm] = {r.doc_id: a.trace for r, a in zip(asked, answers, strict=True)}
+        traces[lm] = {r.doc_id: a.exit_record for r, a in zip(asked, answers, strict=True)}
         documents = lm.documents([(r.args, *lm._encode_pair(*r.args)) for r in asked], [r.doc_id for r in asked])
         tokens = {d.rows[0].answers[0].request: sum(len(row.tokens) for row in d.rows) for d in documents}
         run = sum(traces[lm][asked[first].doc_id].layers_run * count for first, count in tokens.items())
@@ -391,7 +391,7 @@ def test_a_cached_generation_keeps_its_trace(tokenizer, tmp_path):
     cached = CachingLM(lm, str(tmp_path / "answers.db"))
     first = cached.generate_until(asked)
     (again,) = cached.generate_until(asked)
-    assert again == first[0] and again.trace.exit_layer == 5
+    assert again == first[0] and again.exit_record.exit_layer == 5
 
 
 def test_adapters_are_part_of_the_model_and_of_its_fingerprint(tokenizer):

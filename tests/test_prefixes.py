@@ -43,10 +43,10 @@ def test_answers_and_exits_are_those_of_whole_prompts(family, stopper, tokenizer
     expected, found = whole.loglikelihood(requests, True), once.loglikelihood(requests, True)
     for a, b in zip(expected, found, strict=True):
         assert b[0] == pytest.approx(a[0], abs=2e-4) and b[1] == a[1]
-        assert b.trace.exit_layer == a.trace.exit_layer and b.trace.flops_ratio_total == a.trace.flops_ratio_total
+        assert b.exit_record.exit_layer == a.exit_record.exit_layer and b.exit_record.flops_ratio_total == a.exit_record.flops_ratio_total
     for request, answer in list(zip(requests, found, strict=True))[:4]:
         context, continuation = once._encode_pair(*request.args)
-        slow = score(model, once.anatomy.blocks, context, continuation, int(answer.trace.exit_layer), 128)
+        slow = score(model, once.anatomy.blocks, context, continuation, int(answer.exit_record.exit_layer), 128)
         assert answer[0] == pytest.approx(slow[0], abs=2e-4)
     if once._found_sharing.rule:
         assert once.engine.block_tokens < 0.6 * whole.engine.block_tokens
@@ -54,7 +54,7 @@ def test_answers_and_exits_are_those_of_whole_prompts(family, stopper, tokenizer
     else:
         assert family == "mamba"
     if stopper == "scripted":
-        assert len({a.trace.exit_layer for a in found}) > 1
+        assert len({a.exit_record.exit_layer for a in found}) > 1
 
 
 def test_a_prefix_is_run_no_deeper_than_needed(tokenizer):
@@ -115,7 +115,7 @@ def test_choices_of_several_tokens_share_their_context(shared, batch_size, stopp
     once = lm_of(model, tokenizer, stopper=spec, batch_size=batch_size, max_length=256)
     for a, b in zip(whole.loglikelihood(requests, True), once.loglikelihood(requests, True), strict=True):
         assert b[0] == pytest.approx(a[0], abs=2e-4) and b[1] == a[1]
-        assert b.trace == a.trace
+        assert b.exit_record == a.exit_record
     assert once.engine.head_rows == whole.engine.head_rows
     tokens = 0  # every distinct context once (but for its last token), and what follows it once per choice
     contexts = {}
@@ -145,7 +145,7 @@ def test_documents_of_several_contexts_and_mixed_lengths(tokenizer):
         once = lm_of(model, tokenizer, stopper=Scripted(), batch_size=batch_size)
         for a, b in zip(whole.loglikelihood(requests, True), once.loglikelihood(requests, True), strict=True):
             assert b[0] == pytest.approx(a[0], abs=2e-4) and b[1] == a[1]
-            assert b.trace.exit_layer == a.trace.exit_layer
+            assert b.exit_record.exit_layer == a.exit_record.exit_layer
 
 
 def test_truncated_prompts_and_short_limits_stay_right(tokenizer):

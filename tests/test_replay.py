@@ -76,7 +76,7 @@ def check_against_a_real_run(run, task, trace, spec, **options):
         if (np.abs(found[number][~np.isnan(found[number])]) <= 1e-4).any():
             continue
         pairs = real[number]
-        assert {a.trace.exit_layer for _, a in pairs} == {mine[number]}
+        assert {a.exit_record.exit_layer for _, a in pairs} == {mine[number]}
         results = [(a[0], a[1]) for _, a in sorted(pairs, key=lambda p: p[0].idx)]
         acc = task.process_results(pairs[0][0].doc, results)["acc"]
         assert trace.right[number, mine[number] - 1] == acc

@@ -68,7 +68,7 @@ def test_every_metric_of_the_table_is_the_mean_of_the_samples(run):
         assert row["exit_layer_var,none"] == pytest.approx(sum((x - mean) ** 2 for x in layers) / len(layers))
         assert row["pruning_ratio,none"] == pytest.approx(1 - mean / 5)
         for sample in samples:
-            traces = [response.trace for responses in sample["resps"] for response in responses]
+            traces = [response.exit_record for responses in sample["resps"] for response in responses]
             assert {t.exit_layer for t in traces} == {sample["exit_layer"]}
     assert 0 < run["results"]["adainfer_demo"]["pruning_ratio,none"] < 1
 
@@ -439,10 +439,10 @@ def test_documents_that_mix_kinds_of_requests_have_one_exit_layer_of_each_kind(o
     for sample in found["samples"]["mixed"]:
         layers, texts = {}, []
         for kind, (response,) in zip(sorted_by_index(order), sample["resps"], strict=True):
-            layers.setdefault(kind, set()).add(response.trace.exit_layer)
+            layers.setdefault(kind, set()).add(response.exit_record.exit_layer)
             if kind == "generate_until":
-                texts.append(list(response.trace.layers))
-                assert response.trace.exit_layer == pytest.approx(sum(texts[0]) / len(texts[0]))
+                texts.append(list(response.exit_record.layers))
+                assert response.exit_record.exit_layer == pytest.approx(sum(texts[0]) / len(texts[0]))
         assert all(len(found_layers) == 1 for found_layers in layers.values())  # compared requests share a block
         each = [next(iter(found_layers)) for found_layers in layers.values()]
         several += len(set(each)) > 1

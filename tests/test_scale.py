@@ -52,9 +52,9 @@ def with_shots():
 def everything(lm):
     """(answer, exit layer, exits per token) of shared-prefix documents, rolling and generated texts."""
     found = [*lm.loglikelihood(requests(), True), *lm.loglikelihood(with_shots(), True)]
-    found = [(a[0], a.trace.exit_layer, None) for a in found]
-    found += [(float(a), a.trace.exit_layer, None) for a in lm.loglikelihood_rolling(texts("loglikelihood_rolling"), True)]
-    return found + [(str(a), a.trace.exit_layer, a.trace.layers) for a in lm.generate_until(texts(), True)]
+    found = [(a[0], a.exit_record.exit_layer, None) for a in found]
+    found += [(float(a), a.exit_record.exit_layer, None) for a in lm.loglikelihood_rolling(texts("loglikelihood_rolling"), True)]
+    return found + [(str(a), a.exit_record.exit_layer, a.exit_record.layers) for a in lm.generate_until(texts(), True)]
 
 
 def assert_same(found, expected, abs=1e-4):
@@ -173,7 +173,7 @@ def test_a_batch_loads_as_many_blocks_as_its_deepest_document_needs(folder, tmp_
             offload_folder=str(tmp_path))  # fmt: skip
     asked = [r for r in requests(documents=20) if r.idx == 0]
     read_from_disk.clear()
-    depth = sum(a.trace.exit_layer for a in lm.loglikelihood(asked, True))
+    depth = sum(a.exit_record.exit_layer for a in lm.loglikelihood(asked, True))
     assert depth < 5 * len(asked)
     assert sum(n for name, n in read_from_disk.items() if "input_layernorm" in name) == depth
 
@@ -234,8 +234,8 @@ def test_a_model_in_8_bit_is_counted_as_the_whole_one_and_exits_where_its_own_bl
         context, continuation = lm._encode_pair(*request.args)
         assert answer[0] == pytest.approx(score(model, lm.anatomy.blocks, context, continuation, 3, 64)[0], **loose)
     scripted = lm_of(model, tokenizer, stopper="gap:0.3")
-    assert len({a.trace.exit_layer for a in scripted.loglikelihood(requests(), True)}) > 1
-    assert {a.trace.n_blocks for a in scripted.generate_until(texts()[:3], True)} == {5}
+    assert len({a.exit_record.exit_layer for a in scripted.loglikelihood(requests(), True)}) > 1
+    assert {a.exit_record.n_blocks for a in scripted.generate_until(texts()[:3], True)} == {5}
 
 
 # ------------------------------------------------------------------------------------------------ dtypes, Python
@@ -262,7 +262,7 @@ def test_every_dtype_gives_stocks_answers_and_the_exit_blocks_log_probabilities(
     exact = of(folder, stopper="fixed:3").loglikelihood(requests(), True)
     for a, b in zip(exact, early.loglikelihood(requests(), True), strict=True):
         assert b[0] == pytest.approx(a[0], rel=10 * eps + 2e-6, abs=1e-4 + 200 * eps)
-    assert [a.trace.layers for a in early.generate_until(texts(), True)] == [(3,) * 6] * len(TEXTS)
+    assert [a.exit_record.layers for a in early.generate_until(texts(), True)] == [(3,) * 6] * len(TEXTS)
 
 
 @pytest.mark.parametrize("name", ["float8_e4m3fn", "int64", torch.float8_e5m2])

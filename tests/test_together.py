@@ -51,14 +51,14 @@ def test_answers_and_exits_do_not_depend_on_what_goes_together(stopper, batch_si
     expected = alone.loglikelihood(asked(), True)
     for a, b in zip(expected, found, strict=True):
         assert b[0] == pytest.approx(a[0], abs=2e-4) and b[1] == a[1]
-        assert b.trace.exit_layer == a.trace.exit_layer and b.trace.flops_ratio_total == a.trace.flops_ratio_total
-        for x, y in zip(a.trace.features or (), b.trace.features or (), strict=True):
+        assert b.exit_record.exit_layer == a.exit_record.exit_layer and b.exit_record.flops_ratio_total == a.exit_record.flops_ratio_total
+        for x, y in zip(a.exit_record.features or (), b.exit_record.features or (), strict=True):
             assert x["layer"] == y["layer"]
             for name in x:
                 assert y[name] == pytest.approx(x[name], abs=1e-3)
     for request, answer in list(zip(asked(), found, strict=True))[::5]:
         context, continuation = together._encode_pair(*request.args)
-        slow = score(model, together.anatomy.blocks, context, continuation, int(answer.trace.exit_layer), 128)
+        slow = score(model, together.anatomy.blocks, context, continuation, int(answer.exit_record.exit_layer), 128)
         assert answer[0] == pytest.approx(slow[0], abs=2e-4)
     for count in ("tokens", "block_tokens", "block_calls", "head_rows"):
         assert getattr(together.engine, count) == getattr(alone.engine, count)

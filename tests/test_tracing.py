@@ -211,7 +211,7 @@ def test_the_gap_rule_replayed_on_a_trace_exits_where_a_real_run_does(kind, lm, 
     for threshold in (0.05, 0.2, 0.4, 0.7):
         run = lm_of(model, tokenizer, stopper=f"gap:{threshold}", batch_size=5, max_length=400)
         answers = run.loglikelihood(task.instances, True)
-        real = {r.doc_id: a.trace.exit_layer for r, a in zip(task.instances, answers, strict=True)}
+        real = {r.doc_id: a.exit_record.exit_layer for r, a in zip(task.instances, answers, strict=True)}
         clear = 0
         for doc in set(arrays["doc_id"].tolist()):
             mine = gaps[arrays["doc_id"] == doc]
@@ -543,7 +543,7 @@ def test_a_fitted_svm_exits_where_scikit_learn_predicts_stop_on_the_trace(featur
     for options, checked in [({}, (1, 2, 3, 4)), ({"check_layers": "2+4"}, (2, 4))]:
         run = lm_of(model, tokenizer, stopper=stopper, batch_size=8, max_length=400, **options)
         answers = run.loglikelihood(task.instances, True)
-        real = {r.doc_id: a.trace.exit_layer for r, a in zip(task.instances, answers, strict=True)}
+        real = {r.doc_id: a.exit_record.exit_layer for r, a in zip(task.instances, answers, strict=True)}
         clear = []
         for row, doc in enumerate(arrays["doc_id"].tolist()):
             if (np.abs(svc.decision_function(seen[row])) < 1e-3).any():

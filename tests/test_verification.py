@@ -185,7 +185,7 @@ def test_an_engine_that_says_another_block_than_it_read(tokenizer, monkeypatch):
     def shifted(self, *args, **kwargs):
         answers = whole(self, *args, **kwargs)
         for answer in answers:
-            object.__setattr__(answer.trace, "exit_layer", max(1, answer.trace.exit_layer - 1))
+            object.__setattr__(answer.exit_record, "exit_layer", max(1, answer.exit_record.exit_layer - 1))
         return answers
 
     monkeypatch.setattr(AdaInferLM, "_loglikelihood_tokens", shifted)

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from lm_eval_adainfer import __version__
+from lm_eval_adainfer._version import __version__
 from lm_eval_adainfer.cli import stoppers, studies
 from lm_eval_adainfer.cli.comparison import add_parsers as add_comparison_parsers
 from lm_eval_adainfer.errors import AdaInferError

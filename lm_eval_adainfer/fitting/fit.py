@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from lm_eval_adainfer import __version__
+from lm_eval_adainfer._version import __version__
 from lm_eval_adainfer.errors import AdaInferError
 from lm_eval_adainfer.strategies import crf
 from lm_eval_adainfer.strategies.base import Stopper

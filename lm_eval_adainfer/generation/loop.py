@@ -15,7 +15,7 @@ from lm_eval_adainfer.counting import FlopCounter
 from lm_eval_adainfer.errors import AdaInferError, UnsupportedModelError
 from lm_eval_adainfer.generation.settings import Settings
 from lm_eval_adainfer.generation.step import Decoded, Decoder
-from lm_eval_adainfer.records import ExitTrace
+from lm_eval_adainfer.records import ExitRecord
 from lm_eval_adainfer.strategies.base import Schedule, Stopper
 from lm_eval_adainfer.structure.anatomy import Anatomy
 from lm_eval_adainfer.structure.windows import Windows
@@ -141,8 +141,8 @@ def decode(
     return decoder.results
 
 
-def trace(decoded: Decoded, prompt_tokens: int, counter: FlopCounter, fingerprint: str) -> ExitTrace:
-    """The exit trace of a generated text (docs/numbers.md)."""
+def record_of(decoded: Decoded, prompt_tokens: int, counter: FlopCounter, fingerprint: str) -> ExitRecord:
+    """The exit record of a generated text (docs/numbers.md)."""
     n_blocks, new = counter.n_blocks, len(decoded.tokens)
     positions = prompt_tokens + new - 1  # the last new token is never run
     layer = sum(decoded.layers) / new
@@ -153,7 +153,7 @@ def trace(decoded: Decoded, prompt_tokens: int, counter: FlopCounter, fingerprin
         + counter.screened(decoded.screened)
         + counter.decisions(decoded.decisions)
     )
-    return ExitTrace(
+    return ExitRecord(
         exit_layer=layer,
         n_blocks=counter.n_whole,
         flops_ratio=counter.flops_ratio(layer, prompt_tokens),

@@ -1,62 +1,62 @@
-"""Answers that carry their exit trace: they are what lm-eval expects, plus a ``trace``.
+"""Answers that carry an exit record: they are what lm-eval expects, plus an ``exit_record``.
 
-lm-eval passes responses through filters, SQLite caches and process boundaries untouched, so the trace of a document
-travels with them to the place where metrics are made (``reporting``).
+lm-eval passes responses through filters, SQLite caches and process boundaries untouched, so the record of a
+document travels with them to the place where metrics are made (``metrics``).
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-from lm_eval_adainfer.records import ExitTrace
+from lm_eval_adainfer.records import ExitRecord
 
 
 class LogLikelihood(tuple):
     """``(log-probability, is_greedy)`` of a continuation.
 
     Attributes:
-        trace: The document's exit trace.
+        exit_record: How deep the document went.
         top1: Whether the full vocabulary's top token is the continuation's first token.
     """
 
-    trace: ExitTrace
+    exit_record: ExitRecord
     top1: bool
 
-    def __new__(cls, logprob: float, is_greedy: bool, trace: ExitTrace, top1: bool) -> LogLikelihood:
-        """Pair the answer with its trace."""
+    def __new__(cls, logprob: float, is_greedy: bool, exit_record: ExitRecord, top1: bool) -> LogLikelihood:
+        """Pair the answer with its record."""
         self = super().__new__(cls, (logprob, is_greedy))
-        self.trace, self.top1 = trace, top1
+        self.exit_record, self.top1 = exit_record, top1
         return self
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self[0], self[1], self.trace, self.top1)
+        return type(self), (self[0], self[1], self.exit_record, self.top1)
 
 
 class Rolling(float):
     """Log-probability of a whole text."""
 
-    trace: ExitTrace
+    exit_record: ExitRecord
 
-    def __new__(cls, logprob: float, trace: ExitTrace) -> Rolling:
-        """Pair the number with its trace."""
+    def __new__(cls, logprob: float, exit_record: ExitRecord) -> Rolling:
+        """Pair the number with its record."""
         self = super().__new__(cls, logprob)
-        self.trace = trace
+        self.exit_record = exit_record
         return self
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (float(self), self.trace)
+        return type(self), (float(self), self.exit_record)
 
 
 class Text(str):
     """Generated text. ``Text(x)`` works for any x, as ``str`` does (lm-eval calls ``type(result)(gold)``)."""
 
-    trace: ExitTrace | None
+    exit_record: ExitRecord | None
 
-    def __new__(cls, value: Any = "", trace: ExitTrace | None = None) -> Text:
-        """As ``str(value)``, with a trace."""
+    def __new__(cls, value: Any = "", exit_record: ExitRecord | None = None) -> Text:
+        """As ``str(value)``, with a record."""
         self = super().__new__(cls, value)
-        self.trace = trace
+        self.exit_record = exit_record
         return self
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (str(self), self.trace)
+        return type(self), (str(self), self.exit_record)

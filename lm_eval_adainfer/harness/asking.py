@@ -11,12 +11,9 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lm_eval_adainfer.errors import AdaInferError
-
-if TYPE_CHECKING:
-    from lm_eval_adainfer.harness.model import AdaInferLM
 
 # the option of a YAML file -> what it takes there
 FROM_YAML = {
@@ -67,7 +64,7 @@ class Asking:
             metadata=arguments.metadata or None,
         )
 
-    def chat_template(self, lm: AdaInferLM) -> str | None:
+    def chat_template(self, lm: Any) -> str | None:
         """The chat template's text; None where none is asked for.
 
         Raises:
@@ -86,7 +83,7 @@ class Asking:
             )
         return template
 
-    def build_requests(self, lm: AdaInferLM, task: Any) -> None:
+    def build_requests(self, lm: Any, task: Any) -> None:
         """Make a task's requests as ``simple_evaluate`` and ``evaluate`` do."""
         if self.gen_kwargs and task.OUTPUT_TYPE == "generate_until":
             task.set_config(key="generation_kwargs", value=dict(self.gen_kwargs), update=True)
@@ -102,7 +99,7 @@ class Asking:
             tokenizer_name=lm.tokenizer_name if templated else "",
         )
 
-    def identity(self, lm: AdaInferLM, output_type: str) -> dict[str, Any]:
+    def identity(self, lm: Any, output_type: str) -> dict[str, Any]:
         """What a trace of this output type says about how it was asked, JSON-serialisable; None: not given."""
         template = self.chat_template(lm)
         said = json.dumps([template, lm.chat_template_args], sort_keys=True, default=str)

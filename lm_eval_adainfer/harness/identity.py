@@ -9,12 +9,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lm_eval_adainfer.structure.hashes import _short, modules_hash
-
-if TYPE_CHECKING:
-    from lm_eval_adainfer.harness.model import AdaInferLM
 
 # of a tokenizer, what is no part of its backend
 _TOKENIZER = (
@@ -23,7 +20,7 @@ _TOKENIZER = (
 )  # fmt: skip
 
 
-def fingerprint(lm: AdaInferLM) -> str:
+def fingerprint(lm: Any) -> str:
     """16 hex digits of whatever changes an answer of ``lm``, as it is now.
 
     All weights and buffers are read, by which a model that was trained further is told from what it was: about a
@@ -95,7 +92,7 @@ def _config(config: Any) -> dict[str, Any]:
     return {key: value for key, value in config.to_dict().items() if key not in unread}
 
 
-def _truncation(lm: AdaInferLM) -> list[str]:
+def _truncation(lm: Any) -> list[str]:
     """Where the tokenizer itself cuts a prompt; nothing where it is not asked to."""
     if not lm.truncation:
         return []

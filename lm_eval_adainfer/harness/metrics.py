@@ -10,21 +10,20 @@ from __future__ import annotations
 import inspect
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from types import FunctionType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from lm_eval.api.metrics import mean
 from lm_eval.config.group import AggMetricConfig
 
 from lm_eval_adainfer.errors import AdaInferError
-from lm_eval_adainfer.records import ExitTrace
+from lm_eval_adainfer.records import ExitRecord
 
 if TYPE_CHECKING:
     from lm_eval.api.group import Group
     from lm_eval.api.instance import Instance
 
-    from lm_eval_adainfer.harness.model import AdaInferLM
 
 # metric -> higher is better; each is a mean over documents (lm-eval's own mean, which brings a standard error)
 MEANS = {
@@ -37,6 +36,31 @@ MEANS = {
 VARIANCE = "exit_layer_var"
 TOP1 = "top1_acc"
 _STOCK = "_adainfer_stock_evaluate"  # in the module of ``evaluate``
+
+
+class ReportsExits(Protocol):
+    """What the metrics need of a model: ``reports_exits`` is true, and answers carry exit records."""
+
+    reports_exits: bool
+    stopper: Any
+    rank: int
+    run_totals: dict[str, Any]
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the model and the stopper, as they are now."""
+
+    def totals(self) -> dict[str, Any]:
+        """This process's totals since the model was built."""
+
+    def identified(self) -> AbstractContextManager[None]:
+        """For the length of a run the fingerprint stays what it is."""
+
+    def without_cache(self) -> AbstractContextManager[None]:
+        """For the length of a run no cache of answers is written."""
+
+    def gather_object(self, value: Any) -> Any:
+        """Of every rank, on the main one."""
 
 
 def install() -> None:
@@ -72,10 +96,8 @@ def evaluate_with_exit_statistics(
     """As lm-eval's ``evaluate``; where the model is ours, its exit statistics are among the results."""
     from lm_eval.evaluator_utils import _handle_back_comp
 
-    from lm_eval_adainfer.harness.model import AdaInferLM
-
     model = getattr(lm, "lm", lm)  # --use_cache hands in a CachingLM
-    if not isinstance(model, AdaInferLM):
+    if not getattr(model, "reports_exits", False):
         return evaluate(lm, task_dict, *args, **kwargs)
     if "tasks" in task_dict:
         tasks, groups = task_dict["tasks"], task_dict.get("groups", {})
@@ -101,9 +123,9 @@ def evaluate_with_exit_statistics(
 
 
 class _Watch:
-    """One task's documents during one ``evaluate``: whose turn it is, and what their traces said."""
+    """One task's documents during one ``evaluate``: whose turn it is, and what their exit records said."""
 
-    def __init__(self, task: Any, model: AdaInferLM):
+    def __init__(self, task: Any, model: ReportsExits):
         self.task, self.fingerprint = task, model.fingerprint
         self.dropped_blocks = list(model.stopper.dropped_blocks)
         self.documents: dict[int, dict[str, Any]] = {}
@@ -123,9 +145,9 @@ class _Watch:
     def metrics(self, doc: Any) -> dict[str, float]:
         """The current document's exit statistics, from its responses (filters build new strings)."""
         instances = self.instances()
-        kinds: dict[str, list[ExitTrace]] = defaultdict(list)
+        kinds: dict[str, list[ExitRecord]] = defaultdict(list)
         for i in instances:  # lm-eval pads processes to equal numbers of requests; what it asked twice it appends
-            kinds[i.request_type] += [self._trace_of(response) for response in i.resps[: i.repeats]]
+            kinds[i.request_type] += [self._record_of(response) for response in i.resps[: i.repeats]]
         layers = {t.exit_layer for t in kinds["loglikelihood"]}
         if len(layers) > 1:
             raise AdaInferError(
@@ -135,9 +157,9 @@ class _Watch:
         # every kind of request decides for itself, and counts once, however many of its requests there are
         means = [{name: mean([getattr(t, name) for t in ts]) for name in MEANS} for ts in kinds.values() if ts]
         values = {name: mean([one[name] for one in means]) for name in MEANS}
-        traces = [t for ts in kinds.values() for t in ts]
-        features = [t.features for t in traces if t.features is not None]
-        generated = [t.layers for t in traces if t.layers is not None]
+        records = [t for ts in kinds.values() for t in ts]
+        features = [t.features for t in records if t.features is not None]
+        generated = [t.layers for t in records if t.layers is not None]
         self.documents[self.true_id] = {
             "exit_layer": values["exit_layer"],
             **({"adainfer_features": features[0]} if features else {}),
@@ -148,13 +170,13 @@ class _Watch:
             values[TOP1] = top1
         return values
 
-    def _trace_of(self, response: Any) -> ExitTrace:
-        trace = getattr(response, "trace", None)
-        if not isinstance(trace, ExitTrace) or trace.fingerprint != self.fingerprint:
+    def _record_of(self, response: Any) -> ExitRecord:
+        record = getattr(response, "exit_record", None)
+        if not isinstance(record, ExitRecord) or record.fingerprint != self.fingerprint:
             raise AdaInferError(
                 "use_cache: it returned an answer that this model and stopper did not give; give another path"
             )
-        return trace
+        return record
 
     def _top1(self, doc: Any, instances: Sequence[Instance]) -> float | None:
         """Whether the full vocabulary's top token is the gold answer's first token; None where there is no gold."""
@@ -176,7 +198,7 @@ class _Watch:
 
 
 @contextmanager
-def _watched(task: Any, model: AdaInferLM) -> Iterator[_Watch]:
+def _watched(task: Any, model: ReportsExits) -> Iterator[_Watch]:
     """Give this task instance our statistics, and take them away afterwards."""
     watch = _Watch(task, model)
     doc_iterator, process_results = task.doc_iterator, task.process_results

@@ -20,10 +20,10 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import normalize_gen_kwargs
 from tqdm import tqdm
 
-from lm_eval_adainfer import __version__, paths
+from lm_eval_adainfer import paths
+from lm_eval_adainfer._version import __version__
 from lm_eval_adainfer.errors import AdaInferError, UnsupportedModelError, report_errors_in_one_sentence
-from lm_eval_adainfer.generation.loop import Seeds, Stop, decode
-from lm_eval_adainfer.generation.loop import trace as decode_trace
+from lm_eval_adainfer.generation.loop import Seeds, Stop, decode, record_of
 from lm_eval_adainfer.generation.settings import Settings, check_checkpoint
 from lm_eval_adainfer.generation.step import KV_POLICIES, prepare
 from lm_eval_adainfer.harness import arguments, identity, metrics
@@ -34,7 +34,7 @@ from lm_eval_adainfer.prefill.engine import Engine
 from lm_eval_adainfer.prefill.forward import first_not_finite, verify
 from lm_eval_adainfer.prefill.prefixes import Prefix
 from lm_eval_adainfer.prefill.probes import Sharing
-from lm_eval_adainfer.records import ExitTrace
+from lm_eval_adainfer.records import ExitRecord
 from lm_eval_adainfer.strategies import artifact
 from lm_eval_adainfer.strategies.base import Schedule
 from lm_eval_adainfer.structure import removal, unwrapping, wrappers
@@ -97,6 +97,8 @@ class AdaInferLM(HFLM):
     Raises:
         AdaInferError: On a wrong argument or a model that can't exit early, in one sentence.
     """
+
+    reports_exits = True  # to ``metrics``
 
     def __init__(
         self,
@@ -194,7 +196,7 @@ class AdaInferLM(HFLM):
         self.generated_tokens = 0
         self._generated: defaultdict[str, deque[Text]] = defaultdict(deque)
         self._max_length_asked: int | None = None  # gen_kwargs' max_length of the requests being generated
-        self._traces: deque[ExitTrace] = deque()
+        self._exit_records: deque[ExitRecord] = deque()
         self._seeds = Seeds()
         self.generated_rows: list[list[int]] = []  # of the last dense batch, new tokens up to each row's end
         self.set_cache_hook(CacheHook(None))
@@ -329,7 +331,7 @@ class AdaInferLM(HFLM):
     # ------------------------------------------------------------------ loglikelihood
     @_identified
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[Any]:
-        """As HFLM's, every answer with its document's exit trace."""
+        """As HFLM's, every answer with its document's exit record."""
         for context, continuation in (r.args for r in requests):
             if context == "" and not self.tok_encode(continuation, add_special_tokens=False):
                 raise _nothing_to_score(continuation)
@@ -364,10 +366,10 @@ class AdaInferLM(HFLM):
                     self.run_documents(batches, size)
                 self.seconds += time.perf_counter() - started
                 for document in (document for batch in batches for document in batch):
-                    trace = self.engine.trace(document, self.fingerprint)
+                    record = self.engine.record(document, self.fingerprint)
                     finished = {}
                     for row, answer in [(r, a) for r in document.rows for a in r.answers]:
-                        result = LogLikelihood(answer.logprob, answer.is_greedy, trace, answer.top1)
+                        result = LogLikelihood(answer.logprob, answer.is_greedy, record, answer.top1)
                         results[answer.request] = result
                         if (strings := requests[answer.request][0]) is not None:
                             finished[hash_args("loglikelihood", strings)] = result
@@ -522,7 +524,7 @@ class AdaInferLM(HFLM):
                 row.answers.append(Answer(n, continuation))
                 texts[n].append(row)
         finished: list[list[tuple[Row, list[int]]]] = [[] for _ in requests]
-        results: list[Any] = [None if windows else Rolling(0.0, self._dense_trace()) for windows in texts]
+        results: list[Any] = [None if windows else Rolling(0.0, self._dense_record()) for windows in texts]
         # a text's windows stay together, so that it is finished, and kept, before many others are begun
         order = sorted(range(len(texts)), key=lambda n: -max((len(row.tokens) for row in texts[n]), default=0))
         windows = [(n, row) for n in order for row in texts[n]]
@@ -549,11 +551,11 @@ class AdaInferLM(HFLM):
             if any(math.isnan(answer.logprob) for answer in row.answers):
                 self._warn_not_finite(row.tokens)
         logprob = sum(answer.logprob for row, _ in parts for answer in row.answers)
-        return Rolling(logprob, self.engine.trace_tokens(parts, self.fingerprint))
+        return Rolling(logprob, self.engine.record_of_tokens(parts, self.fingerprint))
 
     @_identified
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[Any]:
-        """As HFLM's at batch size 1, every text with its exit trace.
+        """As HFLM's at batch size 1, every text with its exit record.
 
         Raises:
             AdaInferError: On generation settings that can't be followed, before anything is generated.
@@ -583,7 +585,7 @@ class AdaInferLM(HFLM):
         if requests and not early and self.schedule.blocks:
             eval_logger.warning("generation=dense: generate_until does not exit early (exit_layer = L)")
         self._generated.clear()
-        self._traces.clear()
+        self._exit_records.clear()
         self._seeds = Seeds()
         started = time.perf_counter()
         try:
@@ -619,7 +621,7 @@ class AdaInferLM(HFLM):
 
     @_identified
     def _model_generate(self, context: torch.Tensor, max_length: int, stop: list[str], **kwargs: Any) -> torch.Tensor:
-        """HFLM's call for one batch: [B, S] left-padded ids to [B, S + new]; notes every row's trace."""
+        """HFLM's call for one batch: [B, S] left-padded ids to [B, S + new]; notes every row's exit record."""
         early = self._windows is not None and self.generation == "early"  # dense while tracing, whatever came before
         mask = kwargs.pop("attention_mask")
         settings = Settings(self.anatomy.model, kwargs, early)
@@ -659,7 +661,7 @@ class AdaInferLM(HFLM):
         finished = Stop(self.tokenizer, stop, settings.end_tokens())
         ended = [finished.cut(row) for row in rows]
         self.generated_rows += ended
-        self._traces.extend(map(self._dense_trace, mask.sum(-1).tolist(), map(len, ended)))
+        self._exit_records.extend(map(self._dense_record, mask.sum(-1).tolist(), map(len, ended)))
         self.generated_tokens += sum(map(len, ended))
         return ended if len(rows) > 1 else rows  # a single row's end is stock's own, with beams too
 
@@ -676,7 +678,7 @@ class AdaInferLM(HFLM):
         for row, prompt, slots in zip(rows, mask.sum(-1).tolist(), context.tolist(), strict=True):
             if not row.finite:
                 self._warn_not_finite([*slots[len(slots) - int(prompt) :], *row.tokens[:-1]])
-            self._traces.append(decode_trace(row, int(prompt), self.engine.counter, self.fingerprint))
+            self._exit_records.append(record_of(row, int(prompt), self.engine.counter, self.fingerprint))
             self.engine.head_rows += row.head_rows
             self.engine.block_tokens += row.executed
             self.engine.tokens += int(prompt) + len(row.tokens) - 1
@@ -684,16 +686,16 @@ class AdaInferLM(HFLM):
         return [row.tokens for row in rows]
 
     def note_text(self, arguments: Any, text: str) -> Text:
-        """Pair a generated text with its trace; HFLM finishes rows in the order in which they were generated."""
-        found = Text(text, self._traces.popleft())
+        """Pair a generated text with its exit record; HFLM finishes rows in the order in which they were generated."""
+        found = Text(text, self._exit_records.popleft())
         self._generated[hash_args("generate_until", arguments)].append(found)
         return found
 
-    def _dense_trace(self, prompt: int = 1, new: int = 1) -> ExitTrace:
-        """The trace of a text of ``new`` tokens after a prompt that ran all blocks there are, with a cache."""
+    def _dense_record(self, prompt: int = 1, new: int = 1) -> ExitRecord:
+        """The exit record of a text of ``new`` tokens after a prompt that ran all blocks there are, with a cache."""
         run, count, positions = self.anatomy.n_blocks, self.engine.counter, prompt + max(new, 1) - 1
         flops, dense = count.blocks(run, positions) + count.head(new), count.dense(positions) + count.head(new)
-        return ExitTrace(run, self.n_blocks, count.flops_ratio(run, prompt), run, flops, dense, self.fingerprint)
+        return ExitRecord(run, self.n_blocks, count.flops_ratio(run, prompt), run, flops, dense, self.fingerprint)
 
     # ------------------------------------------------------------------ --use_cache
     def set_cache_hook(self, cache_hook: CacheHook) -> None:
@@ -803,7 +805,7 @@ class AdaInferLM(HFLM):
 
 
 class _TextHook(CacheHook):
-    """HFLM reports finished texts here, as plain strings; note them with their traces, and cache those."""
+    """HFLM reports finished texts here, as plain strings; note them with their exit records, and cache those."""
 
     def __init__(self, hook: CacheHook, lm: AdaInferLM):
         self.dbdict = hook.dbdict

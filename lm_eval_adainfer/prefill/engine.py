@@ -21,7 +21,7 @@ from lm_eval_adainfer.prefill.forward import Forward, run_blocks
 from lm_eval_adainfer.prefill.planning import Load, contexts
 from lm_eval_adainfer.prefill.prefixes import Continued, Prefix
 from lm_eval_adainfer.prefill.scoring import CHUNK_ELEMENTS, score_points
-from lm_eval_adainfer.records import ExitTrace
+from lm_eval_adainfer.records import ExitRecord
 from lm_eval_adainfer.strategies import features
 from lm_eval_adainfer.strategies.base import Schedule, Stopper
 from lm_eval_adainfer.structure.anatomy import Anatomy
@@ -379,15 +379,15 @@ class Engine:
         run_blocks(self.anatomy, self.pad([row.tokens for row in document.rows]), after_block, self._parts)
         return found
 
-    def trace(self, document: Document, fingerprint: str) -> ExitTrace:
-        """The exit trace of a document that was run."""
+    def record(self, document: Document, fingerprint: str) -> ExitRecord:
+        """The exit record of a document that was run."""
         layer = document.exit_layer
         assert layer is not None
         lengths = [len(row.tokens) for row in document.rows]
         deciders = [document.rows[i] for i in document.deciders] or document.rows
         prompt = sum(row.decision + 1 for row in deciders) / len(deciders)
         scored = sum(row.scored for row in document.rows)
-        return ExitTrace(
+        return ExitRecord(
             exit_layer=layer,
             n_blocks=self.counter.n_whole,
             flops_ratio=self.counter.flops_ratio(layer, prompt),
@@ -470,8 +470,8 @@ class Engine:
         run_blocks(self.anatomy, self.pad([row.tokens for row in rows]), after_block, self._parts)
         return exits
 
-    def trace_tokens(self, windows: Sequence[tuple[Row, list[int]]], fingerprint: str) -> ExitTrace:
-        """The exit trace of a text made of windows, each with its scored tokens' exits; counted as if run.
+    def record_of_tokens(self, windows: Sequence[tuple[Row, list[int]]], fingerprint: str) -> ExitRecord:
+        """The exit record of a text made of windows, each with its scored tokens' exits; counted as if run.
 
         Tokens that are context only (a window's overlap) count to the last block on both sides.
         """
@@ -491,7 +491,7 @@ class Engine:
             eq2 += sum(count.flops_ratio(depth, row.decision + j + 1) for j, depth in enumerate(exits))
             layers += exits
         mean = sum(layers) / len(layers)
-        return ExitTrace(mean, count.n_whole, eq2 / len(layers), mean, flops, dense, fingerprint)
+        return ExitRecord(mean, count.n_whole, eq2 / len(layers), mean, flops, dense, fingerprint)
 
 
 def _lineage(prefix: Prefix | None) -> Iterator[Prefix]:

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 from collections import UserDict
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
-from typing import TYPE_CHECKING, Any
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -24,11 +24,25 @@ from lm_eval_adainfer.structure.hooks import without_hooks
 from lm_eval_adainfer.structure.rounding import hidden_distance, probed
 from lm_eval_adainfer.structure.state import BlockState
 
-if TYPE_CHECKING:
-    from lm_eval_adainfer.prefill.prefixes import Continued
-
-
 AfterBlock = Callable[[BlockState], "Tensor | None"]
+
+
+class Continues(Protocol):
+    """What a forward asks of the prefix that its rows continue (``prefixes.Continued``)."""
+
+    rule: BatchRule
+
+    def arguments(self, ids: Tensor) -> dict[str, Any]:
+        """What the model is given besides the rows' own tokens [n, S]."""
+
+    def require(self, k: int) -> None:
+        """Have the prefix's keys and values of block k at hand."""
+
+    def reading(self) -> AbstractContextManager[None]:
+        """While a block runs: it reads the prefix's keys and values."""
+
+    def keep(self, rows: Tensor) -> None:
+        """Some of the rows ([m], by their place among those in flow) go on."""
 
 
 class ArgumentCutter:
@@ -83,7 +97,7 @@ class Forward:
         anatomy: Anatomy,
         input_ids: Tensor,
         capture: Sequence[str] = (),
-        prefix: Continued | None = None,
+        prefix: Continues | None = None,
         rule: BatchRule | None = None,
         given: dict[str, Any] | None = None,
         masks: bool = False,
@@ -121,7 +135,7 @@ class Forward:
         self.block += 1
         k, before, parts = self.block, self.hidden, {}
         if self.prefix is not None:
-            self.prefix.prefix.require(k)
+            self.prefix.require(k)
         cut_args, cut_kwargs = self._cutter.cut(k, *self._arguments[k - 1])
         args, kwargs = list(cut_args), dict(cut_kwargs)
         for at, value in (
@@ -174,7 +188,7 @@ def run_blocks(
     input_ids: Tensor,
     after_block: AfterBlock,
     capture: Sequence[str] = (),
-    prefix: Continued | None = None,
+    prefix: Continues | None = None,
 ) -> None:
     """Run one batch through the blocks until the callback lets no row go on.
 

@@ -178,6 +178,10 @@ class Continued:
         if prefix.rule.apart and len(prefix.rows) == 1:
             self.cache.apart = Apart()
 
+    def require(self, k: int) -> None:
+        """Run the prefix up to block k."""
+        self.prefix.require(k)
+
     def reading(self) -> AbstractContextManager[None]:
         """While a block runs: it reads the prefix's keys and values."""
         return nullcontext() if self.cache.apart is None else self.cache.apart.used()

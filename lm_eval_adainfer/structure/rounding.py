@@ -11,18 +11,31 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
-
-if TYPE_CHECKING:
-    from lm_eval_adainfer.structure.anatomy import Anatomy
 
 _STRUCTURE = 8  # a difference so many times larger than measured rounding is none
 _MOST, _MOST_COARSE = 1e-4, 0.1  # no model's rounding is larger, in float32 and in anything coarser
 _KEPT_BYTES = 2**31  # copies of up to so many bytes are kept while a probe runs, larger ones are made block by block
 _EQUIVALENT_ROWS, _ROWS = 8, 3
+
+
+class Probed(Protocol):
+    """What is needed of a model that was taken apart (``anatomy.Anatomy``)."""
+
+    model: Any
+    config: Any
+    blocks: Any
+    rounding: dict[bool, Rounding]
+
+    @property
+    def fixed_positions(self) -> int | None:
+        """Up to so many tokens a position's embedding depends on the position alone; None: always."""
+
+    def probe_ids(self, batch: int) -> Tensor:
+        """Token ids [batch, n] for a probe forward."""
 
 
 class Rounding(NamedTuple):
@@ -85,7 +98,7 @@ class Difference(NamedTuple):
         return f"off by {self.seen:.2g} of their size, {self.allowed:.2g} allowed"
 
 
-def probed(anatomy: Anatomy, of: Literal["hidden", "logits"], probe: Callable[[], float]) -> Difference:
+def probed(anatomy: Probed, of: Literal["hidden", "logits"], probe: Callable[[], float]) -> Difference:
     """Run a probe where rounding is small, in float32 copies of the weights, and then in the model's own dtype.
 
     Args:
@@ -104,7 +117,7 @@ def probed(anatomy: Anatomy, of: Literal["hidden", "logits"], probe: Callable[[]
     return max(found, key=lambda difference: difference.seen / difference.allowed)
 
 
-def measured(anatomy: Anatomy, copied: bool) -> Rounding:
+def measured(anatomy: Probed, copied: bool) -> Rounding:
     """What rounding does to this model's numbers now; measured once, with and without float32 copies.
 
     It is the largest difference between forwards of the same tokens that are equivalent on paper: a few rows, the same
@@ -116,7 +129,7 @@ def measured(anatomy: Anatomy, copied: bool) -> Rounding:
 
 
 @torch.no_grad()
-def _measure(anatomy: Anatomy) -> Rounding:
+def _measure(anatomy: Probed) -> Rounding:
     rows = anatomy.probe_ids(_EQUIVALENT_ROWS)
     few, length = rows[:_ROWS], rows.shape[1]
     positions = getattr(anatomy.config, "max_position_embeddings", None) or 2 * length
@@ -135,7 +148,7 @@ def _measure(anatomy: Anatomy) -> Rounding:
     return Rounding(max(least, min(hidden, most)), max(least, min(heads, most)))
 
 
-def _forward(anatomy: Anatomy, ids: Tensor) -> tuple[list[Tensor], Tensor]:
+def _forward(anatomy: Probed, ids: Tensor) -> tuple[list[Tensor], Tensor]:
     """Every block's output and the logits of a plain forward."""
     states: list[Tensor] = []
 

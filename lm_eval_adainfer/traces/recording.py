@@ -39,7 +39,8 @@ from lm_eval.api.model import hash_args
 from torch import Tensor
 from tqdm import tqdm
 
-from lm_eval_adainfer import __version__, container
+from lm_eval_adainfer import container
+from lm_eval_adainfer._version import __version__
 from lm_eval_adainfer.errors import AdaInferError
 from lm_eval_adainfer.harness.asking import Asking
 from lm_eval_adainfer.harness.identity import generation_settings, tokenizer_hash
