@@ -10,8 +10,9 @@ import pytest
 from scipy import stats
 from synthetic_runs import flips, sample, write
 
+from lm_eval_adainfer import statistics
 from lm_eval_adainfer.cli.main import main
-from lm_eval_adainfer.comparison import gate, statistics
+from lm_eval_adainfer.comparison import gate
 from lm_eval_adainfer.comparison.matching import Pairs
 
 N, LIMIT = 1000, 0.01

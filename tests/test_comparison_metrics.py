@@ -16,9 +16,9 @@ from lm_eval.loggers import EvaluationTracker
 from lm_eval.tasks import TaskManager
 from synthetic_runs import DATE, sample, write
 
-from lm_eval_adainfer import paths
+from lm_eval_adainfer import paths, statistics
 from lm_eval_adainfer.cli.main import main
-from lm_eval_adainfer.comparison import compare, gate, matching, runs, statistics
+from lm_eval_adainfer.comparison import compare, gate, matching, runs
 from lm_eval_adainfer.errors import AdaInferError
 
 

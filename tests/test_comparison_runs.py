@@ -14,11 +14,11 @@ from lm_eval import simple_evaluate
 from lm_eval.loggers import EvaluationTracker
 from synthetic_runs import DATE, flips, sample, sha, write
 
-from lm_eval_adainfer import paths
+from lm_eval_adainfer import paths, statistics
 from lm_eval_adainfer.cli.main import main
-from lm_eval_adainfer.comparison import compare, gate, matching, runs, statistics
+from lm_eval_adainfer.comparison import compare, gate, matching, runs
 from lm_eval_adainfer.errors import AdaInferError
-from lm_eval_adainfer.output import comparison_tables
+from lm_eval_adainfer.output import comparisons
 
 TASKS = ["adainfer_demo_fact", "adainfer_demo_topic"]
 
@@ -75,7 +75,7 @@ def test_every_format_says_the_same(tmp_path, capsys):
     first, second = flips(200, 9, 3)
     names = [str(write(tmp_path / "a", {"t|1_&": first})), str(write(tmp_path / "b=%", {"t|1_&": second}, exit_layer=6))]
     drawn = {}
-    for form in comparison_tables.FORMATS:
+    for form in comparisons.FORMATS:
         assert main(["compare", *names, "--format", form]) == 0
         drawn[form] = capsys.readouterr().out
     row = json.loads(drawn["json"])[0]["rows"][0]

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import optimize, stats
 
-from lm_eval_adainfer.comparison import statistics as S
+from lm_eval_adainfer import statistics as S
 
 
 def likelihood_score(b, c, n, drop):

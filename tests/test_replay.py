@@ -20,11 +20,11 @@ from test_tracing import KINDS, documents, make_task, refused
 
 from lm_eval_adainfer import container
 from lm_eval_adainfer.cli import main
-from lm_eval_adainfer.comparison.statistics import tango_interval
 from lm_eval_adainfer.fitting import fit
 from lm_eval_adainfer.harness import loading
 from lm_eval_adainfer.harness.model import AdaInferLM
 from lm_eval_adainfer.output import tables
+from lm_eval_adainfer.statistics import tango_interval
 from lm_eval_adainfer.strategies import artifact
 from lm_eval_adainfer.strategies.rules import GapStopper, NoStopper
 from lm_eval_adainfer.traces import recording, replay

@@ -171,13 +171,13 @@ def _compare(arguments: argparse.Namespace) -> int:
     from lm_eval_adainfer import container
     from lm_eval_adainfer.comparison import runs
     from lm_eval_adainfer.comparison.compare import compare
-    from lm_eval_adainfer.output import comparison_tables
+    from lm_eval_adainfer.output import comparisons
 
     if len(arguments.runs) < 2:
         raise AdaInferError("runs: one run has nothing to be compared with; give two or more")
     baseline, *others = runs.load_all(arguments.runs, "runs", selection=_selection(arguments))
     found = [compare(baseline, r, None, bool(arguments.other_prompts), arguments.seed) for r in others]
-    text = comparison_tables.render(found, arguments.format)
+    text = comparisons.render(found, arguments.format)
     if arguments.output:
         container.write_atomically(Path(arguments.output), (text + "\n").encode("utf-8", "replace"))
     else:
@@ -248,6 +248,7 @@ def _judge(arguments: argparse.Namespace, selection: Any) -> int:
     from lm_eval_adainfer.comparison import check, gate, runs
     from lm_eval_adainfer.comparison.compare import POOLED, pool_of
     from lm_eval_adainfer.comparison.matching import match
+    from lm_eval_adainfer.output import verdicts
 
     if arguments.run_both:  # of a baseline that was there before, the tasks that have just been run
         candidate = runs.load(arguments.candidate, "candidate", selection=selection)
@@ -276,12 +277,13 @@ def _judge(arguments: argparse.Namespace, selection: Any) -> int:
         )
         found, status, as_json = check.cases(verdict), verdict.status, verdict.as_dict()
         said += verdict.notes
-        text, reasons = check.text(verdict, baseline.label, candidate.label), verdict.reasons
+        text, reasons = verdicts.text(verdict, baseline.label, candidate.label), verdict.reasons
     notes = [f"note: {note}" for note in said]
     code = check.EXIT[status]
     if status == gate.INCONCLUSIVE:
         code = check.EXIT[arguments.on_inconclusive]
-    check.write_reports(title, found, [*reasons, *notes], arguments.on_inconclusive, arguments.junit, arguments.summary)
+    notes = [*reasons, *notes]
+    verdicts.write_reports(title, found, notes, arguments.on_inconclusive, arguments.junit, arguments.summary)
     if arguments.format == "json":
         labels = {"baseline_run": baseline.label, "candidate_run": candidate.label}
         _show(json.dumps({**as_json, "notes": said, **labels}, indent=2))

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from lm_eval_adainfer.comparison import statistics
+from lm_eval_adainfer import statistics
 from lm_eval_adainfer.comparison.matching import Pairs, main_kind, match
 from lm_eval_adainfer.comparison.runs import Run
 from lm_eval_adainfer.comparison.samples import Document

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from lm_eval_adainfer.comparison import statistics
+from lm_eval_adainfer import statistics
 from lm_eval_adainfer.comparison.compare import reach, row, weights_of
 from lm_eval_adainfer.comparison.matching import Pairs, main_kind
 from lm_eval_adainfer.comparison.selection import listing

@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from lm_eval_adainfer.comparison.statistics import wilson
 from lm_eval_adainfer.errors import AdaInferError
 from lm_eval_adainfer.output.figures import Line
+from lm_eval_adainfer.statistics import wilson
 from lm_eval_adainfer.traces import recording
 
 

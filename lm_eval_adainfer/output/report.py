@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lm_eval_adainfer import container
+from lm_eval_adainfer import container, statistics
 from lm_eval_adainfer._version import __version__
-from lm_eval_adainfer.comparison import statistics
 from lm_eval_adainfer.comparison.compare import POOLED, compare, reach, weights_of
 from lm_eval_adainfer.comparison.matching import Pairs, main_kind, match
 from lm_eval_adainfer.comparison.runs import Run

@@ -16,8 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from lm_eval_adainfer.comparison.statistics import tango_interval
 from lm_eval_adainfer.errors import AdaInferError
+from lm_eval_adainfer.statistics import tango_interval
 from lm_eval_adainfer.strategies import artifact
 from lm_eval_adainfer.strategies.base import Schedule, Stopper
 from lm_eval_adainfer.strategies.rules import FixedStopper, GapStopper

@@ -1,0 +1,96 @@
+"""The gate's verdict as text, as a Markdown summary and as JUnit XML."""
+
+from __future__ import annotations
+
+import os
+import re
+import xml.etree.ElementTree as ET
+from pathlib import Path
+
+from lm_eval_adainfer import container
+from lm_eval_adainfer.comparison.check import Case, metric_name
+from lm_eval_adainfer.comparison.gate import FAIL, INCONCLUSIVE, PASS, Verdict
+from lm_eval_adainfer.errors import AdaInferError
+from lm_eval_adainfer.output.comparisons import escape_markdown
+
+_MARK = {PASS: "passed", FAIL: "failed", INCONCLUSIVE: "inconclusive"}
+
+
+def text(verdict: Verdict, baseline: str, candidate: str) -> str:
+    """For people."""
+    levels = f"{verdict.lower_level:.0%} and {verdict.upper_level:.0%} one-sided"
+    flips = "" if verdict.discordant is None else f", {verdict.discordant} of them discordant"
+    lines = [
+        f"{verdict.status.upper()}: {verdict.reasons[0]}",
+        *(f"  also: {reason}" for reason in verdict.reasons[1:]),
+        "",
+        f"baseline {baseline}, candidate {candidate}; {verdict.documents} documents of {verdict.pool}{flips}",
+        f"{metric_name(verdict)}: {verdict.baseline:.4f} -> {verdict.candidate:.4f}, drop {verdict.drop:+.4f}, "
+        f"bounds {verdict.lower:+.4f} and {verdict.upper:+.4f} ({levels}), allowed {verdict.max_drop:g}",
+    ]
+    if verdict.pruning_ratio is not None:
+        least = "" if verdict.min_pruning is None else f", at least {verdict.min_pruning:g} wanted"
+        lines.append(f"pruning_ratio (counted): {verdict.pruning_ratio:.4f}{least}")
+    if verdict.guards:
+        width = max(len(g.task) for g in verdict.guards)
+        lines += ["", f"{'task'.ljust(width)}   docs     drop        95% interval   Holm's p"]
+        lines += [
+            f"{g.task.ljust(width)}  {g.documents:5d}  {g.drop:+.4f}  [{g.lower:+.4f}, {g.upper:+.4f}]"
+            f"  {g.p_holm:9.2g}{'  FAIL' if g.failed else ''}"
+            for g in verdict.guards
+        ]
+    return "\n".join(lines)
+
+
+def summary(title: str, found: list[Case], notes: list[str]) -> str:
+    """GitHub-flavoured Markdown."""
+    lines = [f"### adainfer check: {escape_markdown(title)}", "", "| check | result | |", "|---|---|---|"]
+    lines += [f"| {escape_markdown(c.name)} | {_MARK[c.status]} | {escape_markdown(c.message)} |" for c in found]
+    lines += ["", *(f"{escape_markdown(note)}\n" for note in notes)]
+    return "\n".join(lines) + "\n"
+
+
+def junit(found: list[Case], inconclusive_is: str) -> bytes:
+    """JUnit XML, a test case per check; inconclusive is a failure unless it counts as passed."""
+    red = [c for c in found if c.status == FAIL or (c.status == INCONCLUSIVE and inconclusive_is != PASS)]
+    skipped = sum(c.status == INCONCLUSIVE for c in found) if inconclusive_is == PASS else 0
+    counts = {"tests": str(len(found)), "failures": str(len(red)), "errors": "0", "skipped": str(skipped)}
+    suites = ET.Element("testsuites", counts)
+    suite = ET.SubElement(suites, "testsuite", {"name": "adainfer check", **counts})
+    for case in found:
+        element = ET.SubElement(suite, "testcase", {"classname": "adainfer.check", "name": _xml(case.name)})
+        if case in red:
+            kind = "failure"
+        elif case.status == INCONCLUSIVE:
+            kind = "skipped"
+        else:
+            ET.SubElement(element, "system-out").text = _xml(case.message)
+            continue
+        ET.SubElement(element, kind, {"type": case.status, "message": _xml(case.message)})
+    return bytes(ET.tostring(suites, encoding="utf-8", xml_declaration=True)) + b"\n"
+
+
+def _xml(text: str) -> str:
+    """Without the characters that XML can't hold even escaped."""
+    return re.sub("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]", "?", text)
+
+
+def write_reports(
+    title: str,
+    found: list[Case],
+    notes: list[str],
+    inconclusive_is: str,
+    junit_file: str | None,
+    summary_file: str | None,
+) -> None:
+    """Write the JUnit file, and append to the summary file (by default GitHub's, where the job has one)."""
+    if junit_file:
+        container.write_atomically(Path(junit_file), junit(found, inconclusive_is))
+    target = summary_file or os.environ.get("GITHUB_STEP_SUMMARY")
+    if target:
+        try:
+            Path(target).parent.mkdir(parents=True, exist_ok=True)
+            with open(target, "a", encoding="utf-8", errors="replace") as file:
+                file.write(summary(title, found, notes))
+        except OSError as error:
+            raise AdaInferError(f"summary: {target} can't be written: {error.strerror or error}") from None
