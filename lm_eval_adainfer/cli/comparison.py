@@ -282,8 +282,8 @@ def _judge(arguments: argparse.Namespace, selection: Any) -> int:
     code = check.EXIT[status]
     if status == gate.INCONCLUSIVE:
         code = check.EXIT[arguments.on_inconclusive]
-    notes = [*reasons, *notes]
-    verdicts.write_reports(title, found, notes, arguments.on_inconclusive, arguments.junit, arguments.summary)
+    said_too = [*reasons, *notes]
+    verdicts.write_reports(title, found, said_too, arguments.on_inconclusive, arguments.junit, arguments.summary)
     if arguments.format == "json":
         labels = {"baseline_run": baseline.label, "candidate_run": candidate.label}
         _show(json.dumps({**as_json, "notes": said, **labels}, indent=2))
