@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import subprocess
@@ -299,12 +300,15 @@ def test_python_takes_a_model_object_or_a_dictionary_of_arguments(folder, tokeni
 
 def peak(lm, asked):
     """Bytes of Python objects at the worst moment of a run, beyond what was there before it."""
+    gc.collect()
+    gc.disable()  # when it runs depends on what other tests have left behind
     tracemalloc.start()
     try:
         lm.loglikelihood(asked, True)
         return tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
+        gc.enable()
 
 
 def per_document(make, length):

@@ -494,7 +494,7 @@ def prepare(anatomy: Anatomy) -> Windows:
         try:
             difference = probed(anatomy, "logits", partial(_off_by, anatomy, found))
         except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
-            failures.append(f"{layout}: {str(error).splitlines()[0] if str(error) else type(error).__name__}")
+            failures.append(f"{layout}: its forward fails ({type(error).__name__})")
             continue
         if difference.is_rounding:
             return found
