@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
 
@@ -117,7 +118,7 @@ CHANGES = {
     "dtype": lambda lm: lm.model.bfloat16(),
     "hook": steered,
     "stronger hook": steered_further,
-    "kv_policy": attribute("kv_policy", "propagate"),
+    "kv_policy": lambda lm: setattr(lm, "options", replace(lm.options, kv_policy="propagate")),
     "stopper": attribute("threshold", 0.31, lambda lm: lm.stopper),
 }
 

@@ -50,9 +50,11 @@ def fingerprint(lm: Any) -> str:
         "generation_config": generation_settings(model),
         "stopper": lm.stopper.describe(),
         "schedule": lm.schedule.describe(),
-        "log_features": lm._log_features,
+        "log_features": lm.options.log_features,
         "generation": lm.generation,
-        **({"kv_policy": lm.kv_policy, "shortlist": lm.shortlist} if lm.generation == "early" else {}),
+        **(
+            {"kv_policy": lm.options.kv_policy, "shortlist": lm.options.shortlist} if lm.generation == "early" else {}
+        ),
     }
     return _short(identity)
 

@@ -10,7 +10,6 @@ from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import wraps
-from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,13 +20,13 @@ from lm_eval.models.utils import normalize_gen_kwargs
 from tqdm import tqdm
 
 from lm_eval_adainfer import paths
-from lm_eval_adainfer._version import __version__
 from lm_eval_adainfer.errors import AdaInferError, UnsupportedModelError, report_errors_in_one_sentence
 from lm_eval_adainfer.generation.loop import Seeds, Stop, decode, record_of
 from lm_eval_adainfer.generation.settings import Settings, check_checkpoint
-from lm_eval_adainfer.generation.step import KV_POLICIES, prepare
-from lm_eval_adainfer.harness import arguments, identity, metrics
+from lm_eval_adainfer.generation.step import prepare
+from lm_eval_adainfer.harness import answer_cache, arguments, identity, metrics, run_record
 from lm_eval_adainfer.harness.answers import LogLikelihood, Rolling, Text
+from lm_eval_adainfer.harness.options import Options, check_stock
 from lm_eval_adainfer.prefill import planning, probes
 from lm_eval_adainfer.prefill.documents import Answer, Document, Row
 from lm_eval_adainfer.prefill.engine import Engine
@@ -48,9 +47,6 @@ if TYPE_CHECKING:
 eval_logger = logging.getLogger(__name__)
 
 DEMO = "adainfer-demo"
-SHORTLIST = 64  # candidates of head_check=shortlist
-_FINGERPRINT_KEY = "adainfer_fingerprint"
-_MOST_ROWS = 10_000  # answers in one statement: SQLite binds at most 32,766 values
 
 TokenRequest = tuple["tuple[str, str] | None", list[int], list[int]]
 
@@ -114,29 +110,15 @@ class AdaInferLM(HFLM):
         **kwargs: Any,
     ) -> None:
         report_errors_in_one_sentence()
-        strategy = artifact.parse(stopper)  # before the weights are loaded: a wrong argument should fail at once
-        self._log_features = _flag("log_features", log_features)
-        if generation not in ("dense", "early"):
-            raise AdaInferError(f"generation: {generation!r} is neither dense nor early")
-        if kv_policy not in KV_POLICIES:
-            raise AdaInferError(f"kv_policy: {kv_policy!r} is neither {' nor '.join(KV_POLICIES)}")
-        self.shortlist = _shortlist(head_check)
-        if not str(prefix_cache).isdecimal():
-            raise AdaInferError(f"prefix_cache: {prefix_cache!r} is no number of tokens; give 0 or more")
-        self.prefix_cache = int(prefix_cache)
-        _check_numbers(kwargs)
+        # before the weights are loaded: a wrong argument should fail at once
+        self.options = Options.read(stopper, log_features, generation, kv_policy, head_check, prefix_cache)
+        strategy = self.options.stopper
+        check_stock(kwargs)
         if isinstance(pretrained, os.PathLike):  # which HFLM would take for a model object
             pretrained = os.fspath(pretrained)
         self._further = arguments.further(kwargs, HFLM, AdaInferLM)
         if not isinstance(pretrained, str):
             arguments.check_beside_object(pretrained, kwargs, self._further)
-        if kwargs.get("backend") == "seq2seq":
-            raise AdaInferError("backend: seq2seq is not supported; adainfer needs a decoder-only model")
-        if kwargs.get("tp_plan") is not None:
-            raise AdaInferError(
-                f"tp_plan: {kwargs['tp_plan']!r} is not supported; split the model with parallelize=True, or the "
-                "documents among processes with accelerate launch"
-            )
         if pretrained == DEMO:
             if not paths.demo_model().is_dir():
                 raise AdaInferError(
@@ -178,15 +160,14 @@ class AdaInferLM(HFLM):
             self._drop_blocks()
         if self.schedule.blocks:
             self.anatomy.keep_head_loaded()
-        self.engine = Engine(self.anatomy, strategy, self.schedule, self.softmax_dtype, self._log_features)
+        self.engine = Engine(self.anatomy, strategy, self.schedule, self.softmax_dtype, self.options.log_features)
         self.generation = generation if self.schedule.blocks else "dense"
-        self.kv_policy = kv_policy
-        if self.shortlist and strategy.carries:
+        if self.options.shortlist and strategy.carries:
             raise AdaInferError(
                 f"head_check: shortlist needs a stopper that decides from one block alone, which {strategy.kind} with "
                 f"{', '.join(strategy.features)} does not; use head_check=exact"
             )
-        if self.shortlist:
+        if self.options.shortlist:
             self.anatomy.require_candidates()
         self._identified = ""  # the fingerprint, for the length of a run
         if any(weight.device.type == "meta" for weight in self.model.parameters()):
@@ -284,7 +265,7 @@ class AdaInferLM(HFLM):
             return
         self._identified = identity.fingerprint(self)
         try:
-            self._require_own_answers(self.cache_hook.dbdict)
+            answer_cache.require_own(self.cache_hook.dbdict, self._identified)
             yield
         finally:
             self._identified = ""
@@ -376,7 +357,7 @@ class AdaInferLM(HFLM):
                         if math.isnan(answer.logprob):
                             self._warn_not_finite(row.tokens)
                         progress.update(1)
-                    self._remember(finished)
+                    answer_cache.remember(self.cache_hook.dbdict, finished)
         finally:
             progress.close()
             self.engine.prefix = None  # its keys and values are not kept
@@ -484,18 +465,18 @@ class AdaInferLM(HFLM):
         """Documents by the prefix that they share, where that pays and the model allows it."""
         alone: list[tuple[list[Document], list[int]]] = [(list(documents), [])]
         self.engine.rule, self.engine.prefix = None, None
-        if not self.prefix_cache or not documents or self.run_documents != self.engine.run:
+        if not self.options.prefix_cache or not documents or self.run_documents != self.engine.run:
             return alone
         limit = self.anatomy.fixed_positions
         if limit is not None and max(d.longest for d in documents) > limit:
             return alone
         size = fixed or (int(self.batch_size) if str(self.batch_size).isdecimal() else 1)
-        found = planning.groups(documents, size, self.prefix_cache)
+        found = planning.groups(documents, size, self.options.prefix_cache)
         if not any(prefix for _, prefix in found) and not any(planning.Load.of(d, 0).shares for d in documents):
             return alone
         if self._sharing().rule is None:
             return alone
-        self.engine.rule, self.engine.prefix_tokens = self._sharing().rule, self.prefix_cache
+        self.engine.rule, self.engine.prefix_tokens = self._sharing().rule, self.options.prefix_cache
         return found
 
     def _sharing(self) -> Sharing:
@@ -540,7 +521,8 @@ class AdaInferLM(HFLM):
                 finished[n].append((row, found))
                 if len(finished[n]) == len(texts[n]):
                     results[n] = self._rolled(finished[n])
-                    self._remember({hash_args("loglikelihood_rolling", requests[n].args): results[n]})
+                    key = hash_args("loglikelihood_rolling", requests[n].args)
+                    answer_cache.remember(self.cache_hook.dbdict, {key: results[n]})
             progress.update(len(batch))
         progress.close()
         return results
@@ -673,7 +655,8 @@ class AdaInferLM(HFLM):
         with self._autocast():
             rows = decode(
                 self.anatomy, self.stopper, self.schedule, self._windows, settings, context, mask, max_new,
-                self._max_length_asked, self.tokenizer, stop, self._seeds, self.kv_policy, self.shortlist,
+                self._max_length_asked, self.tokenizer, stop, self._seeds, self.options.kv_policy,
+                self.options.shortlist,
             )  # fmt: skip
         for row, prompt, slots in zip(rows, mask.sum(-1).tolist(), context.tolist(), strict=True):
             if not row.finite:
@@ -699,12 +682,10 @@ class AdaInferLM(HFLM):
 
     # ------------------------------------------------------------------ --use_cache
     def set_cache_hook(self, cache_hook: CacheHook) -> None:
-        """Accept a response cache, unless it holds answers of another model or stopper.
-
-        lm-eval's keys hash the method and the arguments alone, so a cache says itself whose it is.
-        """
-        self._require_own_answers(cache_hook.dbdict)
-        super().set_cache_hook(_TextHook(cache_hook, self))
+        """Accept a response cache, unless it holds answers of another model or stopper."""
+        if cache_hook.dbdict is not None:
+            answer_cache.require_own(cache_hook.dbdict, self.fingerprint)
+        super().set_cache_hook(answer_cache.TextHook(cache_hook, self.note_text))
 
     @contextmanager
     def without_cache(self) -> Iterator[None]:
@@ -716,77 +697,14 @@ class AdaInferLM(HFLM):
         finally:
             self.cache_hook = before
 
-    def _require_own_answers(self, answers: Any) -> None:
-        if answers is None:
-            return
-        mine, found = self.fingerprint, answers.get(_FINGERPRINT_KEY)
-        if found is None and len(answers) == 0:
-            answers[_FINGERPRINT_KEY] = mine
-            answers.commit()
-        elif found != mine:
-            whose = "no adainfer model's" if found is None else f"those of fingerprint {found}"
-            raise AdaInferError(
-                f"use_cache: its answers are {whose}, not this model's and stopper's ({mine}); give another path"
-            )
-
-    def _remember(self, finished: dict[str, Any]) -> None:
-        """Store a whole document's answers in one transaction: a killed run leaves no half document behind."""
-        answers = self.cache_hook.dbdict
-        if answers is None:
-            return
-        # dbdict.update would be a transaction per answer
-        pairs = [(answers.encode_key(key), answers.encode(value)) for key, value in finished.items()]
-        for some in (pairs[start : start + _MOST_ROWS] for start in range(0, len(pairs), _MOST_ROWS)):
-            rows = ", ".join(["(?, ?)"] * len(some))
-            answers.conn.execute(
-                f'REPLACE INTO "{answers.tablename}" (key, value) VALUES {rows}', [x for pair in some for x in pair]
-            )
-
     # ------------------------------------------------------------------ the run's record
     def get_model_info(self) -> dict[str, Any]:
         """HFLM's, and under ``adainfer`` what identifies this run and what it came to."""
         return {**super().get_model_info(), "adainfer": self.record()}
 
     def record(self) -> dict[str, Any]:
-        """JSON-serialisable: identity (stopper, L, checked blocks, device, versions) and totals (docs/numbers.md)."""
-        import transformers
-
-        totals = self.run_totals or self.totals()
-        tokens, seconds = totals["generated_tokens_counted"], totals["seconds_generating_measured"]
-        how = {
-            "kv_policy": "propagate (approximate)" if self.kv_policy == "propagate" else self.kv_policy,
-            "head_check": f"shortlist:{self.shortlist}" if self.shortlist else "exact",
-        }
-        return {
-            "stopper": self.stopper.describe(),
-            "fingerprint": self.fingerprint,
-            "n_blocks": self.n_blocks,
-            **({"dropped_blocks": list(self.stopper.dropped_blocks)} if self.stopper.dropped_blocks else {}),
-            **self.schedule.describe(),
-            "device": str(self.device),
-            "dtype": str(self._dtype()),
-            "generation": self.generation,
-            **(how if self.generation == "early" else {}),
-            "loglikelihood_rolling": "counted as if each token had been run to its exit block only",
-            **self._speed_ups(),
-            **totals,
-            **({"generated_tokens_per_second_measured": tokens / seconds} if tokens and seconds else {}),
-            "versions": {
-                "lm_eval_adainfer": __version__,
-                "lm_eval": version("lm_eval"),
-                "torch": torch.__version__,
-                "transformers": transformers.__version__,
-            },
-        }
-
-    def _speed_ups(self) -> dict[str, str]:
-        """What was found out of the model's speed-ups, as far as this run needed them, and why one is not used."""
-        found = {}
-        if self._found_sharing is not None:
-            found["shared_prefixes"] = _with_reason(self._found_sharing.how, self._found_sharing.missed)
-        if self._windows is not None:
-            found["generation_layout"] = _with_reason(self._windows.layout, self._windows.missed)
-        return found
+        """JSON-serialisable: what identifies this run and what it came to (``run_record``)."""
+        return run_record.of(self, self._found_sharing, self._windows)
 
     def totals(self) -> dict[str, Any]:
         """This process's totals since it was built: measured seconds, counted tokens, head rows and block calls.
@@ -804,21 +722,6 @@ class AdaInferLM(HFLM):
         }
 
 
-class _TextHook(CacheHook):
-    """HFLM reports finished texts here, as plain strings; note them with their exit records, and cache those."""
-
-    def __init__(self, hook: CacheHook, lm: AdaInferLM):
-        self.dbdict = hook.dbdict
-        self._lm = lm
-
-    def add_partial(self, attr: str, req: Any, res: Any) -> None:
-        super().add_partial(attr, req, self._lm.note_text(req, res) if attr == "generate_until" else res)
-
-
-def _with_reason(how: str, missed: str) -> str:
-    return f"{how} ({missed})" if missed else how
-
-
 def _by_max_length(requests: list[Instance]) -> dict[int | None, list[Instance]]:
     """Requests by the ``max_length`` in their settings, which HFLM does not hand on as it was given."""
     found: dict[int | None, list[Instance]] = {}
@@ -831,45 +734,3 @@ def _nothing_to_score(continuation: str) -> AdaInferError:
     return AdaInferError(
         f"request: the continuation {continuation!r} has no token of its own; give one of at least one token"
     )
-
-
-def _check_numbers(options: dict[str, Any]) -> None:
-    """Refuse what HFLM would only trip over later."""
-    size = options.get("batch_size", 1)
-    name, colon, sections = str(size).partition(":")
-    number = sections if name == "auto" and colon else "1" if name == "auto" or size is None else str(size)
-    if not (number.isdecimal() and int(number) > 0):
-        raise AdaInferError(f"batch_size: {size!r} is neither a number of 1 or more nor auto nor auto:4")
-    length = options.get("max_length")
-    if length is not None and not (str(length).isdecimal() and int(length) > 0):
-        raise AdaInferError(f"max_length: {length!r} is no number of 1 or more")
-    for name in ("dtype", "softmax_dtype", "mixed_precision_dtype"):
-        value = options.get(name)
-        dtype = getattr(torch, value, None) if isinstance(value, str) else value
-        if value in (None, "auto"):
-            continue
-        if not isinstance(dtype, torch.dtype):
-            raise AdaInferError(f"{name}: {value!r} is no dtype of torch; give float32, bfloat16 or float16, say")
-        if not dtype.is_floating_point or dtype.itemsize < 2:
-            raise AdaInferError(f"{name}: no forward can be computed in {value}; give float32, bfloat16 or float16")
-
-
-def _shortlist(head_check: Any) -> int:
-    """Candidates per token, 0 for ``exact``."""
-    name, colon, number = str(head_check).strip().partition(":")
-    if name == "exact" and not colon:
-        return 0
-    if name == "shortlist" and (not colon or (number.isdecimal() and int(number) >= 2)):
-        return int(number) if colon else SHORTLIST
-    raise AdaInferError(
-        f"head_check: {head_check!r} is neither exact nor shortlist nor shortlist:N with N candidates, 2 or more"
-    )
-
-
-def _flag(argument: str, value: Any) -> bool:
-    text = str(value).strip().lower()
-    if text in ("true", "1", "yes"):
-        return True
-    if text in ("false", "0", "no", "none", ""):
-        return False
-    raise AdaInferError(f"{argument}: {value!r} is neither True nor False")

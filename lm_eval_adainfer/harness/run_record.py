@@ -1,0 +1,56 @@
+"""The record of a run, which stands in lm-eval's results: what identifies it, and what it came to."""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+from typing import Any
+
+import torch
+import transformers
+
+from lm_eval_adainfer._version import __version__
+from lm_eval_adainfer.prefill.probes import Sharing
+from lm_eval_adainfer.structure.windows import Windows
+
+
+def of(lm: Any, sharing: Sharing | None, windows: Windows | None) -> dict[str, Any]:
+    """JSON-serialisable: identity (stopper, L, checked blocks, device, versions) and totals (docs/numbers.md).
+
+    Args:
+        lm: The ``AdaInferLM``.
+        sharing: How prompts share what they begin with, where the run has found that out.
+        windows: How tokens are laid out while generating, where the run has found that out.
+    """
+    totals = lm.run_totals or lm.totals()
+    tokens, seconds = totals["generated_tokens_counted"], totals["seconds_generating_measured"]
+    policy, candidates = lm.options.kv_policy, lm.options.shortlist
+    how = {
+        "kv_policy": "propagate (approximate)" if policy == "propagate" else policy,
+        "head_check": f"shortlist:{candidates}" if candidates else "exact",
+    }
+    return {
+        "stopper": lm.stopper.describe(),
+        "fingerprint": lm.fingerprint,
+        "n_blocks": lm.n_blocks,
+        **({"dropped_blocks": list(lm.stopper.dropped_blocks)} if lm.stopper.dropped_blocks else {}),
+        **lm.schedule.describe(),
+        "device": str(lm.device),
+        "dtype": str(next(lm.model.parameters()).dtype),
+        "generation": lm.generation,
+        **(how if lm.generation == "early" else {}),
+        "loglikelihood_rolling": "counted as if each token had been run to its exit block only",
+        **({} if sharing is None else {"shared_prefixes": _with_reason(sharing.how, sharing.missed)}),
+        **({} if windows is None else {"generation_layout": _with_reason(windows.layout, windows.missed)}),
+        **totals,
+        **({"generated_tokens_per_second_measured": tokens / seconds} if tokens and seconds else {}),
+        "versions": {
+            "lm_eval_adainfer": __version__,
+            "lm_eval": version("lm_eval"),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
+    }
+
+
+def _with_reason(how: str, missed: str) -> str:
+    return f"{how} ({missed})" if missed else how
