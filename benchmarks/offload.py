@@ -17,8 +17,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from lm_eval_adainfer.prefill.documents import Answer, Document, Row
 from lm_eval_adainfer.prefill.engine import Engine
-from lm_eval_adainfer.strategies.artifact import parse
 from lm_eval_adainfer.strategies.base import Schedule
+from lm_eval_adainfer.strategies.specs import parse
 from lm_eval_adainfer.structure.anatomy import Anatomy
 
 BLOCKS, ROUNDS = 16, 7

@@ -94,7 +94,7 @@ def read(path: str | Path, what: str, version: int, argument: str) -> tuple[dict
         raise AdaInferError(
             f"{refused}; make a stopper "
             "from a fitted SVC in Python with lm_eval_adainfer.strategies.svm.SVMStopper.from_sklearn(svc, "
-            'features=("gap", "top_prob")) and lm_eval_adainfer.strategies.artifact.save(stopper, "svm.pkl")'
+            'features=("gap", "top_prob")) and lm_eval_adainfer.strategies.files.save(stopper, "svm.pkl")'
         )
     if len(start) < 9 or start[8:9] != b"{" or int.from_bytes(start[:8], "little") > _MAX_HEADER:
         raise AdaInferError(f"{argument}: {path} is no {what} file; give one that adainfer wrote")

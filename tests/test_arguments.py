@@ -11,7 +11,7 @@ from conftest import byte_tokenizer, make_model
 
 from lm_eval_adainfer.errors import AdaInferError
 from lm_eval_adainfer.harness.model import AdaInferLM
-from lm_eval_adainfer.strategies import artifact
+from lm_eval_adainfer.strategies import specs
 
 
 def one_sentence(caught, *words):
@@ -101,14 +101,14 @@ def test_what_says_what_the_object_is_already_is_taken(model, caplog):
 )  # fmt: skip
 def test_a_misspelt_stopper_is_told_the_nearest_and_all_there_are(spec, meant):
     with pytest.raises(AdaInferError, match=r"^stopper: ") as caught:
-        artifact.parse(spec)
+        specs.parse(spec)
     one_sentence(caught, spec, f"{meant} is probably meant", "saturation:0.98", "svm")
 
 
 @pytest.mark.parametrize("spec", ["stopper=0.8", "0.8", ".8", 0.8, "wat", "1e-3"])
 def test_a_stopper_that_is_like_none_is_told_all_there_are(spec):
     with pytest.raises(AdaInferError, match=r"^stopper: ") as caught:
-        artifact.parse(spec)
+        specs.parse(spec)
     one_sentence(caught, str(spec), "gap:0.8", "saturation:0.98", "svm")
     assert "damaged" not in str(caught.value) and "does not exist" not in str(caught.value)
 
@@ -116,4 +116,4 @@ def test_a_stopper_that_is_like_none_is_told_all_there_are(spec):
 @pytest.mark.parametrize("spec", ["./gap", "folder/some.stopper", "some.stopper", "missing.pkl", "C:\\x\\y.stopper"])
 def test_a_path_is_taken_for_a_path(spec):
     with pytest.raises(AdaInferError, match="does not exist"):
-        artifact.parse(spec)
+        specs.parse(spec)

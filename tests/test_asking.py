@@ -16,7 +16,7 @@ from lm_eval_adainfer.cli import main
 from lm_eval_adainfer.fitting import fit
 from lm_eval_adainfer.harness.asking import Asking, add_arguments
 from lm_eval_adainfer.harness.model import AdaInferLM
-from lm_eval_adainfer.strategies import artifact
+from lm_eval_adainfer.strategies import files
 from lm_eval_adainfer.traces import recording
 
 TEMPLATE = (
@@ -214,7 +214,7 @@ def test_influence_and_recipes_ask_the_same_way(chatty, asked, only_our_tasks, t
     assert main.main(["influence", *model, *CHAT, "-o", str(tmp_path / "bi")]) == 0
     prompts = [text for text in texts if isinstance(text, str) and "Be brief." in text]
     assert len(prompts) == 4 and all("<assistant>" in text for text in prompts)
-    assert artifact.load(tmp_path / "bi").info["system_instruction"] == "Be brief."
+    assert files.load(tmp_path / "bi").info["system_instruction"] == "Be brief."
     (tmp_path / "mine.yaml").write_text("study: accuracy\nshots: [0]\n")
     assert main.main(["recipe", str(tmp_path / "mine.yaml"), *model, *CHAT, "-o", str(tmp_path / "out")]) == 0
     assert asked and all("<system>Be brief." in context for context, _ in asked)

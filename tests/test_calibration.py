@@ -17,7 +17,7 @@ from lm_eval_adainfer import container
 from lm_eval_adainfer.cli import main
 from lm_eval_adainfer.errors import AdaInferError
 from lm_eval_adainfer.fitting import calibration, fit
-from lm_eval_adainfer.strategies import artifact
+from lm_eval_adainfer.strategies.files import load, save
 from lm_eval_adainfer.strategies.rules import FixedStopper, GapStopper, NoStopper
 from lm_eval_adainfer.traces import outcomes, recording
 from lm_eval_adainfer.traces.margins import margins
@@ -230,10 +230,10 @@ def test_the_promise_is_broken_in_at_most_5_percent_of_1000_calibration_sets(dem
 def test_a_calibrated_stopper_survives_its_file_and_decides_as_promised(demo, tmp_path):
     out = tmp_path / "safe.stopper"
     files = [str(f) for f in demo.test]
-    artifact.save(demo.svm, tmp_path / "svm.stopper")
+    save(demo.svm, tmp_path / "svm.stopper")
     arguments = ["--stopper", str(tmp_path / "svm.stopper"), "--max-drop", "0.1", "-o", str(out)]
     assert main.main(["calibrate", *files, *arguments]) == 0
-    loaded = artifact.load(out)
+    loaded = load(out)
     promise = loaded.info["promise"]
     assert (promise["max_drop"], promise["confidence"], promise["loss"]) == (0.1, 0.95, "gold")
     assert promise["documents"] == 400 and promise["stops"]
@@ -262,13 +262,13 @@ def test_too_few_documents_write_a_file_that_never_stops_and_say_how_many_are_ne
     path = write_trace(tmp_path / "a.trace", n=298, gap=np.ones((298, 4)))
     code, out, _, _ = run(capsys, caplog, path, "--stopper", "gap:0.5", "-o", tmp_path / "o")
     assert code == 0 and "never stops" in out and "299" in out
-    stopper = artifact.load(tmp_path / "o")
+    stopper = load(tmp_path / "o")
     assert stopper.kind == "gap" and not stopper.info["promise"]["stops"]
     assert not (margins(stopper, *recording.read(path)) > 0).any()
     path = write_trace(tmp_path / "b.trace", gap=np.full((299, 4), 0.99), arrays={"top_token": np.full((299, 4), 3)}.items())
     _, out, _, _ = run(capsys, caplog, path, "--stopper", "gap:0.5", "--loss", "agreement", "-o", tmp_path / "o")
     assert "never stops" not in out
-    assert (margins(artifact.load(tmp_path / "o"), *recording.read(path))[:, :-1] > 0).all()
+    assert (margins(load(tmp_path / "o"), *recording.read(path))[:, :-1] > 0).all()
 
 
 def test_where_even_the_strictest_loses_too_much_no_number_of_documents_is_named(tmp_path, capsys, caplog):
@@ -279,16 +279,16 @@ def test_where_even_the_strictest_loses_too_much_no_number_of_documents_is_named
 
 
 def test_calibration_documents_that_were_used_in_fitting_are_warned_about(tmp_path, capsys, caplog):
-    fit = write_trace(tmp_path / "fit.trace", split="train")
+    train = write_trace(tmp_path / "fit.trace", split="train")
     other = write_trace(tmp_path / "other.trace", seed=1, split="test")
-    artifact.save(fit.fit_svm([fit]), tmp_path / "svm")
-    *_, warned = run(capsys, caplog, fit, other, "-s", tmp_path / "svm", "-o", tmp_path / "o")
+    save(fit.fit_svm([train]), tmp_path / "svm")
+    *_, warned = run(capsys, caplog, train, other, "-s", tmp_path / "svm", "-o", tmp_path / "o")
     assert "400 of the 800" in warned and "used in fitting" in warned
     *_, warned = run(capsys, caplog, other, "-s", tmp_path / "svm", "-o", tmp_path / "o")
     assert "fitting" not in warned and "fitted" not in warned
-    old = fit.fit_svm([fit])
+    old = fit.fit_svm([train])
     old.seen = {}
-    artifact.save(old, tmp_path / "old")
+    save(old, tmp_path / "old")
     *_, warned = run(capsys, caplog, other, "-s", tmp_path / "old", "-o", tmp_path / "o")
     assert "does not tell" in warned
 

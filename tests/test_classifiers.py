@@ -20,7 +20,7 @@ from test_tracing import documents, make_task
 from lm_eval_adainfer.cli import main
 from lm_eval_adainfer.errors import AdaInferError
 from lm_eval_adainfer.fitting import fit
-from lm_eval_adainfer.strategies import artifact
+from lm_eval_adainfer.strategies import files, specs
 from lm_eval_adainfer.strategies.features import FEATURES
 from lm_eval_adainfer.strategies.network import LogisticStopper, MLPStopper
 from lm_eval_adainfer.strategies.trees import BoostedStopper
@@ -116,8 +116,8 @@ def test_a_fit_is_reproducible_calibrated_and_survives_its_file(kind, label, tmp
     assert stopper.features == ("gap", "top_prob", "depth", "agreement", "top_prob_change"), "all that the trace has"
     assert stopper.seen == {"t/train": list(range(2000))}
     assert (stopper.info["examples"], stopper.info["label"]) == (600, label)
-    artifact.save(stopper, tmp_path / "s.pkl")
-    loaded = artifact.load(tmp_path / "s.pkl")
+    files.save(stopper, tmp_path / "s.pkl")
+    loaded = files.load(tmp_path / "s.pkl")
     assert (loaded.kind, loaded.seen, loaded.info) == (kind, stopper.seen, stopper.info)
     assert loaded.fingerprint == stopper.fingerprint
     meta, arrays = recording.read(path)
@@ -188,15 +188,15 @@ def test_wrong_arguments_are_one_sentence(options, words, tmp_path):
 
 
 def test_unusable_traces_are_one_sentence(tmp_path):
-    def fit(path):
+    def boosted(path):
         return lambda: fit.fit_classifier("boosted", [path])
 
     one = write_trace(tmp_path / "one.trace", arrays={"top_token": np.ones((400, 4), int)}.items())
-    refused(fit(one), "traces", "every one", "stop")
-    refused(fit(write_trace(tmp_path / "empty.trace", n=0)), "traces", "no document")
-    refused(fit(write_trace(tmp_path / "few.trace", n=3)), "traces", "too few documents")
-    refused(fit(write_trace(tmp_path / "old.trace", version=1)), "traces", "old.trace", "version 1")
-    refused(fit(write_trace(tmp_path / "nan.trace", gap=np.full((9, 4), np.nan))), "traces", "nan.trace", "NaN")
+    refused(boosted(one), "traces", "every one", "stop")
+    refused(boosted(write_trace(tmp_path / "empty.trace", n=0)), "traces", "no document")
+    refused(boosted(write_trace(tmp_path / "few.trace", n=3)), "traces", "too few documents")
+    refused(boosted(write_trace(tmp_path / "old.trace", version=1)), "traces", "old.trace", "version 1")
+    refused(boosted(write_trace(tmp_path / "nan.trace", gap=np.full((9, 4), np.nan))), "traces", "nan.trace", "NaN")
     rng = np.random.default_rng(0)
     noise = write_trace(tmp_path / "noise.trace", n=60, arrays={"top_token": rng.integers(0, 2, (60, 4))}.items())
     try:
@@ -232,4 +232,4 @@ def test_the_command_fits_and_prints_what_it_did(tmp_path, capsys):
     path = write_trace(tmp_path / "a.trace")
     assert main.main(["fit", "logistic", str(path), "--features", "gap,agreement", "-o", str(tmp_path / "s")]) == 0
     assert "logistic on gap, agreement" in capsys.readouterr().out
-    assert artifact.parse(str(tmp_path / "s")).kind == "logistic"
+    assert specs.parse(str(tmp_path / "s")).kind == "logistic"

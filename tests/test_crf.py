@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_stoppers import refused
 
-from lm_eval_adainfer.strategies import artifact, crf
+from lm_eval_adainfer.strategies import crf, files, specs
 from lm_eval_adainfer.strategies.crf import CRFStopper
 
 NAMES = ("gap", "top_prob")
@@ -107,9 +107,9 @@ def test_scores_of_any_size_stay_finite():
 
 def test_a_saved_crf_decides_the_same_without_crfsuite(model, tmp_path, monkeypatch):
     stopper = CRFStopper.from_crfsuite(model, NAMES, 0.7, {"model": "m", "tasks": ["a"]})
-    artifact.save(stopper, tmp_path / "crf.pkl")
+    files.save(stopper, tmp_path / "crf.pkl")
     monkeypatch.setitem(sys.modules, "pycrfsuite", None)  # importing it fails
-    again = artifact.parse(str(tmp_path / "crf.pkl"))
+    again = specs.parse(str(tmp_path / "crf.pkl"))
     assert isinstance(again, CRFStopper) and again.fingerprint == stopper.fingerprint and again.info == stopper.info
     x, _ = sequences(3)
     np.testing.assert_array_equal(filtered(again, x), filtered(stopper, x))
@@ -130,9 +130,9 @@ def test_whatever_changes_decisions_changes_the_fingerprint(model):
     [("softmax:0.9", "softmax", 0.9), ("saturation:0.98", "saturation", 0.98), ("patience:3", "patience", 3)],
 )
 def test_the_new_rules_are_parsed(spec, kind, value):
-    stopper = artifact.parse(spec)
+    stopper = specs.parse(spec)
     assert (stopper.kind, getattr(stopper, "threshold", getattr(stopper, "blocks", None))) == (kind, value)
-    assert len({artifact.parse(s).fingerprint for s in (spec, spec + "1", "gap:0.9")}) == 3
+    assert len({specs.parse(s).fingerprint for s in (spec, spec + "1", "gap:0.9")}) == 3
 
 
 @pytest.mark.parametrize(
@@ -140,7 +140,7 @@ def test_the_new_rules_are_parsed(spec, kind, value):
              "patience:0", "patience:-1", "patience:1.5", "patience:"],
 )  # fmt: skip
 def test_wrong_rules_are_told_in_a_sentence(spec):
-    refused(lambda: artifact.parse(spec), "stopper", spec.partition(":")[0])
+    refused(lambda: specs.parse(spec), "stopper", spec.partition(":")[0])
 
 
 @pytest.mark.parametrize("array", ["state", "bias", "transition"])

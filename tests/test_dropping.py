@@ -12,7 +12,7 @@ from test_model import lm_of, requests
 from test_stoppers import refused
 
 from lm_eval_adainfer.fitting import influence
-from lm_eval_adainfer.strategies import artifact
+from lm_eval_adainfer.strategies import files, specs
 from lm_eval_adainfer.strategies.base import Schedule
 from lm_eval_adainfer.strategies.shortgpt import LastStopper, ShortGPTStopper
 from lm_eval_adainfer.structure import removal
@@ -180,7 +180,7 @@ def test_samples_and_results_name_the_dropped_blocks(tmp_path):
     from lm_eval import simple_evaluate
 
     stopper = dropping_stopper(5, 7, 9, n_blocks=12)
-    artifact.save(stopper, tmp_path / "bi.stopper")
+    files.save(stopper, tmp_path / "bi.stopper")
     found = simple_evaluate(
         model="adainfer", model_args=f"pretrained=adainfer-demo,dtype=float32,stopper={tmp_path / 'bi.stopper'}",
         tasks=["adainfer_demo_fact"], limit=3, batch_size=4, device="cpu", bootstrap_iters=0,
@@ -330,10 +330,10 @@ def test_influence_is_measured_on_training_prompts_and_its_file_is_a_stopper(tok
     np.testing.assert_allclose(whole.arrays["influence"], influence.measure(lm, texts), atol=1e-6)
     assert whole.drop == 3 and whole.info["tokens"] == sum(map(len, texts))
 
-    artifact.save(whole, tmp_path / "bi.stopper")
-    again = artifact.parse(str(tmp_path / "bi.stopper"))
+    files.save(whole, tmp_path / "bi.stopper")
+    again = specs.parse(str(tmp_path / "bi.stopper"))
     assert again.fingerprint == whole.fingerprint and again.dropped_blocks == whole.dropped_blocks
-    one = artifact.parse(f"shortgpt:bi:1:{tmp_path / 'bi.stopper'}")
+    one = specs.parse(f"shortgpt:bi:1:{tmp_path / 'bi.stopper'}")
     assert one.dropped_blocks == (int(whole.arrays["influence"].argmin()) + 1,)
     assert lm_of(model, tokenizer, stopper=one).anatomy.n_blocks == 4
     refused(lambda: influence.of_tasks(lm, {"toy": task}, drop=5), "drop", "1 to 4")
@@ -342,15 +342,15 @@ def test_influence_is_measured_on_training_prompts_and_its_file_is_a_stopper(tok
 
 @pytest.mark.parametrize("spec", ["shortgpt", "shortgpt:", "shortgpt:last", "shortgpt:lastx", "shortgpt:bi", "shortgpt:bi:2", "shortgpt:bi:x:f"])
 def test_wrong_specs_tell_the_right_ones(spec):
-    refused(lambda: artifact.parse(spec), "stopper", spec, "shortgpt:last5", "adainfer influence")
+    refused(lambda: specs.parse(spec), "stopper", spec, "shortgpt:last5", "adainfer influence")
 
 
 def test_files_that_do_not_fit_are_refused(tokenizer, tmp_path):
     from test_stoppers import fitted
 
-    artifact.save(fitted()[1], tmp_path / "svm.stopper")
-    refused(lambda: artifact.parse(f"shortgpt:bi:1:{tmp_path / 'svm.stopper'}"), "stopper", "svm", "adainfer influence")
-    refused(lambda: artifact.parse(f"shortgpt:bi:1:{tmp_path / 'no'}"), "stopper", "does not exist")
+    files.save(fitted()[1], tmp_path / "svm.stopper")
+    refused(lambda: specs.parse(f"shortgpt:bi:1:{tmp_path / 'svm.stopper'}"), "stopper", "svm", "adainfer influence")
+    refused(lambda: specs.parse(f"shortgpt:bi:1:{tmp_path / 'no'}"), "stopper", "does not exist")
     model = make_model("llama", vocab_size=257)
     refused(lambda: lm_of(model, tokenizer, stopper=dropping_stopper(2, n_blocks=7)), "stopper", "7 blocks", "5")
     for bad in ({}, {"influence": np.ones((2, 2))}, {"influence": np.array([1.0, np.nan, 2.0])}):

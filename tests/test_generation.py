@@ -15,9 +15,9 @@ from test_model import Scripted
 from lm_eval_adainfer.errors import AdaInferError, UnsupportedModelError
 from lm_eval_adainfer.generation.step import Decoder, _Script, prepare
 from lm_eval_adainfer.harness.model import AdaInferLM
-from lm_eval_adainfer.strategies.artifact import parse
 from lm_eval_adainfer.strategies.base import Schedule
 from lm_eval_adainfer.strategies.rules import NoStopper
+from lm_eval_adainfer.strategies.specs import parse
 from lm_eval_adainfer.structure.anatomy import Anatomy
 from lm_eval_adainfer.structure.windows import watch_windows
 

@@ -22,8 +22,8 @@ from lm_eval_adainfer.errors import AdaInferError
 from lm_eval_adainfer.generation.loop import record_of
 from lm_eval_adainfer.generation.step import prepare
 from lm_eval_adainfer.harness.model import AdaInferLM
-from lm_eval_adainfer.strategies.artifact import parse
 from lm_eval_adainfer.strategies.rules import NoStopper
+from lm_eval_adainfer.strategies.specs import parse
 from lm_eval_adainfer.structure.anatomy import Anatomy
 
 # attention of their own (no interface to wrap), or masks that are no masks (alibi)

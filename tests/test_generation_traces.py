@@ -17,8 +17,9 @@ from test_tracing import make_task, refused, traced
 from lm_eval_adainfer import container, paths
 from lm_eval_adainfer.cli import main
 from lm_eval_adainfer.fitting import check_layers, fit
-from lm_eval_adainfer.strategies import artifact
+from lm_eval_adainfer.strategies import specs
 from lm_eval_adainfer.strategies.features import RECORDED
+from lm_eval_adainfer.strategies.files import save
 from lm_eval_adainfer.traces import recording
 
 L = 5
@@ -118,8 +119,8 @@ def test_a_stopper_is_fitted_on_generated_positions_as_on_others(lm, model, toke
     x = arrays["features"][:, :, columns].reshape(-1, 2)
     y = (arrays["top_token"] == arrays["top_token"][:, -1:]).reshape(-1)
     here = SVC().fit(x, y)
-    artifact.save(stopper, tmp_path / "svm.pkl")
-    loaded = artifact.parse(str(tmp_path / "svm.pkl"))
+    save(stopper, tmp_path / "svm.pkl")
+    loaded = specs.parse(str(tmp_path / "svm.pkl"))
     margins = loaded.margin(1, torch.tensor(x)).numpy()
     np.testing.assert_allclose(np.sort(margins), np.sort(here.decision_function(x)), atol=2e-3)
     early = lm_of(model, tokenizer, batch_size=4, max_length=400, stopper=str(tmp_path / "svm.pkl"))
@@ -189,7 +190,7 @@ def same(choice, blocks, expected):
 @pytest.mark.parametrize("which", [slice(0, 1), slice(1, 2), slice(0, 2)], ids=["texts", "choices", "both"])
 def test_exits_costs_and_agreement_are_those_of_a_loop_over_instances(which, files, spread):
     some = files[which]
-    shares, everywhere, chosen = check_layers.choose(some, artifact.parse(f"gap:{spread}"))
+    shares, everywhere, chosen = check_layers.choose(some, specs.parse(f"gap:{spread}"))
 
     def stops(block, values):
         return values[0] > spread
@@ -210,11 +211,11 @@ def test_one_block_is_the_best_one_and_counts_are_kept(files, spread):
         return values[0] > spread
 
     costs = {(k,): brute(files, ["gap"], stops, [k])[2] for k in range(1, L)} | {(): 1.0}
-    _, _, one = check_layers.choose(files, artifact.parse(f"gap:{spread}"), 1)
+    _, _, one = check_layers.choose(files, specs.parse(f"gap:{spread}"), 1)
     assert one.blocks == min(costs, key=costs.get) and one.blocks
     assert one.cost == pytest.approx(costs[one.blocks])
     for count in (1, 2, 3, 4, 99):
-        _, _, chosen = check_layers.choose(files, artifact.parse(f"gap:{spread}"), count)
+        _, _, chosen = check_layers.choose(files, specs.parse(f"gap:{spread}"), count)
         assert len(chosen.blocks) <= count and set(one.blocks) <= set(chosen.blocks)
         best = min(
             brute(files, ["gap"], stops, blocks)[2] for n in range(L) for blocks in itertools.combinations(range(1, L), n)
@@ -223,10 +224,10 @@ def test_one_block_is_the_best_one_and_counts_are_kept(files, spread):
 
 
 def test_rules_that_read_no_head_cost_no_head(files):
-    _, everywhere, chosen = check_layers.choose(files, artifact.parse("fixed:2"))
+    _, everywhere, chosen = check_layers.choose(files, specs.parse("fixed:2"))
     same(everywhere, [2], brute(files, [], lambda *_: True, [2]))
     assert chosen.blocks == (2,) and everywhere.exit_layer == 2
-    shares, everywhere, chosen = check_layers.choose(files, artifact.parse("none"))
+    shares, everywhere, chosen = check_layers.choose(files, specs.parse("none"))
     assert (everywhere.blocks, chosen.blocks, shares) == ((), (), [0, 0, 0, 0, 1])
     assert (chosen.exit_layer, chosen.cost, chosen.agreement) == (L, 1, 1)
 
@@ -237,7 +238,7 @@ def test_never_firing_rules_are_not_worth_a_check(files, capsys):
 
 
 def test_the_command_prints_what_check_layers_takes(files, spread, capsys):
-    _, _, chosen = check_layers.choose(files, artifact.parse(f"gap:{spread}"), 2)
+    _, _, chosen = check_layers.choose(files, specs.parse(f"gap:{spread}"), 2)
     assert main.main(["layers", str(files[0].parent), "-s", f"gap:{spread}", "-n", "2"]) == 0
     out = capsys.readouterr().out
     assert out.splitlines()[-1] == f"check_layers={'+'.join(map(str, chosen.blocks))}"
@@ -245,7 +246,7 @@ def test_the_command_prints_what_check_layers_takes(files, spread, capsys):
 
 
 def test_unusable_traces_and_counts_are_refused_in_one_sentence(files, lm, tokenizer, tmp_path, capsys):
-    gap = artifact.parse("gap")
+    gap = specs.parse("gap")
     for count in (0, -3):
         refused(lambda count=count: check_layers.choose(files, gap, count), "count", str(count))
     other = lm_of(make_model("llama", vocab_size=257, seed=9), tokenizer)
@@ -256,7 +257,7 @@ def test_unusable_traces_and_counts_are_refused_in_one_sentence(files, lm, token
     poor = tmp_path / "poor.trace"
     container.write(poor, "trace", recording.VERSION, {**meta, "features": meta["features"][1:]}, arrays)
     refused(lambda: check_layers.choose([poor], gap), "features", "gap", "top_prob")
-    refused(lambda: check_layers.choose(files, artifact.parse("fixed:6")), "fixed:6")
+    refused(lambda: check_layers.choose(files, specs.parse("fixed:6")), "fixed:6")
     capsys.readouterr()
     for wrong in (["layers", str(tmp_path / "nothing"), "-s", "gap"], ["layers", str(files[0]), "-s", "gap", "-n", "0"]):
         assert main.main(wrong) == 2

@@ -12,10 +12,10 @@ from test_tracing import KINDS, documents, make_task, traced
 
 from lm_eval_adainfer.fitting import fit
 from lm_eval_adainfer.prefill.documents import Answer, Row
-from lm_eval_adainfer.strategies.artifact import parse
 from lm_eval_adainfer.strategies.base import Schedule
 from lm_eval_adainfer.strategies.crf import CRFStopper
 from lm_eval_adainfer.strategies.features import RECORDED
+from lm_eval_adainfer.strategies.specs import parse
 from lm_eval_adainfer.traces.margins import margins
 
 NAMES = ["patience:2", "patience:3", "saturation:0.6", "softmax:0.3", "crf", "svm"]

@@ -13,7 +13,7 @@ from lm_eval_adainfer.errors import AdaInferError
 from lm_eval_adainfer.harness.model import AdaInferLM
 from lm_eval_adainfer.prefill import planning, probes
 from lm_eval_adainfer.prefill.documents import Document, Row
-from lm_eval_adainfer.strategies.artifact import parse
+from lm_eval_adainfer.strategies.specs import parse
 from lm_eval_adainfer.structure.anatomy import Anatomy
 
 SHARED = "a few shots that all documents of a task begin with. "

@@ -11,6 +11,7 @@ from test_replay import write
 from test_tracing import refused
 
 from lm_eval_adainfer.cli import main
+from lm_eval_adainfer.fitting import fit
 from lm_eval_adainfer.studies import paper, recipes
 from lm_eval_adainfer.traces import replay
 
@@ -73,11 +74,11 @@ def fitted_on(monkeypatch):
     """Names of the traces of each fit, in order; what is fitted is a rule."""
     calls = []
 
-    def fit(files, seed, **options):
+    def note(files, seed, **options):
         calls.append(sorted(f.stem for f in files))
         return replay.GapStopper(0.5)
 
-    monkeypatch.setattr(fit, "fit_svm", fit)
+    monkeypatch.setitem(fit.FITTERS, "svm", note)
     return calls
 
 

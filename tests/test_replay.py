@@ -25,7 +25,7 @@ from lm_eval_adainfer.harness import loading
 from lm_eval_adainfer.harness.model import AdaInferLM
 from lm_eval_adainfer.output import tables
 from lm_eval_adainfer.statistics import tango_interval
-from lm_eval_adainfer.strategies import artifact
+from lm_eval_adainfer.strategies import files
 from lm_eval_adainfer.strategies.rules import GapStopper, NoStopper
 from lm_eval_adainfer.traces import recording, replay
 
@@ -411,7 +411,7 @@ def test_a_stopper_that_was_fitted_on_these_documents_is_warned_of(tmp_path, cap
     rng = np.random.default_rng(2)
     path = write(tmp_path / "a.trace", rng.uniform(size=(20, 4, 2)), rng.integers(0, 2, (20, 4)))
     test = write(tmp_path / "b.trace", rng.uniform(size=(20, 4, 2)), rng.integers(0, 2, (20, 4)), split="train")
-    artifact.save(fit.fit_svm([path]), tmp_path / "s.stopper")
+    files.save(fit.fit_svm([path]), tmp_path / "s.stopper")
     replay.replay(replay.load([test]), [str(tmp_path / "s.stopper")])
     assert "fitted on" not in caplog.text
     replay.replay(replay.load([path]), [str(tmp_path / "s.stopper")])

@@ -12,7 +12,7 @@ from test_stoppers import LENIENT, refused
 
 from lm_eval_adainfer.cli import main
 from lm_eval_adainfer.fitting import calibration, fit
-from lm_eval_adainfer.strategies import artifact
+from lm_eval_adainfer.strategies import files, specs
 from lm_eval_adainfer.strategies.crf import CRFStopper
 from lm_eval_adainfer.strategies.features import FEATURES
 from lm_eval_adainfer.strategies.rules import GapStopper, SaturationStopper
@@ -67,9 +67,9 @@ def said(stopper, n_blocks, seed):
 @given(spec=st.one_of(RULES, fitted()), seed=st.integers(0, 99))
 @settings(LENIENT, max_examples=150)
 def test_a_loaded_stopper_decides_as_the_saved_one(spec, seed, tmp_path):
-    stopper = artifact.parse(spec)
-    artifact.save(stopper, tmp_path / "s")
-    again = artifact.load(tmp_path / "s")
+    stopper = specs.parse(spec)
+    files.save(stopper, tmp_path / "s")
+    again = files.load(tmp_path / "s")
     assert type(again) is type(stopper) and again.fingerprint == stopper.fingerprint
     n_blocks = len(stopper.arrays["influence"]) if "influence" in stopper.arrays else 12
     assert said(again, n_blocks, seed) == said(stopper, n_blocks, seed)
@@ -84,12 +84,12 @@ def test_what_a_file_would_not_give_again_is_not_written(tmp_path):
     class Other(GapStopper):
         kind = "mine"
 
-    odd = artifact.parse("gap:0.5")
+    odd = specs.parse("gap:0.5")
     odd.info = {"when": object()}
-    late = artifact.parse("gap:0.5")
+    late = specs.parse("gap:0.5")
     late.threshold = 2.0
     for stopper, word in ((Mine(), "Mine"), (Other(), "mine"), (odd, "JSON"), (late, "between 0 and 1")):
-        refused(lambda stopper=stopper: artifact.save(stopper, tmp_path / "s"), "stopper", word)
+        refused(lambda stopper=stopper: files.save(stopper, tmp_path / "s"), "stopper", word)
         assert not (tmp_path / "s").exists()
 
 
@@ -98,8 +98,8 @@ def test_a_patience_below_1_in_a_file_is_refused(tmp_path):
 
     for blocks in (0, -1, 1.5, "3"):
         meta = {"kind": "patience", "parameters": {"blocks": blocks}, "info": {}}
-        container.write(tmp_path / "p", "stopper", artifact.VERSION, meta, {})
-        refused(lambda: artifact.load(tmp_path / "p"), "stopper")
+        container.write(tmp_path / "p", "stopper", files.VERSION, meta, {})
+        refused(lambda: files.load(tmp_path / "p"), "stopper")
 
 
 def test_a_saturation_of_1_never_stops_even_where_rounding_puts_a_cosine_above_1():
@@ -122,13 +122,13 @@ def test_every_rule_with_a_threshold_is_calibrated_alike(spec, write, tmp_path, 
     top = np.full((400, 4), 3)
     path = write(tmp_path / "a.trace", gap=np.full((400, 4), 0.99), arrays={"top_token": top}.items())
     assert main.main(["calibrate", str(path), "-s", spec, "--loss", "agreement", "-o", str(tmp_path / "o")]) == 0
-    found = artifact.load(tmp_path / "o")
+    found = files.load(tmp_path / "o")
     assert found.kind == spec.partition(":")[0] and found.info["promise"]["stops"]
     assert (margins(found, *recording.read(path))[:, :-1] > 0).all()
     few = write(tmp_path / "few.trace", gap=np.ones((9, 4)))
     assert main.main(["calibrate", str(few), "-s", spec, "--loss", "agreement", "-o", str(tmp_path / "o")]) == 0
     assert "never stops" in capsys.readouterr().out
-    assert not (margins(artifact.load(tmp_path / "o"), *recording.read(few)) > 0).any()
+    assert not (margins(files.load(tmp_path / "o"), *recording.read(few)) > 0).any()
 
 
 @pytest.mark.parametrize("spec", ["none", "patience:3", "fixed:2", "shortgpt:last2"])
@@ -140,7 +140,7 @@ def test_what_has_no_threshold_is_refused_before_the_traces_are_read(spec, tmp_p
 
 def test_a_crf_of_which_no_threshold_qualifies_writes_nothing(tmp_path, capsys):
     pytest.importorskip("pycrfsuite")
-    artifact.save(fit.fit_crf([write_trace(tmp_path / "fit.trace", split="train")]), tmp_path / "crf")
+    files.save(fit.fit_crf([write_trace(tmp_path / "fit.trace", split="train")]), tmp_path / "crf")
     few = write_trace(tmp_path / "few.trace", n=40, seed=1)
     command = ["calibrate", "-s", str(tmp_path / "crf"), "--loss", "agreement", "-o", str(tmp_path / "o")]
     assert main.main([*command, str(few)]) == 2
@@ -151,4 +151,4 @@ def test_a_crf_of_which_no_threshold_qualifies_writes_nothing(tmp_path, capsys):
     top = np.full((400, 4), 3)
     many = write_trace(tmp_path / "many.trace", gap=np.full((400, 4), 0.9), arrays={"top_token": top}.items())
     assert main.main([*command, str(many)]) == 0
-    assert artifact.load(tmp_path / "o").kind == "crf"
+    assert files.load(tmp_path / "o").kind == "crf"

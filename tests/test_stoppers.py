@@ -19,7 +19,7 @@ from sklearn.svm import SVC, SVR, LinearSVC, NuSVC
 
 from lm_eval_adainfer import container
 from lm_eval_adainfer.errors import AdaInferError
-from lm_eval_adainfer.strategies import artifact
+from lm_eval_adainfer.strategies import files, specs
 from lm_eval_adainfer.strategies.base import Schedule
 from lm_eval_adainfer.strategies.features import FEATURES
 from lm_eval_adainfer.strategies.rules import FixedStopper, GapStopper, NoStopper
@@ -301,7 +301,7 @@ def test_missing_and_misshapen_arrays_are_refused(array):
 def saved(tmp_path):
     """A stopper and the bytes of its file."""
     _, stopper = fitted("rbf", 2, info={"model": "m", "n_blocks": 5, "head_hash": "x", "tasks": ["t"]})
-    artifact.save(stopper, tmp_path / "good.stopper")
+    files.save(stopper, tmp_path / "good.stopper")
     return stopper, (tmp_path / "good.stopper").read_bytes()
 
 
@@ -310,13 +310,13 @@ def saved(tmp_path):
 def test_a_saved_stopper_decides_the_same_under_any_extension(name, kernel, tmp_path):
     info = {"model": "m", "tasks": ["a", "b"], "positive_share": 0.1 + 0.2}
     _, stopper = fitted(kernel, 3, threshold=0.1, info=info, gamma=0.3, coef0=0.2, degree=4)
-    artifact.save(stopper, tmp_path / name)
-    again = artifact.load(tmp_path / name)
+    files.save(stopper, tmp_path / name)
+    again = files.load(tmp_path / name)
     points = torch.from_numpy(data(7, 3, 300)[0])
     assert torch.equal(again.margin(1, points), stopper.margin(1, points))
     assert again.fingerprint == stopper.fingerprint
     assert (again.features, again.info, again.parameters()) == (stopper.features, stopper.info, stopper.parameters())
-    assert artifact.parse(str(tmp_path / name)).fingerprint == stopper.fingerprint
+    assert specs.parse(str(tmp_path / name)).fingerprint == stopper.fingerprint
 
 
 def test_whatever_changes_decisions_changes_the_fingerprint():
@@ -343,7 +343,7 @@ def test_whatever_changes_decisions_changes_the_fingerprint():
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
 def test_a_failing_write_leaves_the_old_file_as_it_was(failing, error, tmp_path, monkeypatch):
     path = tmp_path / "s.stopper"
-    artifact.save(fitted()[1], path)
+    files.save(fitted()[1], path)
     before = path.read_bytes()
 
     def fail(*_, **__):
@@ -352,7 +352,7 @@ def test_a_failing_write_leaves_the_old_file_as_it_was(failing, error, tmp_path,
     monkeypatch.setattr(os, failing, fail)
     expected = AdaInferError if isinstance(error, OSError) else KeyboardInterrupt
     with pytest.raises(expected) as caught:
-        artifact.save(fitted("linear")[1], path)
+        files.save(fitted("linear")[1], path)
     if expected is AdaInferError:
         assert "s.stopper" in str(caught.value) and "No space left" in str(caught.value)
     assert path.read_bytes() == before
@@ -361,9 +361,9 @@ def test_a_failing_write_leaves_the_old_file_as_it_was(failing, error, tmp_path,
 
 def test_an_output_that_cannot_be_written_is_one_sentence(tmp_path):
     (tmp_path / "file").write_text("")
-    refused(lambda: artifact.save(fitted()[1], tmp_path / "file" / "s.stopper"), "output", "can't be written")
+    refused(lambda: files.save(fitted()[1], tmp_path / "file" / "s.stopper"), "output", "can't be written")
     (tmp_path / "folder").mkdir()
-    refused(lambda: artifact.save(fitted()[1], tmp_path / "folder"), "output", "can't be written")
+    refused(lambda: files.save(fitted()[1], tmp_path / "folder"), "output", "can't be written")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "folder"]
 
 
@@ -410,8 +410,8 @@ PICKLES = {
 def test_a_pickle_is_never_opened(kind, name, tmp_path):
     marker = tmp_path / "marker"
     (tmp_path / name).write_bytes(PICKLES[kind](Payload(marker)))
-    refused(lambda: artifact.load(tmp_path / name), "stopper", name, "from_sklearn")
-    refused(lambda: artifact.parse(str(tmp_path / name)), "stopper", name, "from_sklearn")
+    refused(lambda: files.load(tmp_path / name), "stopper", name, "from_sklearn")
+    refused(lambda: specs.parse(str(tmp_path / name)), "stopper", name, "from_sklearn")
     assert not marker.exists()
 
 
@@ -419,14 +419,14 @@ def test_a_pickle_is_never_opened(kind, name, tmp_path):
 def test_every_joblib_compression_is_refused_with_the_way_out(compress, tmp_path):
     path = tmp_path / "svm.joblib"
     path.write_bytes(dumps_joblib(fitted()[0], compress))
-    refused(lambda: artifact.load(path), "stopper", "svm.joblib", "from_sklearn")
+    refused(lambda: files.load(path), "stopper", "svm.joblib", "from_sklearn")
 
 
 @pytest.mark.parametrize("protocol", range(6))
 def test_the_authors_kind_of_file_a_pickled_svc_is_refused_with_the_way_out(protocol, tmp_path):
     path = tmp_path / "svm.pkl"
     path.write_bytes(pickle.dumps(fitted()[0], protocol=protocol))
-    refused(lambda: artifact.load(path), "stopper", "pickle", "from_sklearn", "artifact.save")
+    refused(lambda: files.load(path), "stopper", "pickle", "from_sklearn", "files.save")
 
 
 @pytest.mark.parametrize(
@@ -435,7 +435,7 @@ def test_the_authors_kind_of_file_a_pickled_svc_is_refused_with_the_way_out(prot
 def test_a_file_that_is_no_stopper_is_refused(content, tmp_path):
     path = tmp_path / "x.stopper"
     path.write_bytes(content)
-    refused(lambda: artifact.load(path), "stopper", "x.stopper")
+    refused(lambda: files.load(path), "stopper", "x.stopper")
 
 
 def test_every_truncation_is_refused(saved, tmp_path):
@@ -445,7 +445,7 @@ def test_every_truncation_is_refused(saved, tmp_path):
     cuts = {*range(0, 40), *range(40, len(content), 17), *range(header - 5, header + 5), len(content) - 1}
     for cut in sorted(cuts):
         path.write_bytes(content[:cut])
-        refused(lambda: artifact.load(path), "stopper", "cut.stopper")
+        refused(lambda: files.load(path), "stopper", "cut.stopper")
 
 
 @given(content=st.binary(max_size=200))
@@ -453,7 +453,7 @@ def test_every_truncation_is_refused(saved, tmp_path):
 def test_random_bytes_are_refused(content, tmp_path):
     path = tmp_path / "random.stopper"
     path.write_bytes(content)
-    refused(lambda: artifact.load(path), "stopper")
+    refused(lambda: files.load(path), "stopper")
 
 
 @given(header=st.binary(max_size=120), body=st.binary(max_size=40))
@@ -461,7 +461,7 @@ def test_random_bytes_are_refused(content, tmp_path):
 def test_random_bytes_behind_a_valid_length_are_refused(header, body, tmp_path):
     path = tmp_path / "random.stopper"
     path.write_bytes(struct.pack("<Q", len(header) + 1) + b"{" + header + body)
-    refused(lambda: artifact.load(path), "stopper")
+    refused(lambda: files.load(path), "stopper")
 
 
 @given(position=st.integers(0, 10**6), value=st.integers(0, 255))
@@ -473,7 +473,7 @@ def test_one_changed_byte_is_refused_or_gives_a_stopper_with_another_fingerprint
     path = tmp_path / "changed.stopper"
     path.write_bytes(bytes(changed))
     try:
-        found = artifact.load(path)
+        found = files.load(path)
     except AdaInferError as error:
         assert "\n" not in str(error)
     else:
@@ -486,14 +486,14 @@ def test_a_foreign_safetensors_file_is_refused(tmp_path):
     path = tmp_path / "model.safetensors"
     for metadata in (None, {"format": "pt"}, {"adainfer": "null"}, {"adainfer": "[]"}, {"adainfer": "{"}):
         path.write_bytes(save_safetensors({"w": np.zeros((2, 2))}, metadata=metadata))
-        refused(lambda: artifact.load(path), "stopper", "model.safetensors")
+        refused(lambda: files.load(path), "stopper", "model.safetensors")
 
 
 def test_a_trace_is_no_stopper_and_a_stopper_no_trace(saved, tmp_path):
     from lm_eval_adainfer.traces import recording
 
     container.write(tmp_path / "t.trace", "trace", 1, {"task": "t"}, {"a": np.zeros(3)})
-    refused(lambda: artifact.load(tmp_path / "t.trace"), "stopper", "trace")
+    refused(lambda: files.load(tmp_path / "t.trace"), "stopper", "trace")
     refused(lambda: recording.read(tmp_path / "good.stopper"), "trace", "stopper")
 
 
@@ -502,13 +502,13 @@ def test_another_format_version_is_refused(version, saved, tmp_path):
     stopper, _ = saved
     meta = {"kind": "svm", "parameters": stopper.parameters(), "info": {}}
     container.write(tmp_path / "v.stopper", "stopper", version, meta, stopper.arrays)
-    refused(lambda: artifact.load(tmp_path / "v.stopper"), "stopper", "version", str(version))
+    refused(lambda: files.load(tmp_path / "v.stopper"), "stopper", "version", str(version))
 
 
 def test_folders_and_missing_files_are_named(tmp_path):
-    refused(lambda: artifact.load(tmp_path), "stopper", str(tmp_path), "folder")
-    refused(lambda: artifact.load(tmp_path / "no.stopper"), "stopper", "no.stopper", "does not exist")
-    refused(lambda: artifact.parse(str(tmp_path)), "stopper", "folder")
+    refused(lambda: files.load(tmp_path), "stopper", str(tmp_path), "folder")
+    refused(lambda: files.load(tmp_path / "no.stopper"), "stopper", "no.stopper", "does not exist")
+    refused(lambda: specs.parse(str(tmp_path)), "stopper", "folder")
 
 
 @pytest.mark.parametrize(
@@ -538,7 +538,7 @@ def test_a_tampered_header_is_refused(change, saved, tmp_path):
     stopper, _ = saved
     meta = {"kind": "svm", "parameters": {**stopper.parameters(), **change}, "info": {}}
     container.write(tmp_path / "t.stopper", "stopper", 1, meta, stopper.arrays)
-    refused(lambda: artifact.load(tmp_path / "t.stopper"), "stopper")
+    refused(lambda: files.load(tmp_path / "t.stopper"), "stopper")
 
 
 @pytest.mark.parametrize(
@@ -554,7 +554,7 @@ def test_a_tampered_header_is_refused(change, saved, tmp_path):
 )
 def test_a_header_without_its_parts_is_refused(meta, saved, tmp_path):
     container.write(tmp_path / "t.stopper", "stopper", 1, meta, saved[0].arrays)
-    refused(lambda: artifact.load(tmp_path / "t.stopper"), "stopper", "t.stopper")
+    refused(lambda: files.load(tmp_path / "t.stopper"), "stopper", "t.stopper")
 
 
 @pytest.mark.parametrize("dtype", ["BF16", "F8_E4M3", "F8_E5M2", "U16", "BOOL", "I64"])
@@ -570,7 +570,7 @@ def test_arrays_of_another_type_are_read_or_refused(dtype, saved, tmp_path):
     path = tmp_path / "t.stopper"
     path.write_bytes(struct.pack("<Q", len(text)) + text + b"\x01" * offset)
     try:
-        stopper = artifact.load(path)
+        stopper = files.load(path)
     except AdaInferError as error:
         assert "\n" not in str(error) and "stopper" in str(error)
     else:
@@ -580,7 +580,7 @@ def test_arrays_of_another_type_are_read_or_refused(dtype, saved, tmp_path):
 def test_a_deeply_nested_header_is_refused(tmp_path):
     path = tmp_path / "deep.stopper"
     path.write_bytes(save_safetensors({"w": np.zeros(1)}, metadata={"adainfer": "[" * 200_000}))
-    refused(lambda: artifact.load(path), "stopper", "deep.stopper")
+    refused(lambda: files.load(path), "stopper", "deep.stopper")
 
 
 # ------------------------------------------------------------------------------------------------ rules, parsing
@@ -620,29 +620,29 @@ def test_none_never_stops():
     ],
 )
 def test_specs_name_their_strategy(spec, kind, value):
-    stopper = artifact.parse(spec)
+    stopper = specs.parse(spec)
     assert stopper.kind == kind
     assert getattr(stopper, "threshold", getattr(stopper, "layer", None)) == value
-    assert artifact.parse(stopper) is stopper
+    assert specs.parse(stopper) is stopper
 
 
 @pytest.mark.parametrize(
     "spec", ["gap:", "gap:1.01", "gap:-0.1", "gap:inf", "fixed", "fixed:", "fixed:-1", "fixed:2.5", "fixed:x"]
 )
 def test_wrong_specs_name_the_argument_and_the_value(spec):
-    refused(lambda: artifact.parse(spec), "stopper", spec.split(":")[0])
+    refused(lambda: specs.parse(spec), "stopper", spec.split(":")[0])
 
 
 @pytest.mark.parametrize("spec", ["svm.pkl", "some/where", "./x", "Gap", "none:1", "svmm", "gap 0.8", 7, 0.5, True])
 def test_an_unknown_spec_is_refused(spec):
-    refused(lambda: artifact.parse(spec), "stopper", str(spec).removeprefix("./"))
+    refused(lambda: specs.parse(spec), "stopper", str(spec).removeprefix("./"))
 
 
 def test_rules_that_differ_have_different_fingerprints():
     stoppers = [NoStopper(), GapStopper(0.8), GapStopper(0.8000001), GapStopper(1), FixedStopper(1), FixedStopper(2)]
     stoppers.append(fitted()[1])
     assert len({s.fingerprint for s in stoppers}) == len(stoppers)
-    assert GapStopper(0.8).fingerprint == artifact.parse("gap").fingerprint == artifact.parse("gap:.80").fingerprint
+    assert GapStopper(0.8).fingerprint == specs.parse("gap").fingerprint == specs.parse("gap:.80").fingerprint
 
 
 # ------------------------------------------------------------------------------------------------ the schedule

@@ -16,8 +16,8 @@ from lm_eval_adainfer.prefill import engine as engine_module
 from lm_eval_adainfer.prefill.documents import Document, Row
 from lm_eval_adainfer.prefill.engine import Engine
 from lm_eval_adainfer.prefill.forward import Forward
-from lm_eval_adainfer.strategies.artifact import parse
 from lm_eval_adainfer.strategies.base import Schedule
+from lm_eval_adainfer.strategies.specs import parse
 from lm_eval_adainfer.structure.anatomy import Anatomy
 
 SHARED = "a few shots that all documents of a task begin with. "

@@ -12,7 +12,7 @@ from transformers import T5Config, T5ForConditionalGeneration
 
 from lm_eval_adainfer.cli.main import main
 from lm_eval_adainfer.harness.model import AdaInferLM
-from lm_eval_adainfer.strategies.artifact import built_in
+from lm_eval_adainfer.strategies.files import built_in
 from lm_eval_adainfer.strategies.rules import GapStopper
 from lm_eval_adainfer.structure.anatomy import Anatomy
 from lm_eval_adainfer.verification import (

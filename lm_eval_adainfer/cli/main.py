@@ -217,7 +217,7 @@ def _verify(arguments: argparse.Namespace) -> int:
 
 def _influence(arguments: argparse.Namespace) -> None:
     from lm_eval_adainfer.fitting import influence
-    from lm_eval_adainfer.strategies import artifact
+    from lm_eval_adainfer.strategies import files
     from lm_eval_adainfer.traces import recording
 
     recording.check_arguments("train", arguments.limit, arguments.num_fewshot)
@@ -233,7 +233,7 @@ def _influence(arguments: argparse.Namespace) -> None:
         drop=arguments.drop,
         asked=asked,
     )
-    artifact.save(stopper, arguments.output)
+    files.save(stopper, arguments.output)
     print("block  Block Influence (measured)")
     for k, value in enumerate(stopper.arrays["influence"], start=1):
         print(f"{k:5d}  {value:.4f}{'  <- dropped' if k in stopper.dropped_blocks else ''}")
@@ -280,9 +280,9 @@ def _shots(text: str) -> int | list[int]:
 
 def _layers(arguments: argparse.Namespace) -> None:
     from lm_eval_adainfer.fitting import check_layers, fit
-    from lm_eval_adainfer.strategies import artifact
+    from lm_eval_adainfer.strategies import specs
 
-    stopper = artifact.parse(arguments.stopper)
+    stopper = specs.parse(arguments.stopper)
     shares, everywhere, chosen = check_layers.choose(fit.find(arguments.traces), stopper, arguments.count)
     print("block  leaves here (simulated, every block checked)")
     for k, share in enumerate(shares, start=1):
@@ -321,7 +321,7 @@ def _trace(arguments: argparse.Namespace) -> None:
 
 def _fit_svm(arguments: argparse.Namespace) -> None:
     from lm_eval_adainfer.fitting import fit
-    from lm_eval_adainfer.strategies import artifact
+    from lm_eval_adainfer.strategies import files
 
     stopper = fit.fit_svm(
         arguments.traces,
@@ -331,7 +331,7 @@ def _fit_svm(arguments: argparse.Namespace) -> None:
         seed=arguments.seed,
         threshold=arguments.threshold,
     )
-    artifact.save(stopper, arguments.output)
+    files.save(stopper, arguments.output)
     info = stopper.info
     print(
         f"{arguments.output}: {stopper.arrays['support_vectors'].shape[0]} support vectors, fitted on "
@@ -342,7 +342,7 @@ def _fit_svm(arguments: argparse.Namespace) -> None:
 
 def _fit_crf(arguments: argparse.Namespace) -> None:
     from lm_eval_adainfer.fitting import fit
-    from lm_eval_adainfer.strategies import artifact
+    from lm_eval_adainfer.strategies import files
 
     stopper = fit.fit_crf(
         arguments.traces,
@@ -353,7 +353,7 @@ def _fit_crf(arguments: argparse.Namespace) -> None:
         threshold=arguments.threshold,
         prefixes=arguments.prefixes,
     )
-    artifact.save(stopper, arguments.output)
+    files.save(stopper, arguments.output)
     info = stopper.info
     print(
         f"{arguments.output}: a crf on {', '.join(stopper.features)}, fitted on {info['examples']} of "

@@ -46,7 +46,7 @@ def add_fits(kinds: Any, how: Any) -> None:
 
 def _fit(arguments: Namespace) -> None:
     from lm_eval_adainfer.fitting import fit
-    from lm_eval_adainfer.strategies import artifact
+    from lm_eval_adainfer.strategies import files
 
     names = arguments.features.strip()
     stopper = fit.fit_classifier(
@@ -58,7 +58,7 @@ def _fit(arguments: Namespace) -> None:
         seed=arguments.seed,
         threshold=arguments.threshold,
     )
-    artifact.save(stopper, arguments.output)
+    files.save(stopper, arguments.output)
     info = stopper.info
     print(
         f"{arguments.output}: {arguments.kind} on {', '.join(stopper.features)}, fitted on {info['examples']} of "
@@ -98,12 +98,12 @@ def add_calibrate(commands: Any, how: Any) -> None:
 
 def _calibrate(arguments: Namespace) -> None:
     from lm_eval_adainfer.fitting import calibration, fit
-    from lm_eval_adainfer.strategies import artifact
+    from lm_eval_adainfer.strategies import files, specs
 
     max_drop, confidence = arguments.max_drop, arguments.confidence
-    given = artifact.parse(arguments.stopper)
+    given = specs.parse(arguments.stopper)
     calibration.grid(given)  # what has no threshold, or could not be saved, is refused before the work
-    artifact.require_savable(given)
+    files.require_savable(given)
     stopper, found = calibration.calibrate(
         fit.find(arguments.traces),
         given,
@@ -125,7 +125,7 @@ def _calibrate(arguments: Namespace) -> None:
         _logger.info("traces: some know the first token of an answer alone, and so does the promise; trace again")
     promised = f"at most {max_drop:.2%} lost ({arguments.loss}) at {confidence:.0%} confidence"
     if found.stops:
-        artifact.save(stopper, arguments.output)
+        files.save(stopper, arguments.output)
         print(
             f"{arguments.output}: threshold {found.threshold:.6g}, {promised}; {found.losses} of {found.documents} "
             f"calibration documents lost, pruning_ratio {found.pruning:.3f} (simulated)"
@@ -142,11 +142,11 @@ def _calibrate(arguments: Namespace) -> None:
     else:
         needed = f"with {found.documents} documents none passed; about {found.needed} would be needed"
     try:
-        artifact.require_savable(stopper)
+        files.require_savable(stopper)
     except AdaInferError:  # a crf has no threshold that it can't exceed
         raise AdaInferError(
             f"stopper: no threshold of this {stopper.kind} qualifies for {promised} ({needed}), and a {stopper.kind} "
             "can't be told never to stop, so nothing is written; run stopper=none instead"
         ) from None
-    artifact.save(stopper, arguments.output)
+    files.save(stopper, arguments.output)
     print(f"{arguments.output}: never stops, since no threshold qualifies for {promised}: {needed}")

@@ -251,7 +251,7 @@ def fit_stopper(model_dir: Path, recipe: Path, output: Path) -> None:
     from lm_eval_adainfer.fitting import fit
     from lm_eval_adainfer.harness import model
     from lm_eval_adainfer.registration import install
-    from lm_eval_adainfer.strategies import artifact
+    from lm_eval_adainfer.strategies import files
     from lm_eval_adainfer.traces import recording
 
     install()
@@ -267,7 +267,7 @@ def fit_stopper(model_dir: Path, recipe: Path, output: Path) -> None:
         fitted.pop("kind")
         stopper = fit.fit_svm([folder], **fitted)
     stopper.info["model"] = model.DEMO
-    artifact.save(stopper, output)
+    files.save(stopper, output)
     log.info("saved %s", output)
 
 

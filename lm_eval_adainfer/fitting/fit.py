@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,13 @@ import numpy as np
 
 from lm_eval_adainfer._version import __version__
 from lm_eval_adainfer.errors import AdaInferError
-from lm_eval_adainfer.strategies import crf
+from lm_eval_adainfer.strategies import crf, registry
 from lm_eval_adainfer.strategies.base import Stopper
 from lm_eval_adainfer.strategies.classifier import ClassifierStopper
 from lm_eval_adainfer.strategies.crf import CRFStopper
 from lm_eval_adainfer.strategies.features import FEATURES, RECORDED, check_names
-from lm_eval_adainfer.strategies.network import LogisticStopper, MLPStopper
+from lm_eval_adainfer.strategies.network import MLPStopper
+from lm_eval_adainfer.strategies.registry import PAPER_FEATURES
 from lm_eval_adainfer.strategies.svm import SVMStopper
 from lm_eval_adainfer.strategies.trees import BoostedStopper
 from lm_eval_adainfer.traces import outcomes, recording
@@ -25,13 +27,8 @@ from lm_eval_adainfer.traces.margins import columns
 
 _logger = logging.getLogger(__name__)
 LABELS = ("final", "gold", "stable")
-PAPER_FEATURES = ("gap", "top_prob")
-MAX_EXAMPLES = 5000
 HELD_OUT = 5  # one in so many documents is for Platt scaling
-CLASSIFIERS: dict[str, type[ClassifierStopper]] = {
-    "logistic": LogisticStopper, "mlp": MLPStopper, "boosted": BoostedStopper,
-}  # fmt: skip
-KINDS = ("svm", "crf", *CLASSIFIERS)
+_HOW = registry.fitted()  # the defaults of the functions below
 
 
 @dataclass
@@ -139,7 +136,7 @@ def _labels(meta: dict[str, Any], arrays: dict[str, np.ndarray], label: str) -> 
 
 
 def fit(kind: str, paths: Sequence[str | Path], **options: Any) -> Stopper:
-    """Fit a stopper of any of ``KINDS``.
+    """Fit a stopper of any kind that the registry declares as fitted.
 
     Args:
         kind: What to fit.
@@ -150,15 +147,14 @@ def fit(kind: str, paths: Sequence[str | Path], **options: Any) -> Stopper:
         AdaInferError: On an unknown kind, and as :func:`fit_svm`, :func:`fit_crf` and :func:`fit_classifier`.
     """
     check_kind(kind)
-    if kind in CLASSIFIERS:
-        return fit_classifier(kind, paths, **options)
-    return (fit_svm if kind == "svm" else fit_crf)(paths, **options)
+    return FITTERS[kind](paths, **options)
 
 
 def check_kind(kind: Any) -> None:
-    """Raise AdaInferError where ``kind`` is none of ``KINDS``."""
-    if kind not in KINDS:
-        raise AdaInferError(f"fit: {kind!r} is none of {', '.join(KINDS)}")
+    """Raise AdaInferError where the registry does not declare ``kind`` as a strategy that is fitted."""
+    kinds = tuple(registry.fitted())
+    if kind not in kinds:
+        raise AdaInferError(f"fit: {kind!r} is none of {', '.join(kinds)}")
 
 
 def check_label(label: Any) -> None:
@@ -171,9 +167,9 @@ def fit_svm(
     paths: Sequence[str | Path],
     label: str = "final",
     features: Sequence[str] = PAPER_FEATURES,
-    max_examples: int = MAX_EXAMPLES,
+    max_examples: int = _HOW["svm"].most,
     seed: int = 0,
-    threshold: float = 0.0,
+    threshold: float = _HOW["svm"].threshold,
 ) -> SVMStopper:
     """Fit the paper's SVM: scikit-learn's SVC with its default settings.
 
@@ -207,9 +203,9 @@ def fit_crf(
     paths: Sequence[str | Path],
     label: str = "final",
     features: Sequence[str] = PAPER_FEATURES,
-    max_instances: int = MAX_EXAMPLES,
+    max_instances: int = _HOW["crf"].most,
     seed: int = 0,
-    threshold: float = 0.5,
+    threshold: float = _HOW["crf"].threshold,
     prefixes: bool = False,
 ) -> CRFStopper:
     """Fit a conditional random field along the blocks (paper, section 5.3): CRFsuite with its default settings.
@@ -245,9 +241,9 @@ def fit_classifier(
     paths: Sequence[str | Path],
     label: str = "final",
     features: Sequence[str] | None = None,
-    max_examples: int = 20_000,
+    max_examples: int | None = None,
     seed: int = 0,
-    threshold: float = 0.95,
+    threshold: float | None = None,
 ) -> ClassifierStopper:
     """Fit one of scikit-learn's other small models, and Platt-scale it on documents that it has not seen.
 
@@ -256,9 +252,10 @@ def fit_classifier(
         paths: Trace files or folders of them.
         label: ``final``, ``gold`` or ``stable``.
         features: None takes all that the first trace allows.
-        max_examples: At most so many (instance, block) pairs, drawn uniformly with ``seed``.
+        max_examples: At most so many (instance, block) pairs, drawn uniformly with ``seed``; None takes the registry's
+            number.
         seed: Of the draw, of the held-out fifth of the documents and of the model.
-        threshold: Stop when the probability exceeds it.
+        threshold: Stop when the probability exceeds it; None takes the registry's.
 
     Raises:
         AdaInferError: On unusable traces or a wrong argument, or where all examples have one label.
@@ -266,8 +263,12 @@ def fit_classifier(
     from sklearn.linear_model import LogisticRegression
     from sklearn.metrics import log_loss
 
-    if kind not in CLASSIFIERS:
-        raise AdaInferError(f"kind: {kind!r} is none of {', '.join(CLASSIFIERS)}")
+    if kind not in _ARRAYS:
+        raise AdaInferError(f"kind: {kind!r} is none of {', '.join(_ARRAYS)}")
+    stopper_class = registry.STRATEGIES[kind].stopper_class()
+    assert issubclass(stopper_class, ClassifierStopper)
+    max_examples = _HOW[kind].most if max_examples is None else max_examples
+    threshold = _HOW[kind].threshold if threshold is None else threshold
     if max_examples < 2:
         raise AdaInferError(f"max_examples: {max_examples} can't hold both labels; give 2 or more")
     if not 0 <= threshold <= 1:
@@ -283,8 +284,8 @@ def fit_classifier(
     x, y = found.x[chosen], found.y[chosen]
     for part in (y, found.y[held_out]):
         _need_both_labels(part)
-    arrays = _fit_arrays(kind, x, y, seed)
-    bare = CLASSIFIERS[kind](arrays, features)  # slope 1 and offset 0: its probability is the sigmoid of the score
+    arrays = _ARRAYS[kind](x, y, seed)
+    bare = stopper_class(arrays, features)  # slope 1 and offset 0: its probability is the sigmoid of the score
     scores = bare.bare_scores(found.x[held_out])[:, None]
     platt = LogisticRegression(C=1e6).fit(scores, found.y[held_out])
     slope, offset = float(platt.coef_[0, 0]), float(platt.intercept_[0])
@@ -294,32 +295,49 @@ def fit_classifier(
         )
     info = _info(found, label, y, seed)
     info["held_out_log_loss"] = float(log_loss(found.y[held_out], platt.predict_proba(scores)[:, 1]))
-    stopper = CLASSIFIERS[kind](arrays, features, threshold, slope, offset, info)
+    stopper = stopper_class(arrays, features, threshold, slope, offset, info)
     stopper.seen = found.seen
     return stopper
 
 
-def _fit_arrays(kind: str, x: np.ndarray, y: np.ndarray, seed: int) -> dict[str, np.ndarray]:
-    from sklearn.ensemble import GradientBoostingClassifier
+def _logistic(x: np.ndarray, y: np.ndarray, seed: int) -> dict[str, np.ndarray]:
     from sklearn.linear_model import LogisticRegression
-    from sklearn.neural_network import MLPClassifier
     from sklearn.preprocessing import StandardScaler
 
-    if kind == "boosted":
-        model = GradientBoostingClassifier(max_depth=4, subsample=0.5, min_samples_leaf=20, random_state=seed)
-        return BoostedStopper.arrays_of(model.fit(x, y))
     scaler = StandardScaler().fit(x)
-    if kind == "logistic":
-        return MLPStopper.arrays_of(scaler, LogisticRegression(max_iter=1000).fit(scaler.transform(x), y))
-    network = MLPClassifier((32,), batch_size=min(512, len(x)), max_iter=60, tol=1e-3, random_state=seed)
+    return MLPStopper.arrays_of(scaler, LogisticRegression(max_iter=1000).fit(scaler.transform(x), y))
+
+
+def _mlp(x: np.ndarray, y: np.ndarray, seed: int) -> dict[str, np.ndarray]:
     import warnings
 
     from sklearn.exceptions import ConvergenceWarning
+    from sklearn.neural_network import MLPClassifier
+    from sklearn.preprocessing import StandardScaler
 
+    scaler = StandardScaler().fit(x)
+    network = MLPClassifier((32,), batch_size=min(512, len(x)), max_iter=60, tol=1e-3, random_state=seed)
     with warnings.catch_warnings():  # 60 passes are what is asked for
         warnings.simplefilter("ignore", ConvergenceWarning)
         network.fit(scaler.transform(x), y)
     return MLPStopper.arrays_of(scaler, network)
+
+
+def _boosted(x: np.ndarray, y: np.ndarray, seed: int) -> dict[str, np.ndarray]:
+    from sklearn.ensemble import GradientBoostingClassifier
+
+    model = GradientBoostingClassifier(max_depth=4, subsample=0.5, min_samples_leaf=20, random_state=seed)
+    return BoostedStopper.arrays_of(model.fit(x, y))
+
+
+# kind -> the arrays of a classifier fitted on examples x, y with a seed; fit_classifier does the rest
+_ARRAYS: dict[str, Callable[[np.ndarray, np.ndarray, int], dict[str, np.ndarray]]] = {
+    "logistic": _logistic, "mlp": _mlp, "boosted": _boosted,
+}  # fmt: skip
+# kind -> what fits it, called with trace files and options; the kinds are those that the registry declares as fitted
+FITTERS: dict[str, Callable[..., Stopper]] = {
+    "svm": fit_svm, "crf": fit_crf, **{kind: partial(fit_classifier, kind) for kind in _ARRAYS},
+}  # fmt: skip
 
 
 def _draw(indices: np.ndarray, most: int, seed: int) -> np.ndarray:

@@ -34,8 +34,8 @@ from lm_eval_adainfer.prefill.forward import first_not_finite, verify
 from lm_eval_adainfer.prefill.prefixes import Prefix
 from lm_eval_adainfer.prefill.probes import Sharing
 from lm_eval_adainfer.records import ExitRecord
-from lm_eval_adainfer.strategies import artifact
 from lm_eval_adainfer.strategies.base import Schedule
+from lm_eval_adainfer.strategies.fitted import warn_if_foreign
 from lm_eval_adainfer.structure import removal, unwrapping, wrappers
 from lm_eval_adainfer.structure.anatomy import Anatomy
 from lm_eval_adainfer.structure.weights import input_device
@@ -155,7 +155,7 @@ class AdaInferLM(HFLM):
         self.schedule = Schedule(self.n_blocks, strategy, min_layer, check_layers)
         if strategy.kind != "none" and not strategy.removes_blocks and not self.schedule.blocks:
             eval_logger.warning("check_layers/min_layer: they leave no block to ask the stopper at, so it runs dense")
-        artifact.warn_if_foreign(strategy, self._model_name(), self.n_blocks, self.anatomy.head_hash())
+        warn_if_foreign(strategy, self._model_name(), self.n_blocks, self.anatomy.head_hash())
         if strategy.removes_blocks:
             self._drop_blocks()
         if self.schedule.blocks:

@@ -14,7 +14,7 @@ import torch
 
 from lm_eval_adainfer.errors import AdaInferError
 from lm_eval_adainfer.generation.step import KV_POLICIES
-from lm_eval_adainfer.strategies import artifact
+from lm_eval_adainfer.strategies import specs
 from lm_eval_adainfer.strategies.base import Stopper
 
 SHORTLIST = 64  # candidates of head_check=shortlist
@@ -49,7 +49,7 @@ class Options:
         Raises:
             AdaInferError: On the first that makes no sense.
         """
-        strategy, logs = artifact.parse(stopper), _flag("log_features", log_features)
+        strategy, logs = specs.parse(stopper), _flag("log_features", log_features)
         if generation not in ("dense", "early"):
             raise AdaInferError(f"generation: {generation!r} is neither dense nor early")
         if kv_policy not in KV_POLICIES:

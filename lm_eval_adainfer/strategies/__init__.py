@@ -1,1 +1,1 @@
-"""The exit strategies: what they share (``base``), the rules, the fitted ones, and their files (``artifact``)."""
+"""When to stop: the registry of strategies, their classes and features, and how specs and files name them."""

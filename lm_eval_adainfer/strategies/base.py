@@ -80,6 +80,11 @@ class Stopper(ABC):
         """What besides ``arrays`` rebuilds this strategy from its file, JSON-serialisable."""
         return {}
 
+    @classmethod
+    def rebuild(cls, arrays: Mapping[str, np.ndarray], **parameters: Any) -> Stopper:
+        """The strategy that a stopper file of these arrays and parameters holds; rules have no arrays to take."""
+        return cls(**parameters)
+
     @property
     def flops(self) -> int:
         """Floating-point operations of one decision (counted, see ``docs/numbers.md``)."""

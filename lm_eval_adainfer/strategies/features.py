@@ -1,8 +1,9 @@
-"""The features a stopper may read after a block (``docs/numbers.md``, paper section 4.1): one function each.
+"""The features that a stopper may read after a block (``docs/numbers.md``, paper section 4.1): one function each.
 
-All are computed at the decision positions only. ``gap``, ``top_prob`` and ``entropy`` come from the full vocabulary's
-softmax in float32; the cosines compare a block with the previous one. These are *recorded* in traces. *Derived* ones
-follow from the recorded ones, the top token and what the blocks asked before had said, so a trace has them too.
+A function under ``@recorded`` or ``@derived`` is a feature: its name is the feature's, its docstring begins with the
+definition, and the decorator says what has to be there for it, so that nothing else is computed. All are computed at
+the decision positions only. *Recorded* features stand in traces. *Derived* ones follow from the recorded ones, the top
+token and what the blocks asked before had said, so a trace has them too.
 """
 
 from __future__ import annotations
@@ -11,12 +12,15 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from lm_eval_adainfer.errors import AdaInferError
 from lm_eval_adainfer.structure.state import BlockState
+
+_Compute = TypeVar("_Compute", bound=Callable[..., Tensor])
 
 
 class Observation:
@@ -101,28 +105,108 @@ def cosine(a: Tensor, b: Tensor) -> Tensor:
     return torch.nn.functional.cosine_similarity(a.float(), b.to(a.device).float(), dim=-1)
 
 
+@dataclass(frozen=True)
+class Feature:
+    """A feature: how it is computed, and what for.
+
+    Attributes:
+        compute: From an :class:`Observation`, or for a derived feature also a :class:`Recorded`, to [n].
+        recorded: Whether traces hold it; if not, it is derived from what they hold.
+        head: Whether it reads the output head's logits.
+        part: The part of the block that it reads (``attn``, ``mlp``), if any.
+        past: Whether it reads what the blocks asked before had said.
+    """
+
+    compute: Callable[..., Tensor]
+    recorded: bool
+    head: bool = False
+    part: str | None = None
+    past: bool = False
+
+    @property
+    def name(self) -> str:
+        """What stoppers and traces call it."""
+        return self.compute.__name__
+
+    @property
+    def definition(self) -> str:
+        """One sentence that says what it is."""
+        return (self.compute.__doc__ or "").strip().splitlines()[0]
+
+    def __call__(self, seen: Observation | Recorded) -> Tensor:
+        """[n], its values."""
+        return self.compute(seen)
+
+
+FEATURES: dict[str, Feature] = {}  # in the order in which traces hold and lists name them; the decorators fill it
+PAST = 3  # numbers that are kept per decision for features that read the past (``remember``)
+
+
+def recorded(head: bool = False, part: str | None = None) -> Callable[[_Compute], _Compute]:
+    """Declare a function as a feature that traces record; the arguments are those of :class:`Feature`."""
+
+    def declare(compute: _Compute) -> _Compute:
+        FEATURES[compute.__name__] = Feature(compute, True, head, part)
+        return compute
+
+    return declare
+
+
+def derived(head: bool = False, past: bool = False) -> Callable[[_Compute], _Compute]:
+    """Declare a function as a feature that follows from what traces record; the arguments are :class:`Feature`'s."""
+
+    def declare(compute: _Compute) -> _Compute:
+        FEATURES[compute.__name__] = Feature(compute, False, head, past=past)
+        return compute
+
+    return declare
+
+
+@recorded(head=True)
 def gap(seen: Observation) -> Tensor:
     """P(top 1) - P(top 2), in [0, 1]."""
     return seen.top2[:, 0] - seen.top2[:, 1]
 
 
+@recorded(head=True)
 def top_prob(seen: Observation) -> Tensor:
     """P(top 1), in (0, 1]."""
     return seen.top2[:, 0]
 
 
+@recorded(head=True)
 def entropy(seen: Observation) -> Tensor:
     """Entropy of the full vocabulary's probabilities over its maximum log V, in [0, 1]."""
     p = seen.probabilities
     return -torch.xlogy(p, p).sum(dim=-1) / math.log(p.shape[-1])
 
 
+@recorded(part="attn")
+def cos_attn(seen: Observation) -> Tensor:
+    """Cosine of the attention output and the previous block's, before the residual addition; 0 for block 1."""
+    return seen.part_cosine("attn")
+
+
+@recorded(part="mlp")
+def cos_mlp(seen: Observation) -> Tensor:
+    """Cosine of the MLP output and the previous block's, before the residual addition; 0 for block 1."""
+    return seen.part_cosine("mlp")
+
+
+@recorded()
+def cos_hidden(seen: Observation) -> Tensor:
+    """Cosine of the block's output and its input (block 1: the embedding output), in [-1, 1]."""
+    return cosine(seen.at(seen.state.hidden), seen.at(seen.state.before))
+
+
+@derived()
 def depth(seen: Observation | Recorded) -> Tensor:
-    """K / L."""
+    """How deep the block lies in the model: k / L."""
     n = len(seen.rows) if isinstance(seen, Observation) else len(seen.best_prob)
     return torch.full((n,), seen.block / seen.n_blocks)
 
 
+@derived(head=True, past=True)
 def agreement(seen: Observation | Recorded) -> Tensor:
     """How many of the blocks asked last, this one included, have this top token without a break; 1 at the first.
 
@@ -133,6 +217,7 @@ def agreement(seen: Observation | Recorded) -> Tensor:
     return torch.where(seen.best_prob.isnan(), torch.nan, torch.where(same, seen.past[:, 1], 0.0) + 1)
 
 
+@derived(head=True, past=True)
 def top_prob_change(seen: Observation | Recorded) -> Tensor:
     """P(top 1) minus that of the block asked before (0 at the first), in (-1, 1]."""
     assert seen.past is not None
@@ -145,37 +230,13 @@ def remember(seen: Observation | Recorded) -> None:
     seen.past[:] = torch.stack([(seen.best_token + 1).float(), agreement(seen), seen.best_prob], dim=-1)
 
 
-def cos_hidden(seen: Observation) -> Tensor:
-    """Cosine of the block's output and its input (block 1: the embedding output), in [-1, 1]."""
-    return cosine(seen.at(seen.state.hidden), seen.at(seen.state.before))
-
-
-def cos_attn(seen: Observation) -> Tensor:
-    """Cosine of the attention output and the previous block's, before the residual addition; 0 for block 1."""
-    return seen.part_cosine("attn")
-
-
-def cos_mlp(seen: Observation) -> Tensor:
-    """Cosine of the MLP output and the previous block's, before the residual addition; 0 for block 1."""
-    return seen.part_cosine("mlp")
-
-
-RECORDED: dict[str, Callable[[Observation], Tensor]] = {
-    f.__name__: f for f in (gap, top_prob, entropy, cos_attn, cos_mlp, cos_hidden)
-}
-DERIVED: dict[str, Callable[[Observation | Recorded], Tensor]] = {
-    f.__name__: f for f in (depth, agreement, top_prob_change)
-}
-FEATURES: dict[str, Callable[..., Tensor]] = {**RECORDED, **DERIVED}
-PAST = 3  # numbers that derived features keep per decision
-_NEEDS_PAST = {"agreement", "top_prob_change"}
-_NEEDS_HEAD = {"gap", "top_prob", "entropy"} | _NEEDS_PAST
-_NEEDS_PART = {"cos_attn": "attn", "cos_mlp": "mlp"}
+RECORDED = {name: feature for name, feature in FEATURES.items() if feature.recorded}
+DERIVED = {name: feature for name, feature in FEATURES.items() if not feature.recorded}
 
 
 def needs_past(names: Sequence[str]) -> bool:
     """Whether any of these features reads what earlier blocks had said."""
-    return any(name in _NEEDS_PAST for name in names)
+    return any(FEATURES[name].past for name in names)
 
 
 def observe(
@@ -203,12 +264,13 @@ def check_names(names: Sequence[str], argument: str) -> None:
 
 def needs_head(names: Sequence[str]) -> bool:
     """Whether any of these features reads the output head."""
-    return any(name in _NEEDS_HEAD for name in names)
+    return any(FEATURES[name].head for name in names)
 
 
 def needed_parts(names: Sequence[str]) -> list[str]:
     """Which parts of a block (``attn``, ``mlp``) these features read."""
-    return [part for name, part in _NEEDS_PART.items() if name in names]
+    parts = (feature.part for name, feature in FEATURES.items() if name in names)
+    return list(dict.fromkeys(part for part in parts if part is not None))
 
 
 def compute(names: Sequence[str], seen: Observation) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from abc import abstractmethod
 from collections.abc import Mapping
 from typing import Any
@@ -12,11 +13,13 @@ import numpy as np
 from lm_eval_adainfer.errors import AdaInferError
 from lm_eval_adainfer.strategies.base import Stopper
 
+_logger = logging.getLogger(__name__)
+
 
 class FittedStopper(Stopper):
     """A strategy that a stopper file holds: ``type(s)(s.arrays, info=s.info, **s.parameters())`` rebuilds it.
 
-    To add a kind, subclass this and name the class in ``artifact.KINDS``. Its ``__init__`` checks whatever it is given
+    To add one, subclass this and declare it in ``strategies/registry.py``. Its ``__init__`` checks whatever it is given
     and raises AdaInferError, because files come from anywhere.
 
     Attributes:
@@ -30,6 +33,11 @@ class FittedStopper(Stopper):
     @abstractmethod
     def parameters(self) -> dict[str, Any]:
         """What besides the arrays rebuilds this stopper, JSON-serialisable."""
+
+    @classmethod
+    def rebuild(cls, arrays: Mapping[str, np.ndarray], **parameters: Any) -> Stopper:
+        """The strategy that a stopper file of these arrays and parameters holds."""
+        return cls(arrays, **parameters)  # type: ignore[call-arg]  # every subclass takes its arrays first
 
     def describe(self) -> dict[str, Any]:
         """Kind, parameters, a hash of the arrays, and what it was fitted on."""
@@ -61,3 +69,22 @@ def checked_arrays(arrays: Mapping[str, np.ndarray], shapes: Mapping[str, tuple[
             raise AdaInferError(f"stopper: this {kind} holds NaN or infinite numbers; fit it again on finite features")
         found[name] = array
     return found
+
+
+def warn_if_foreign(stopper: Stopper, model: str, n_blocks: int, head_hash: str) -> None:
+    """Say so when a stopper was fitted on another model: allowed (paper section 5.5), but rarely as good."""
+    info = getattr(stopper, "info", None)
+    if not info:
+        return
+    differences = []
+    if info.get("n_blocks") not in (None, n_blocks):
+        differences.append(f"{info['n_blocks']} blocks instead of {n_blocks}")
+    if info.get("head_hash") and head_hash and info["head_hash"] != head_hash:
+        differences.append("another output head")
+    if differences:
+        _logger.warning(
+            "stopper: it was fitted on %s (%s), not on %s; check its accuracy here before you trust it",
+            info.get("model", "another model"),
+            ", ".join(differences),
+            model,
+        )

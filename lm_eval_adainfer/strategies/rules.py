@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -13,16 +11,7 @@ from lm_eval_adainfer.errors import AdaInferError
 from lm_eval_adainfer.strategies.base import Stopper
 
 
-class Rule(Stopper):
-    """A strategy without arrays, which its parameters make again."""
-
-    @classmethod
-    def rebuild(cls, arrays: Mapping[str, np.ndarray], **parameters: Any) -> Rule:
-        """The rule that a stopper file holds; the file's arrays, of which there are none, do not matter."""
-        return cls(**parameters)
-
-
-class NoStopper(Rule):
+class NoStopper(Stopper):
     """``none``: the dense model."""
 
     kind = "none"
@@ -36,7 +25,7 @@ class NoStopper(Rule):
         return torch.full((values.shape[0],), -1.0, device=values.device)
 
 
-class GapStopper(Rule):
+class GapStopper(Stopper):
     """``gap:T``: stop when P(top 1) - P(top 2) exceeds T (paper: 0.8, section 5.3).
 
     Raises:
@@ -89,7 +78,7 @@ class SaturationStopper(GapStopper):
         return super().margin(block, values.clamp(max=1.0), memory)
 
 
-class PatienceStopper(Rule):
+class PatienceStopper(Stopper):
     """``patience:k``: stop when k asked blocks in a row have the same top token (PABEE, arXiv 2006.04152).
 
     PABEE counts how often a prediction was confirmed, so its patience t is k = t + 1 here.
@@ -122,7 +111,7 @@ class PatienceStopper(Rule):
         return {**super().describe(), "blocks": self.blocks}
 
 
-class FixedStopper(Rule):
+class FixedStopper(Stopper):
     """``fixed:N``: always after block N, without asking the head."""
 
     kind = "fixed"
@@ -157,8 +146,3 @@ class FixedStopper(Rule):
     def describe(self) -> dict[str, Any]:
         """Kind, features, layer."""
         return {**super().describe(), "layer": self.layer}
-
-
-RULES: tuple[type[Rule], ...] = (
-    NoStopper, GapStopper, SoftmaxStopper, SaturationStopper, PatienceStopper, FixedStopper,
-)  # fmt: skip

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lm_eval_adainfer.errors import AdaInferError
+from lm_eval_adainfer.strategies.base import Stopper
 from lm_eval_adainfer.strategies.fitted import FittedStopper, checked_arrays
 from lm_eval_adainfer.strategies.rules import FixedStopper
 
@@ -68,6 +69,11 @@ class ShortGPTStopper(FittedStopper):
         self.dropped_blocks = tuple(sorted((least + 1).tolist()))
         self.info: dict[str, Any] = dict(info or {})
 
+    @classmethod
+    def rebuild(cls, arrays: Mapping[str, np.ndarray], **parameters: Any) -> Stopper:
+        """The strategy of kind ``shortgpt`` that a stopper file holds: of the last blocks, or by Block Influence."""
+        return LastStopper(**parameters) if "last" in parameters else cls(arrays, **parameters)
+
     def bind(self, n_blocks: int) -> None:
         """The influence must have been measured on as many blocks."""
         if n_blocks != len(self.arrays["influence"]):
@@ -96,11 +102,6 @@ class ShortGPTStopper(FittedStopper):
     def describe(self) -> dict[str, Any]:
         """As every fitted strategy's, and the dropped blocks."""
         return {**super().describe(), "dropped_blocks": list(self.dropped_blocks)}
-
-
-def rebuild(arrays: Mapping[str, np.ndarray], **parameters: Any) -> LastStopper | ShortGPTStopper:
-    """The strategy of kind ``shortgpt`` that a stopper file holds: of the last blocks, or by Block Influence."""
-    return LastStopper(**parameters) if "last" in parameters else ShortGPTStopper(arrays, **parameters)
 
 
 def _check_number(dropped: int, n_blocks: int, what: str) -> None:

@@ -1,9 +1,9 @@
 """The paper's studies, a YAML recipe each: trace (resumably), fit, replay, and write Markdown, CSV and figures.
 
 A recipe (``stoppers/recipes/``) names a ``study`` (``table``, ``accuracy``: Figure 1, ``features``: Figures 3 and 4),
-``tasks``, ``shots``, and for tables ``train_shots`` and ``stoppers``: what ``replay`` takes, or ``{fit: svm | crf |
-logistic | mlp | boosted, train: drawn | all | same | others | other_model, features: [...], label: ..., threshold: ...,
-draw: 0}``. What is left out is as in ``adainfer fit``. All figures are *simulated* from the traces.
+``tasks``, ``shots``, and for tables ``train_shots`` and ``stoppers``: what ``replay`` takes, or ``{fit: KIND, train:
+drawn | all | same | others | other_model, features: [...], label: ..., threshold: ..., draw: 0}`` with a KIND of
+``adainfer fit``. What is left out is as in ``adainfer fit``. All figures are *simulated* from the traces.
 """
 
 from __future__ import annotations

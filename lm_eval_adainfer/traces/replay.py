@@ -18,8 +18,9 @@ import numpy as np
 
 from lm_eval_adainfer.errors import AdaInferError
 from lm_eval_adainfer.statistics import tango_interval
-from lm_eval_adainfer.strategies import artifact
+from lm_eval_adainfer.strategies import specs
 from lm_eval_adainfer.strategies.base import Schedule, Stopper
+from lm_eval_adainfer.strategies.fitted import warn_if_foreign
 from lm_eval_adainfer.strategies.rules import FixedStopper, GapStopper
 from lm_eval_adainfer.traces import recording
 from lm_eval_adainfer.traces.margins import margins
@@ -201,7 +202,7 @@ def parse(spec: Any, n_blocks: int) -> Stopper | str:
                 f"shortgpt:lastN can, for N from 1 to {n_blocks - 1}"
             )
         return FixedStopper(n_blocks - int(last))
-    stopper = artifact.parse(spec)
+    stopper = specs.parse(spec)
     if stopper.kind == "shortgpt" and not isinstance(stopper, FixedStopper):  # it changes the model, so it needs a run
         raise AdaInferError(
             f"stopper: {spec} can't be replayed: dropping blocks in between changes what later ones say; run it"
@@ -427,7 +428,7 @@ def _quantiles(found: Any) -> list[float]:
 def warn(stopper: Stopper, traces: Sequence[Trace]) -> None:
     """Say so where a stopper was fitted on another model, or on the very split it is now tried on."""
     meta = traces[0].meta
-    artifact.warn_if_foreign(stopper, meta["model"], meta["n_blocks"], meta["head_hash"])
+    warn_if_foreign(stopper, meta["model"], meta["n_blocks"], meta["head_hash"])
     info = getattr(stopper, "info", None) or {}
     same = sorted(
         {t.meta["task"] for t in traces if t.meta["split"] in info.get("split", ()) and
