@@ -19,8 +19,8 @@ from replay import (
 
 from lm_eval_adainfer.counting import FlopCounter
 from lm_eval_adainfer.errors import AdaInferError
-from lm_eval_adainfer.generation.loop import record_of
-from lm_eval_adainfer.generation.step import prepare
+from lm_eval_adainfer.generation.decoded import record_of
+from lm_eval_adainfer.generation.probes import prepare
 from lm_eval_adainfer.harness.model import AdaInferLM
 from lm_eval_adainfer.strategies.artifact import parse
 from lm_eval_adainfer.strategies.rules import NoStopper

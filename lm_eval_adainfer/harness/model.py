@@ -23,9 +23,11 @@ from tqdm import tqdm
 from lm_eval_adainfer import paths
 from lm_eval_adainfer._version import __version__
 from lm_eval_adainfer.errors import AdaInferError, UnsupportedModelError, report_errors_in_one_sentence
-from lm_eval_adainfer.generation.loop import Seeds, Stop, decode, record_of
+from lm_eval_adainfer.generation.decoded import record_of
+from lm_eval_adainfer.generation.loop import Seeds, Stop, decode
+from lm_eval_adainfer.generation.policies import KV_POLICIES
+from lm_eval_adainfer.generation.probes import prepare
 from lm_eval_adainfer.generation.settings import Settings, check_checkpoint
-from lm_eval_adainfer.generation.step import KV_POLICIES, prepare
 from lm_eval_adainfer.harness import arguments, identity, metrics
 from lm_eval_adainfer.harness.answers import LogLikelihood, Rolling, Text
 from lm_eval_adainfer.prefill import planning, probes
@@ -754,7 +756,7 @@ class AdaInferLM(HFLM):
         totals = self.run_totals or self.totals()
         tokens, seconds = totals["generated_tokens_counted"], totals["seconds_generating_measured"]
         how = {
-            "kv_policy": "propagate (approximate)" if self.kv_policy == "propagate" else self.kv_policy,
+            "kv_policy": self.kv_policy + ("" if KV_POLICIES[self.kv_policy].exact else " (approximate)"),
             "head_check": f"shortlist:{self.shortlist}" if self.shortlist else "exact",
         }
         return {
