@@ -28,8 +28,8 @@ class KVPolicy(ABC):
         """What a block does in this step.
 
         Every slot from the first missing one to the newest has to be in one of the two parts, because the block counts
-        as filled afterwards. The newest token is always run, and so are the prompt's tokens before ``first_exit``:
-        nothing of a prompt ever left, so no block before has all of its hidden states.
+        as filled afterwards. A part has one stretch of slots of a row, and the part to run has the newest one too. The
+        prompt's tokens before ``first_exit`` are always run, since they have no exits of their own.
 
         Args:
             rows: The rows whose newest token got here.
