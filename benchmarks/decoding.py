@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import DynamicCache, LlamaForCausalLM
 
 from benchmarks.models import cut, make_tokenizer, ratio, seconds, summary
-from lm_eval_adainfer.generation.step import Decoder
+from lm_eval_adainfer.generation.step import Step
 from lm_eval_adainfer.harness.model import AdaInferLM
 from lm_eval_adainfer.strategies.base import Stopper
 
@@ -93,21 +93,20 @@ def allowed(model: LlamaForCausalLM, lm: AdaInferLM, asked: list[Instance], keys
     The first step is taken out of the count, and the head is asked once for every token.
     """
     calls: Counter[int] = Counter()  # tokens in a block call -> how often
-    original = Decoder.post_hook
+    original = Step.post_hook
     if isinstance(lm.stopper, RandomExits):
         lm.stopper.restart()
 
-    def noted(self: Decoder, k: int, output: object) -> object:
-        step = self.current
-        if step is not None and step.tokens is not None and k >= step.first and step.length > self.prompt_end:
-            calls[step.tokens.n] += 1
+    def noted(self: Step, k: int, output: object) -> object:
+        if self.tokens is not None and k >= self.first and self.length > self.decoder.prompt_end:
+            calls[self.tokens.n] += 1
         return original(self, k, output)
 
-    Decoder.post_hook = noted  # type: ignore[method-assign]
+    Step.post_hook = noted  # type: ignore[method-assign]
     try:
         lm.generate_until(asked, disable_tqdm=True)
     finally:
-        Decoder.post_hook = original  # type: ignore[method-assign]
+        Step.post_hook = original  # type: ignore[method-assign]
     one = block_seconds(model, keys, min(64, max(calls)), repeats)
     rows, new = len(asked), asked[0].args[1]["max_gen_toks"]
     hidden = torch.zeros(rows, model.config.hidden_size, dtype=model.dtype, device=model.device)

@@ -25,7 +25,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from lm_eval_adainfer.errors import AdaInferError, UnsupportedModelError
-from lm_eval_adainfer.generation.step import Decoder, prepare
+from lm_eval_adainfer.generation.decoder import Decoder
+from lm_eval_adainfer.generation.probes import prepare
 from lm_eval_adainfer.harness.model import AdaInferLM
 from lm_eval_adainfer.strategies import features
 from lm_eval_adainfer.strategies.base import Schedule, Stopper

@@ -10,7 +10,8 @@ import torch
 from conftest import make_model
 from reference import logits_after_block
 
-from lm_eval_adainfer.generation.step import Decoder, prepare
+from lm_eval_adainfer.generation.decoder import Decoder
+from lm_eval_adainfer.generation.probes import prepare
 from lm_eval_adainfer.strategies.base import Schedule, Stopper
 from lm_eval_adainfer.structure.anatomy import Anatomy
 

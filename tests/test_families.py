@@ -20,7 +20,7 @@ from lm_eval.models.huggingface import HFLM
 from reference import instance
 
 from lm_eval_adainfer.errors import AdaInferError, UnsupportedModelError
-from lm_eval_adainfer.generation.step import prepare
+from lm_eval_adainfer.generation.probes import prepare
 from lm_eval_adainfer.harness.model import AdaInferLM
 from lm_eval_adainfer.structure.anatomy import Anatomy
 from lm_eval_adainfer.structure.removal import drop

@@ -13,7 +13,8 @@ from reference import gap_after_block, instance, logits_after_block
 from test_model import Scripted
 
 from lm_eval_adainfer.errors import AdaInferError, UnsupportedModelError
-from lm_eval_adainfer.generation.step import Decoder, _Script, prepare
+from lm_eval_adainfer.generation.decoder import Decoder
+from lm_eval_adainfer.generation.probes import _Script, prepare
 from lm_eval_adainfer.harness.model import AdaInferLM
 from lm_eval_adainfer.strategies.base import Schedule
 from lm_eval_adainfer.strategies.rules import NoStopper

@@ -19,8 +19,10 @@ from replay import (
 
 from lm_eval_adainfer.counting import FlopCounter
 from lm_eval_adainfer.errors import AdaInferError
-from lm_eval_adainfer.generation.loop import record_of
-from lm_eval_adainfer.generation.step import prepare
+from lm_eval_adainfer.generation.decoded import record_of
+from lm_eval_adainfer.generation.policies import KV_POLICIES, KVPolicy
+from lm_eval_adainfer.generation.probes import prepare
+from lm_eval_adainfer.generation.tokens import Tokens
 from lm_eval_adainfer.harness.model import AdaInferLM
 from lm_eval_adainfer.strategies.rules import NoStopper
 from lm_eval_adainfer.strategies.specs import parse
@@ -310,6 +312,38 @@ def test_wrong_head_checks_are_refused_in_one_sentence(value, found, tokenizer):
     assert str(caught.value) == (
         f"head_check: {found} is neither exact nor shortlist nor shortlist:N with N candidates, 2 or more"
     )
+
+
+class RecomputeRecent(KVPolicy):
+    """The last ``n`` tokens that left are run along, and older ones are propagated."""
+
+    exact, n = False, 2
+
+    def split(self, rows, missing, first_exit, newest):
+        begins = [slot if slot < first_exit else max(slot, newest - self.n) for slot in missing]
+        stored = Tokens(rows, missing, begins, newest, with_newest=False)
+        return Tokens(rows, begins, [newest] * len(rows), newest), stored if stored.n else None
+
+
+@pytest.mark.parametrize("family", ["llama", "falcon"])
+def test_a_policy_of_ones_own_is_a_class_and_a_name(family, monkeypatch):
+    """It recomputes everything, nothing or some of it; the prompt has gone through all blocks before."""
+    _, anatomy, windows = prepared(family)
+    exits = [[5, 5], [1, 2], [2, 1], [1, 1], [3, 1], [5, 1], [1, 3], [5, 5]]
+    found = {}
+    for n in (0, 2, 99):
+        monkeypatch.setitem(KV_POLICIES, f"recent:{n}", type("Some", (RecomputeRecent,), {"n": n}))
+    for policy in KV_POLICIES:
+        decoder, logits = decode_greedily(anatomy, windows, Listed(exits), prompts_of(2, 40), len(exits), kv_policy=policy)
+        found[policy] = (
+            [r.tokens for r in decoder.results], [r.stored_tokens for r in decoder.results],
+            torch.stack([x for row in logits for x in row]),
+        )  # fmt: skip
+    for ours, known in (("recent:0", "propagate"), ("recent:99", "recompute")):
+        assert found[ours][:2] == found[known][:2]
+        torch.testing.assert_close(found[ours][2], found[known][2], atol=1e-5, rtol=0)
+    stored = [sum(map(sum, found[name][1])) for name in ("recompute", "recent:2", "propagate")]
+    assert 0 == stored[0] < stored[1] < stored[2]
 
 
 def test_wrong_kv_policies_are_refused_in_one_sentence(tokenizer):

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from reference import instance
 
 from lm_eval_adainfer.errors import UnsupportedModelError
-from lm_eval_adainfer.generation.step import prepare
+from lm_eval_adainfer.generation.probes import prepare
 from lm_eval_adainfer.harness.model import AdaInferLM
 from lm_eval_adainfer.prefill import probes
 from lm_eval_adainfer.structure import rounding

@@ -1,1 +1,1 @@
-"""Early exit while decoding: the KV cache by slot, layouts, one step, the loop."""
+"""Early exit while decoding: KV cache and policies, layouts, decisions, one step, and the loop that makes a text."""

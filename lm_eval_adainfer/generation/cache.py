@@ -1,4 +1,4 @@
-"""Keys and values by slot, and how a model's block arguments follow a decoding step.
+"""The KV cache by slot: a call of a block writes what its rows miss, and reads all keys and values of theirs.
 
 Rows are left-padded, so that a row's token and its neighbours' are in the same *slot*. A block writes the slots that
 it has run for a row and no others; what it may read is up to the model's own mask.
@@ -113,5 +113,3 @@ class SlotCache(DynamicCache):
         for store in (self.keys, self.values):
             for layer, whole in store.items():
                 store[layer] = whole[rows.to(whole.device)]
-
-

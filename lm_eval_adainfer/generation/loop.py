@@ -1,4 +1,4 @@
-"""The loop around ``generation.Decoder``: choosing tokens as ``model.generate`` would, knowing when to stop."""
+"""The generation loop: tokens are chosen from a decoder's logits as ``model.generate`` would, until a text ends."""
 
 from __future__ import annotations
 
@@ -11,11 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lm_eval_adainfer.counting import FlopCounter
 from lm_eval_adainfer.errors import AdaInferError, UnsupportedModelError
+from lm_eval_adainfer.generation.decoded import Decoded
+from lm_eval_adainfer.generation.decoder import Decoder
 from lm_eval_adainfer.generation.settings import Settings
-from lm_eval_adainfer.generation.step import Decoded, Decoder
-from lm_eval_adainfer.records import ExitRecord
 from lm_eval_adainfer.strategies.base import Schedule, Stopper
 from lm_eval_adainfer.structure.anatomy import Anatomy
 from lm_eval_adainfer.structure.windows import Windows
@@ -79,7 +78,7 @@ def decode(
         anatomy: The model.
         stopper: Says after a block whether a new token leaves.
         schedule: After which blocks it is asked.
-        windows: From ``slots.watch_windows``.
+        windows: From ``probes.prepare``.
         settings: How tokens are chosen, and when a text is finished.
         context: [B, S] token ids, left-padded.
         attention_mask: [B, S], 0 at padding.
@@ -109,13 +108,14 @@ def decode(
 
     texts = [prompt.tolist() for prompt in prompts]
     decoder = Decoder(anatomy, stopper, schedule, windows, texts, max(limits), kv_policy, shortlist)
+    state = decoder.state
     generators = [seeds.generator(text, context.device) for text in texts] if samples else []
     with decoder.attached():
         while decoder.rows:
             logits = scores = decoder.step()
             if any(processors):
-                ids = decoder.slots[:, : decoder.length].to(logits.device)
-                rows = zip(decoder.rows, decoder.pad, ids, logits, strict=True)
+                ids = state.slots[:, : state.length].to(logits.device)
+                rows = zip(state.rows, state.pad, ids, logits, strict=True)
                 scores = torch.cat([processors[row](x[None, pad:], y[None]) for row, pad, x, y in rows])
             odds = scores.softmax(dim=-1) if samples else scores
             # one reading of the device for everything
@@ -139,27 +139,3 @@ def decode(
                 done.append(is_late or len(new) >= limits[row] or finished(new))
             decoder.append(chosen, done)
     return decoder.results
-
-
-def record_of(decoded: Decoded, prompt_tokens: int, counter: FlopCounter, fingerprint: str) -> ExitRecord:
-    """The exit record of a generated text (docs/numbers.md)."""
-    n_blocks, new = counter.n_blocks, len(decoded.tokens)
-    positions = prompt_tokens + new - 1  # the last new token is never run
-    layer = sum(decoded.layers) / new
-    flops = (
-        sum(counter.block(k, decoded.block_tokens[k - 1], decoded.pairs[k - 1]) for k in range(1, n_blocks + 1))
-        + sum(counter.stored(k, n) for k, n in enumerate(decoded.stored_tokens, start=1))
-        + counter.head(decoded.head_rows)
-        + counter.screened(decoded.screened)
-        + counter.decisions(decoded.decisions)
-    )
-    return ExitRecord(
-        exit_layer=layer,
-        n_blocks=counter.n_whole,
-        flops_ratio=counter.flops_ratio(layer, prompt_tokens),
-        layers_run=decoded.executed / positions,
-        flops=flops,
-        flops_dense=counter.dense(positions) + counter.head(new),
-        fingerprint=fingerprint,
-        layers=tuple(decoded.layers),
-    )

@@ -21,9 +21,10 @@ from tqdm import tqdm
 
 from lm_eval_adainfer import paths
 from lm_eval_adainfer.errors import AdaInferError, UnsupportedModelError, report_errors_in_one_sentence
-from lm_eval_adainfer.generation.loop import Seeds, Stop, decode, record_of
+from lm_eval_adainfer.generation.decoded import record_of
+from lm_eval_adainfer.generation.loop import Seeds, Stop, decode
+from lm_eval_adainfer.generation.probes import prepare
 from lm_eval_adainfer.generation.settings import Settings, check_checkpoint
-from lm_eval_adainfer.generation.step import prepare
 from lm_eval_adainfer.harness import answer_cache, arguments, identity, metrics, run_record
 from lm_eval_adainfer.harness.answers import LogLikelihood, Rolling, Text
 from lm_eval_adainfer.harness.options import Options, check_stock

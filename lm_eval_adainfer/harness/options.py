@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from lm_eval_adainfer.errors import AdaInferError
-from lm_eval_adainfer.generation.step import KV_POLICIES
+from lm_eval_adainfer.generation.policies import KV_POLICIES
 from lm_eval_adainfer.strategies import specs
 from lm_eval_adainfer.strategies.base import Stopper
 

@@ -9,6 +9,7 @@ import torch
 import transformers
 
 from lm_eval_adainfer._version import __version__
+from lm_eval_adainfer.generation.policies import KV_POLICIES
 from lm_eval_adainfer.prefill.probes import Sharing
 from lm_eval_adainfer.structure.windows import Windows
 
@@ -25,7 +26,7 @@ def of(lm: Any, sharing: Sharing | None, windows: Windows | None) -> dict[str, A
     tokens, seconds = totals["generated_tokens_counted"], totals["seconds_generating_measured"]
     policy, candidates = lm.options.kv_policy, lm.options.shortlist
     how = {
-        "kv_policy": "propagate (approximate)" if policy == "propagate" else policy,
+        "kv_policy": policy + ("" if KV_POLICIES[policy].exact else " (approximate)"),
         "head_check": f"shortlist:{candidates}" if candidates else "exact",
     }
     return {

@@ -26,7 +26,7 @@ class Windows:
         rows: How they follow the batch (position ids are given per row here, unlike in a plain forward).
         stored_weights: Per block, weights of the linear maps that a token meets before its keys and values are there.
         packs: Whether every argument is of a kind that the packed layout understands.
-        layout: How tokens are laid out (a key of ``layouts.LAYOUTS``).
+        layout: How tokens are laid out (a key of ``generation.layouts.LAYOUTS``).
         missed: Why no better layout, with the figure that decided; or empty.
     """
 

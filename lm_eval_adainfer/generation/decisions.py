@@ -1,0 +1,149 @@
+"""Decisions: which rows' newest tokens leave after a block, over the full vocabulary or screened by candidates."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from lm_eval_adainfer.generation.state import DecoderState
+from lm_eval_adainfer.strategies import features
+from lm_eval_adainfer.structure.state import BlockState
+
+
+class Decisions:
+    """The decisions of one step: what is seen of the newest tokens, which of them go on, and the logits of the others.
+
+    Attributes:
+        results: Of the decoder's rows, what was decoded.
+        flow: The decoder's rows whose newest token goes on.
+        before: [flow, h], the current block's input at the newest tokens, where the stopper needs it.
+        parts: ``"attn"`` / ``"mlp"`` -> [flow, h], output of that part of the current block.
+        parts_before: The same of the previous block.
+    """
+
+    def __init__(self, decoder: DecoderState):
+        self.decoder, self.anatomy = decoder, decoder.anatomy
+        self.n_rows = len(decoder.rows)
+        self.results = [decoder.results[row] for row in decoder.rows]
+        self.flow = list(range(self.n_rows))
+        self.before: Tensor | None = None
+        self.parts: dict[str, Tensor] = {}
+        self.parts_before: dict[str, Tensor] = {}
+        self.carried_over: Tensor | None = None  # [n_rows, carries], what the stopper keeps from block to block
+        self._candidates: Tensor | None = None  # [n_rows, C]
+        self._logits: list[Tensor | None] = [None] * self.n_rows
+        self._left: dict[int, Tensor] = {}  # row -> [h] where it left, if no check has computed its logits
+
+    def leaving(self, k: int, newest: Tensor) -> list[int]:
+        """Indices (among the rows in flow) of the tokens that leave after block k.
+
+        Args:
+            k: The block.
+            newest: [flow, h], its output at the newest tokens.
+        """
+        decoder, everyone = self.decoder, list(range(len(self.flow)))
+        logits = None
+        if k == self.anatomy.n_blocks or not decoder.stopper.features:
+            leaves = everyone
+        elif not features.needs_head(decoder.stopper.features):
+            leaves = self._stopping(k, newest, everyone, None)
+        else:
+            asked = self._screened(k, newest, everyone)
+            if not asked:
+                return []
+            logits = self._head(newest, asked)
+            if decoder.shortlist:
+                self._note_candidates(asked, logits)
+            stops = self._stopping(k, newest, asked, logits)
+            logits = logits[stops]
+            leaves = [asked[n] for n in stops]
+        for n, i in enumerate(leaves):
+            row = self.flow[i]
+            if logits is None:
+                self._left[row] = newest[i]
+            else:
+                self._logits[row] = logits[n]
+            self.results[row].layers.append(k)
+        return leaves
+
+    def end_block(self) -> None:
+        """What was seen of the current block's parts is now that of the previous one."""
+        if self.decoder.parts:
+            self.parts_before, self.parts = self.parts, {}
+
+    def go_on(self, stay: Sequence[bool], device: torch.device) -> None:
+        """Only these rows in flow go on.
+
+        Args:
+            stay: Whether each does.
+            device: Where the block is.
+        """
+        self.flow = [row for row, stays in zip(self.flow, stay, strict=True) if stays]
+        if self.parts_before:
+            index = torch.tensor([n for n, stays in enumerate(stay) if stays], device=device)
+            self.parts_before = {name: x[index.to(x.device)] for name, x in self.parts_before.items()}
+
+    def logits(self) -> Tensor:
+        """[n_rows, V] float32 logits of every row where it left.
+
+        Where no check has computed them, the head's weights are read once for all rows, whatever block they left after.
+        """
+        device = self.decoder.device
+        rows = sorted(self._left)
+        if rows:
+            logits = self.anatomy.logits(torch.stack([self._left[row].to(device) for row in rows]))
+            for row, x in zip(rows, logits, strict=True):
+                self._logits[row] = x
+                self.results[row].head_rows += 1
+        return torch.stack([x.to(device) for x in self._logits if x is not None]).float()
+
+    def _head(self, newest: Tensor, rows: list[int]) -> Tensor:
+        """[len(rows), V] logits of the newest token."""
+        for i in rows:
+            self.results[self.flow[i]].head_rows += 1
+        return self.anatomy.logits(newest if len(rows) == len(self.flow) else newest[rows])
+
+    def _stopping(self, k: int, newest: Tensor, rows: list[int], logits: Tensor | None) -> list[int]:
+        """Of these rows, by their place in ``rows``, those at which the stopper says stop."""
+        stopper, device = self.decoder.stopper, newest.device
+        before = newest if self.before is None else self.before
+        parts, parts_before = ({n: x[:, None] for n, x in p.items()} for p in (self.parts, self.parts_before))
+        state = BlockState(k, newest[:, None], before[:, None], parts, parts_before)
+        at, position = torch.tensor(rows, device=device), torch.zeros(len(rows), dtype=torch.long, device=device)
+        mine = [self.flow[i] for i in rows]
+        carried = None
+        if stopper.carries:
+            if self.carried_over is None:
+                self.carried_over = torch.zeros(self.n_rows, stopper.carries, device=device)
+            self.carried_over = self.carried_over.to(device)
+            carried = self.carried_over[mine]
+        seen = features.observe(stopper.features, state, at, position, logits, self.anatomy.n_blocks, carried)
+        stops = stopper.ask(seen, features.compute(stopper.features, seen), carried) > 0
+        if carried is not None and self.carried_over is not None:
+            self.carried_over[mine] = carried
+        for row in mine:
+            self.decoder.results[self.decoder.rows[row]].decisions += 1
+        return [n for n, stop in enumerate(stops.tolist()) if stop]
+
+    def _screened(self, k: int, newest: Tensor, rows: list[int]) -> list[int]:
+        """The rows that the full vocabulary has to decide: all, or those that the candidates speak for.
+
+        A row's candidates are the top tokens of the last full head that it computed for this token. Among them alone
+        ``gap`` and ``top_prob`` are at least as large as over the full vocabulary wherever the top token is a
+        candidate; where it is not, a stop can be missed at this block, but none is made that the full vocabulary
+        does not confirm.
+        """
+        if not self.decoder.shortlist or self._candidates is None:
+            return rows
+        mine = self._candidates[self.flow].to(newest.device)
+        for i in rows:
+            self.results[self.flow[i]].screened += mine.shape[1]
+        return self._stopping(k, newest, rows, self.anatomy.logits(newest, mine))
+
+    def _note_candidates(self, rows: list[int], logits: Tensor) -> None:
+        top = logits.topk(self.decoder.shortlist, dim=-1).indices
+        if self._candidates is None:  # the first check of a token is always a full one, for every row
+            self._candidates = top.new_zeros(self.n_rows, top.shape[1])
+        self._candidates[[self.flow[i] for i in rows]] = top.to(self._candidates.device)
