@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from lm_eval_adainfer.prefill.documents import Answer, Document, Row
 from lm_eval_adainfer.prefill.engine import Engine
+from lm_eval_adainfer.prefill.planning import make_batch
 from lm_eval_adainfer.strategies.base import Schedule
 from lm_eval_adainfer.strategies.specs import parse
 from lm_eval_adainfer.structure.anatomy import Anatomy
@@ -62,7 +63,7 @@ def main() -> None:
                 row = Row([(7 * n) % 32000 for n in range(32)], 1, 0, [Answer(0, [5])])
                 reads.clear()
                 started = time.perf_counter()
-                engine.run([[Document([row], [0])]], 1)
+                engine.run([make_batch([Document([row], [0])], 1)])
                 seconds[name].append(time.perf_counter() - started)
                 loaded[name] = sum(reads)
     dense = statistics.median(seconds["dense"])

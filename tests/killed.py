@@ -26,7 +26,7 @@ from test_tracing import KINDS, documents, make_task
 from lm_eval_adainfer import container
 from lm_eval_adainfer.cli import main
 from lm_eval_adainfer.harness.model import AdaInferLM
-from lm_eval_adainfer.prefill import engine
+from lm_eval_adainfer.prefill import planning
 from lm_eval_adainfer.traces import recording
 
 STOPPER = "gap:0.3"
@@ -186,7 +186,7 @@ def evaluate_topics(cache: str | None, dies: bool = False) -> tuple[list, int] |
         def __init__(self, *args, **kwargs):
             super().__init__(*args, **kwargs)
             if dies:
-                engine.TOGETHER_ROWS = 4  # else it would be killed before anything is finished
+                planning.TOGETHER_ROWS = 4  # else it would be killed before anything is finished
             if dies and self.rank == 1:
                 count = killer("forward", 5)
                 self.anatomy.blocks[0].register_forward_pre_hook(lambda *_: count("forward"))

@@ -155,8 +155,8 @@ def test_the_recorder_keeps_the_slow_features_of_every_block(family, tokenizer):
     lm = lm_of(model, tokenizer)
     asked = requests(seed=6, documents=4, shared_context=False)
     recorder = Recorder(lm)
-    lm.run_documents = recorder.run
-    lm.loglikelihood(asked, True)
+    with lm.engine.observed(recorder):
+        lm.loglikelihood(asked, True)
     assert recorder.names == tuple(RECORDED)
     contexts = contexts_of(lm, asked)
     assert len(recorder.records) == len(contexts)
@@ -212,4 +212,4 @@ def test_features_are_logged_whatever_the_batch_size(tokenizer):
 
 def test_a_block_without_attention_has_the_other_features(tokenizer):
     lm = lm_of(make_model("mamba", vocab_size=257), tokenizer, stopper="gap:1", log_features=True)
-    assert {"gap", "top_prob", "cos_hidden"} <= set(lm.engine.logged_features)
+    assert {"gap", "top_prob", "cos_hidden"} <= set(lm.engine.log.names)

@@ -11,7 +11,7 @@ from test_model import Scripted
 
 from lm_eval_adainfer.errors import AdaInferError
 from lm_eval_adainfer.harness.model import AdaInferLM
-from lm_eval_adainfer.prefill import planning, probes
+from lm_eval_adainfer.prefill import common, probes
 from lm_eval_adainfer.prefill.documents import Document, Row
 from lm_eval_adainfer.strategies.specs import parse
 from lm_eval_adainfer.structure.anatomy import Anatomy
@@ -167,12 +167,12 @@ def test_groups_by_hand():
     same = documents(*([*head, n, n, n] for n in range(5)))
     other = documents(*([*range(50), 7, n] for n in range(4)))
     lonely = documents([1, 2, 3, 4])
-    found = planning.groups([*same, *other, *lonely], rows=4, most=1000)
+    found = common.groups([*same, *other, *lonely], rows=4, most=1000)
     assert [(len(members), prefix) for members, prefix in found] == [(4, [*range(50), 7]), (5, head), (1, [])]
-    assert planning.groups(same, rows=4, most=30)[0][1] == head[:30]
-    assert planning.groups(lonely, rows=4, most=30) == [(lonely, [])]
+    assert common.groups(same, rows=4, most=30)[0][1] == head[:30]
+    assert common.groups(lonely, rows=4, most=30) == [(lonely, [])]
     few = documents([*head, *range(500)], [*head, *range(700, 1200)])
-    assert planning.groups(few, rows=8, most=1000) == [(sorted(few, key=lambda d: d.rows[0].tokens), [])]
+    assert common.groups(few, rows=8, most=1000) == [(sorted(few, key=lambda d: d.rows[0].tokens), [])]
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -12,12 +12,10 @@ from hypothesis import strategies as st
 from reference import instance, score
 from test_model import Scripted, lm_of, requests
 
-from lm_eval_adainfer.prefill import engine as engine_module
+from lm_eval_adainfer.prefill import planning
 from lm_eval_adainfer.prefill.documents import Document, Row
-from lm_eval_adainfer.prefill.engine import Engine
 from lm_eval_adainfer.prefill.forward import Forward
-from lm_eval_adainfer.strategies.base import Schedule
-from lm_eval_adainfer.strategies.specs import parse
+from lm_eval_adainfer.prefill.planning import make_batch
 from lm_eval_adainfer.structure.anatomy import Anatomy
 
 SHARED = "a few shots that all documents of a task begin with. "
@@ -46,7 +44,7 @@ def test_answers_and_exits_do_not_depend_on_what_goes_together(stopper, batch_si
         options |= {"stopper": Scripted() if stopper == "scripted" else stopper}
     together = lm_of(model, tokenizer, **options)
     found = together.loglikelihood(asked(), True)
-    monkeypatch.setattr(engine_module, "TOGETHER_ROWS", 1)
+    monkeypatch.setattr(planning, "TOGETHER_ROWS", 1)
     alone = lm_of(model, tokenizer, **options)
     expected = alone.loglikelihood(asked(), True)
     for a, b in zip(expected, found, strict=True):
@@ -73,7 +71,7 @@ def test_the_head_is_read_once_per_block_for_all_batches(monkeypatch, tokenizer)
     lm.loglikelihood([instance("a fox" * (1 + n % 3), "x", n) for n in range(9)], True)
     assert heads == [9] * 5 and rows == [1] * 9
     heads.clear()
-    monkeypatch.setattr(engine_module, "TOGETHER_ROWS", 4)
+    monkeypatch.setattr(planning, "TOGETHER_ROWS", 4)
     lm.loglikelihood([instance("a deer" * (1 + n % 3), "x", n) for n in range(9)], True)
     assert heads == [4] * 5 + [4] * 5 + [1] * 5
 
@@ -86,23 +84,17 @@ def test_the_head_is_read_once_per_block_for_all_batches(monkeypatch, tokenizer)
     most_tokens=st.integers(1, 200),
 )
 def test_what_goes_together_keeps_its_order_and_its_bounds(lengths, size, most_rows, most_tokens):
-    anatomy, stopper = Anatomy(ANY_MODEL), parse("none")
-    engine = Engine(anatomy, stopper, Schedule(anatomy.n_blocks, stopper))
-    batches = [([Document([Row([1] * max(rows), 1) for _ in rows], [0])], size) for rows in lengths]
+    batches = [make_batch([Document([Row([1] * max(rows), 1) for _ in rows], [0])], size) for rows in lengths]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(engine_module, "TOGETHER_ROWS", most_rows)
-        patch.setattr(engine_module, "TOGETHER_TOKENS", most_tokens)
-        found = list(engine.together(batches))
-    assert [id(batch) for together, _ in found for batch in together] == [id(batch) for batch, _ in batches]
-    for together, said in found:
-        rows = [row for batch in together for document in batch for row in document.rows]
-        assert said == size
+        patch.setattr(planning, "TOGETHER_ROWS", most_rows)
+        patch.setattr(planning, "TOGETHER_TOKENS", most_tokens)
+        found = list(planning.together(batches))
+    assert [batch for together in found for batch in together] == batches
+    for together in found:
+        rows = [row for batch in together for document in batch.documents for row in document.rows]
         if len(together) > 1:
             assert len(rows) <= most_rows and sum(len(row.tokens) for row in rows) <= most_tokens
-            assert all(len(document.rows) <= size for batch in together for document in batch)
-
-
-ANY_MODEL = make_model("llama")
+            assert all(len(document.rows) <= size for batch in together for document in batch.documents)
 
 
 def test_a_block_gets_what_the_models_own_forward_gives_it_and_is_called_once():

@@ -378,11 +378,10 @@ def test_a_broken_file_there_is_not_overwritten_silently(lm, tmp_path):
 
 
 def test_a_failing_run_leaves_no_file_and_the_model_as_it_was(lm, tmp_path, monkeypatch):
-    before = lm.run_documents
-    monkeypatch.setattr(recording.Recorder, "_forward", lambda *_: 1 / 0)
+    monkeypatch.setattr(recording.Recorder, "after_block", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         traced(lm, make_task(), tmp_path)
-    assert lm.run_documents == before and not list(tmp_path.iterdir())
+    assert lm.engine.observer is None and not list(tmp_path.iterdir())
 
 
 def test_tracing_leaves_the_models_own_answers_alone(lm, tmp_path):

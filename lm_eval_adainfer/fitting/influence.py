@@ -13,7 +13,7 @@ from tqdm import tqdm
 from lm_eval_adainfer._version import __version__
 from lm_eval_adainfer.errors import AdaInferError
 from lm_eval_adainfer.harness.asking import Asking
-from lm_eval_adainfer.prefill.forward import run_blocks
+from lm_eval_adainfer.prefill.forward import padded, run_blocks
 from lm_eval_adainfer.strategies.features import cosine
 from lm_eval_adainfer.strategies.shortgpt import ShortGPTStopper
 from lm_eval_adainfer.structure.state import BlockState
@@ -47,7 +47,7 @@ def measure(lm: AdaInferLM, texts: Sequence[Sequence[int]], batch_size: int = 1)
             return torch.empty(0, dtype=torch.long) if state.block == anatomy.n_blocks else None
 
         with lm._autocast():
-            run_blocks(anatomy, lm.engine.pad(batch), after_block)
+            run_blocks(anatomy, padded(anatomy, batch), after_block)
         tokens += sum(map(len, batch))
     return 1 - total / tokens
 

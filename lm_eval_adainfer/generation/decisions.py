@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lm_eval_adainfer.generation.state import DecoderState
 from lm_eval_adainfer.strategies import features
+from lm_eval_adainfer.strategies.asking import ask
 from lm_eval_adainfer.structure.state import BlockState
 
 
@@ -119,13 +120,12 @@ class Decisions:
                 self.carried_over = torch.zeros(self.n_rows, stopper.carries, device=device)
             self.carried_over = self.carried_over.to(device)
             carried = self.carried_over[mine]
-        seen = features.observe(stopper.features, state, at, position, logits, self.anatomy.n_blocks, carried)
-        stops = stopper.ask(seen, features.compute(stopper.features, seen), carried) > 0
+        stops = ask(stopper, self.anatomy, state, (at, position), carried, logits).stops
         if carried is not None and self.carried_over is not None:
             self.carried_over[mine] = carried
         for row in mine:
-            self.decoder.results[self.decoder.rows[row]].decisions += 1
-        return [n for n, stop in enumerate(stops.tolist()) if stop]
+            self.results[row].decisions += 1
+        return [n for n, stop in enumerate(stops) if stop]
 
     def _screened(self, k: int, newest: Tensor, rows: list[int]) -> list[int]:
         """The rows that the full vocabulary has to decide: all, or those that the candidates speak for.

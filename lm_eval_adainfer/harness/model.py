@@ -10,7 +10,7 @@ from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import wraps
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from lm_eval import utils
@@ -20,6 +20,7 @@ from lm_eval.models.utils import normalize_gen_kwargs
 from tqdm import tqdm
 
 from lm_eval_adainfer import paths
+from lm_eval_adainfer.counting import FlopCounter
 from lm_eval_adainfer.errors import AdaInferError, UnsupportedModelError, report_errors_in_one_sentence
 from lm_eval_adainfer.generation.decoded import record_of
 from lm_eval_adainfer.generation.loop import Seeds, Stop, decode
@@ -31,8 +32,9 @@ from lm_eval_adainfer.harness.options import Options, check_stock
 from lm_eval_adainfer.prefill import planning, probes
 from lm_eval_adainfer.prefill.documents import Answer, Document, Row
 from lm_eval_adainfer.prefill.engine import Engine
+from lm_eval_adainfer.prefill.exit_records import record_of_document, record_of_windows
 from lm_eval_adainfer.prefill.forward import first_not_finite, verify
-from lm_eval_adainfer.prefill.prefixes import Prefix
+from lm_eval_adainfer.prefill.planning import Batch
 from lm_eval_adainfer.prefill.probes import Sharing
 from lm_eval_adainfer.records import ExitRecord
 from lm_eval_adainfer.strategies.base import Schedule
@@ -50,6 +52,13 @@ eval_logger = logging.getLogger(__name__)
 DEMO = "adainfer-demo"
 
 TokenRequest = tuple["tuple[str, str] | None", list[int], list[int]]
+
+
+class TextObserver(Protocol):
+    """What watches texts that are generated dense (``traces.recording.TextRecorder``)."""
+
+    def text(self, arguments: Any, prompt: list[int], new: list[int]) -> None:
+        """See the token ids of a finished text and of its prompt, and the arguments of its request."""
 
 
 def _identified(method: Callable[..., Any]) -> Callable[..., Any]:
@@ -162,6 +171,7 @@ class AdaInferLM(HFLM):
         if self.schedule.blocks:
             self.anatomy.keep_head_loaded()
         self.engine = Engine(self.anatomy, strategy, self.schedule, self.softmax_dtype, self.options.log_features)
+        self.counter = FlopCounter(self.anatomy, strategy)
         self.generation = generation if self.schedule.blocks else "dense"
         if self.options.shortlist and strategy.carries:
             raise AdaInferError(
@@ -180,14 +190,14 @@ class AdaInferLM(HFLM):
         self._max_length_asked: int | None = None  # gen_kwargs' max_length of the requests being generated
         self._exit_records: deque[ExitRecord] = deque()
         self._seeds = Seeds()
-        self.generated_rows: list[list[int]] = []  # of the last dense batch, new tokens up to each row's end
+        self.text_observer: TextObserver | None = None  # what is shown every text that is generated
+        self._generated_tokens: deque[tuple[list[int], list[int]]] = deque()  # for it, as the exit records are
         self.set_cache_hook(CacheHook(None))
         self.run_totals: dict[str, Any] = {}
         self._document_keys: list[Any] = []
         self._warned_not_finite = False
         self._found_sharing: Sharing | None = None  # found out when something is first shared
         self._windows: Windows | None = None  # watched when generation first exits early
-        self.run_documents = self.engine.run  # tracing puts a dense pass that records every block here
         metrics.install()
 
     # ------------------------------------------------------------------ set-up
@@ -342,13 +352,13 @@ class AdaInferLM(HFLM):
             desc="Running loglikelihood requests",
         )
         try:
-            for batches, size in self._batches(documents, override_bs):
+            for batches in self._batches(documents, override_bs):
                 started = time.perf_counter()
                 with self._autocast():
-                    self.run_documents(batches, size)
+                    self.engine.run(batches)
                 self.seconds += time.perf_counter() - started
-                for document in (document for batch in batches for document in batch):
-                    record = self.engine.record(document, self.fingerprint)
+                for document in (document for batch in batches for document in batch.documents):
+                    record = record_of_document(document, self.counter, self.fingerprint, self._log_features)
                     finished = {}
                     for row, answer in [(r, a) for r in document.rows for a in r.answers]:
                         result = LogLikelihood(answer.logprob, answer.is_greedy, record, answer.top1)
@@ -361,7 +371,6 @@ class AdaInferLM(HFLM):
                     answer_cache.remember(self.cache_hook.dbdict, finished)
         finally:
             progress.close()
-            self.engine.prefix = None  # its keys and values are not kept
         return results
 
     def documents(self, requests: Sequence[TokenRequest], keys: Sequence[Any]) -> list[Document]:
@@ -422,63 +431,18 @@ class AdaInferLM(HFLM):
         finally:
             self.batch_schedule = before
 
-    def _batches(self, documents: Sequence[Document], fixed: int | None) -> Iterator[tuple[list[list[Document]], int]]:
-        """Batches that are run together, and their batch size; sets the engine's prefix.
-
-        Whole documents, longest first, as many to a batch as fit the batch size.
-        """
-        together = self._grouped(documents, fixed)
-        parts = [sorted(p, key=lambda d: (-d.longest, max(row.tokens for row in d.rows))) for p, _ in together]
-        shapes: list[Any] = []  # only the automatic batch size reads them: a second copy of every prompt
-        if fixed is None and self.batch_size == "auto":
-            rows_of = (row for p in parts for d in p for row in d.rows)
-            shapes = [(None, row.tokens[: row.decision + 1], [0] * row.scored) for row in rows_of]
+    def _batches(self, documents: Sequence[Document], fixed: int | None) -> Iterator[list[Batch]]:
+        """Batches of all documents, as lists of those that are run together."""
+        size: int | planning.SizeAt = self._size_at if self.batch_size == "auto" else int(self.batch_size)
         self.batch_sizes: dict[int, int] = {}
-        position = 0
+        budget = 0 if self.engine.observer is not None else self.options.prefix_cache  # what is observed is run whole
+        return planning.plan(
+            self.anatomy, documents, size if fixed is None else fixed, lambda: self._sharing().rule, budget
+        )
 
-        def cut(ordered: list[Document]) -> Iterator[tuple[list[Document], int]]:
-            nonlocal position
-            start = 0
-            while start < len(ordered):
-                if fixed is not None:
-                    size = fixed
-                elif self.batch_size == "auto":
-                    size = self._batch_scheduler(position, shapes)
-                else:
-                    size = int(self.batch_size)
-                load, end = self.engine.load(ordered[start : start + 1]), start + 1
-                while end < len(ordered):
-                    more = load.and_also(self.engine.load(ordered[end : end + 1]))
-                    if not more.fits(size, ordered[start].longest, self.engine.prefix is not None):
-                        break
-                    load, end = more, end + 1
-                for row in range(position + 1, position + load.rows if shapes else 0):
-                    self._batch_scheduler(row, shapes)  # stock asks at every row, so that it skips no section
-                yield ordered[start:end], size
-                start, position = end, position + load.rows
-
-        for ordered, (_, tokens) in zip(parts, together, strict=True):
-            shared = self._sharing().rule if tokens else None
-            self.engine.prefix = Prefix(self.anatomy, [tokens], shared) if shared else None
-            yield from self.engine.together(cut(ordered))
-
-    def _grouped(self, documents: Sequence[Document], fixed: int | None) -> list[tuple[list[Document], list[int]]]:
-        """Documents by the prefix that they share, where that pays and the model allows it."""
-        alone: list[tuple[list[Document], list[int]]] = [(list(documents), [])]
-        self.engine.rule, self.engine.prefix = None, None
-        if not self.options.prefix_cache or not documents or self.run_documents != self.engine.run:
-            return alone
-        limit = self.anatomy.fixed_positions
-        if limit is not None and max(d.longest for d in documents) > limit:
-            return alone
-        size = fixed or (int(self.batch_size) if str(self.batch_size).isdecimal() else 1)
-        found = planning.groups(documents, size, self.options.prefix_cache)
-        if not any(prefix for _, prefix in found) and not any(planning.Load.of(d, 0).shares for d in documents):
-            return alone
-        if self._sharing().rule is None:
-            return alone
-        self.engine.rule, self.engine.prefix_tokens = self._sharing().rule, self.options.prefix_cache
-        return found
+    def _size_at(self, position: int, rows: Sequence[Row]) -> int:
+        """The automatic batch size at one of these rows."""
+        return int(self._batch_scheduler(position, _Shapes(rows)))
 
     def _sharing(self) -> Sharing:
         """How prompts can share what they begin with; found out once, and a speed-up that is lost is warned of."""
@@ -534,7 +498,8 @@ class AdaInferLM(HFLM):
             if any(math.isnan(answer.logprob) for answer in row.answers):
                 self._warn_not_finite(row.tokens)
         logprob = sum(answer.logprob for row, _ in parts for answer in row.answers)
-        return Rolling(logprob, self.engine.record_of_tokens(parts, self.fingerprint))
+        record = record_of_windows(parts, self.counter, self.stopper, self.schedule, self.fingerprint)
+        return Rolling(logprob, record)
 
     @_identified
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[Any]:
@@ -564,11 +529,12 @@ class AdaInferLM(HFLM):
                 self._windows = prepare(self.anatomy)
             if self._windows.missed:
                 eval_logger.warning(f"generation: tokens are laid out {self._windows.layout} ({self._windows.missed})")
-            self.engine.counter.stored_weights = self._windows.stored_weights
+            self.counter.stored_weights = self._windows.stored_weights
         if requests and not early and self.schedule.blocks:
             eval_logger.warning("generation=dense: generate_until does not exit early (exit_layer = L)")
         self._generated.clear()
         self._exit_records.clear()
+        self._generated_tokens.clear()
         self._seeds = Seeds()
         started = time.perf_counter()
         try:
@@ -616,7 +582,6 @@ class AdaInferLM(HFLM):
         else:
             batches = [(context, mask)]
         generated: list[list[int]] = []
-        self.generated_rows = []
         for ids, some in batches:
             if early:
                 generated += self._generate_early(settings, ids, some, max_new, stop)
@@ -643,7 +608,9 @@ class AdaInferLM(HFLM):
         rows = whole[:, context.shape[1] :].tolist()
         finished = Stop(self.tokenizer, stop, settings.end_tokens())
         ended = [finished.cut(row) for row in rows]
-        self.generated_rows += ended
+        if self.text_observer is not None:
+            prompts = [row[m.bool()].tolist() for row, m in zip(context, mask, strict=True)]
+            self._generated_tokens.extend(zip(prompts, ended, strict=True))
         self._exit_records.extend(map(self._dense_record, mask.sum(-1).tolist(), map(len, ended)))
         self.generated_tokens += sum(map(len, ended))
         return ended if len(rows) > 1 else rows  # a single row's end is stock's own, with beams too
@@ -662,7 +629,7 @@ class AdaInferLM(HFLM):
         for row, prompt, slots in zip(rows, mask.sum(-1).tolist(), context.tolist(), strict=True):
             if not row.finite:
                 self._warn_not_finite([*slots[len(slots) - int(prompt) :], *row.tokens[:-1]])
-            self._exit_records.append(record_of(row, int(prompt), self.engine.counter, self.fingerprint))
+            self._exit_records.append(record_of(row, int(prompt), self.counter, self.fingerprint))
             self.engine.head_rows += row.head_rows
             self.engine.block_tokens += row.executed
             self.engine.tokens += int(prompt) + len(row.tokens) - 1
@@ -672,12 +639,23 @@ class AdaInferLM(HFLM):
     def note_text(self, arguments: Any, text: str) -> Text:
         """Pair a generated text with its exit record; HFLM finishes rows in the order in which they were generated."""
         found = Text(text, self._exit_records.popleft())
+        if self.text_observer is not None:
+            self.text_observer.text(arguments, *self._generated_tokens.popleft())
         self._generated[hash_args("generate_until", arguments)].append(found)
         return found
 
+    @contextmanager
+    def observed_texts(self, observer: TextObserver) -> Iterator[None]:
+        """Generate dense for a while, and show an observer the tokens of every text."""
+        generation, self.generation, self.text_observer = self.generation, "dense", observer
+        try:
+            yield
+        finally:
+            self.generation, self.text_observer = generation, None
+
     def _dense_record(self, prompt: int = 1, new: int = 1) -> ExitRecord:
         """The exit record of a text of ``new`` tokens after a prompt that ran all blocks there are, with a cache."""
-        run, count, positions = self.anatomy.n_blocks, self.engine.counter, prompt + max(new, 1) - 1
+        run, count, positions = self.anatomy.n_blocks, self.counter, prompt + max(new, 1) - 1
         flops, dense = count.blocks(run, positions) + count.head(new), count.dense(positions) + count.head(new)
         return ExitRecord(run, self.n_blocks, count.flops_ratio(run, prompt), run, flops, dense, self.fingerprint)
 
@@ -721,6 +699,20 @@ class AdaInferLM(HFLM):
             "generated_tokens_counted": self.generated_tokens,
             "seconds_generating_measured": self.generating_seconds,
         }
+
+
+class _Shapes(Sequence[Any]):
+    """Token rows as HFLM's search for a batch size reads them: (arguments, context, continuation)."""
+
+    def __init__(self, rows: Sequence[Row]):
+        self._rows = rows
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, n: Any) -> tuple[None, list[int], list[int]]:
+        row = self._rows[n]
+        return None, row.tokens[: row.decision + 1], [0] * row.scored
 
 
 def _by_max_length(requests: list[Instance]) -> dict[int | None, list[Instance]]:

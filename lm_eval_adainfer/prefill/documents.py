@@ -1,10 +1,8 @@
-"""Documents as token rows: which rows decide, what is scored, and what their run came to."""
+"""Documents as token rows: which rows decide, what is scored, and what their run has come to."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-
-from torch import Tensor
 
 
 @dataclass
@@ -18,23 +16,23 @@ class Answer:
     top1: bool = False
 
 
-@dataclass
+@dataclass(eq=False)
 class Row:
     """One token row; it answers every request of its document with this context and this continuation[:-1].
+
+    A row is an identity: two rows are never equal, whatever their tokens are.
 
     Attributes:
         tokens: The input: context + continuation[:-1], left-truncated to the model's window.
         scored: How many positions at the end are scored (the continuation's length).
         context: Which of the document's distinct contexts it has (index into the deciders); -1 for an empty one.
         answers: The requests it answers; their continuations have ``scored`` tokens.
-        skip: How many of its first tokens a prefix has run.
     """
 
     tokens: list[int]
     scored: int
     context: int = -1
     answers: list[Answer] = field(default_factory=list)
-    skip: int = 0
 
     @property
     def decision(self) -> int:
@@ -42,9 +40,9 @@ class Row:
         return len(self.tokens) - self.scored
 
 
-@dataclass
+@dataclass(eq=False)
 class Document:
-    """The rows of one document, and what its run came to.
+    """The rows of one document, and what its run has come to; an identity, as a row is.
 
     Attributes:
         rows: Its token rows.
@@ -53,10 +51,8 @@ class Document:
         exit_layer: The block it leaves after; None until decided.
         head_rows: Head rows computed for it (checks and scores).
         decisions: Times the stopper was asked for it.
-        extra_flops: Operations of a deciding pass made before the scoring one.
-        extra_block_tokens: Block executions x tokens of that pass.
+        decided_by: (depth, tokens) of every row of the passes that decided it before it was scored.
         logged: With ``log_features``: per decider, ``layer`` and feature values.
-        carried: Per decider, what the stopper keeps from one asked block to the next.
     """
 
     rows: list[Row]
@@ -64,12 +60,14 @@ class Document:
     exit_layer: int | None = None
     head_rows: int = 0
     decisions: int = 0
-    extra_flops: float = 0.0
-    extra_block_tokens: int = 0
+    decided_by: list[tuple[int, int]] = field(default_factory=list)
     logged: list[dict[str, list[float]]] = field(default_factory=list)
-    carried: dict[int, Tensor] = field(default_factory=dict)
 
     @property
     def longest(self) -> int:
         """Tokens of the longest row."""
         return max(len(row.tokens) for row in self.rows)
+
+    def decides(self, row: Row) -> bool:
+        """Whether this row decides for its context."""
+        return row.context >= 0 and self.rows[self.deciders[row.context]] is row

@@ -182,6 +182,14 @@ class Forward:
         self._parts_before = {name: x[rows.to(x.device)] for name, x in self._parts_before.items()}
 
 
+def padded(anatomy: Anatomy, rows: Sequence[Sequence[int]]) -> Tensor:
+    """[B, S] token ids of rows, right-padded with 0 (causal attention never looks there)."""
+    ids = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.long)
+    for i, row in enumerate(rows):
+        ids[i, : len(row)] = torch.tensor(row, dtype=torch.long)
+    return ids.to(anatomy.input_device)
+
+
 @torch.no_grad()
 def run_blocks(
     anatomy: Anatomy,

@@ -19,8 +19,6 @@ from lm_eval_adainfer.prefill.forward import Forward
 from lm_eval_adainfer.structure.anatomy import Anatomy
 from lm_eval_adainfer.structure.arguments import BatchRule
 
-_LEAST = 16  # tokens; less is not worth a call of its own
-
 
 class _ContinuedCache(DynamicCache):
     """Keys and values of rows behind those of the prefix rows that they continue.

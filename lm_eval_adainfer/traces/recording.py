@@ -45,11 +45,13 @@ from lm_eval_adainfer.errors import AdaInferError
 from lm_eval_adainfer.harness.asking import Asking
 from lm_eval_adainfer.harness.identity import generation_settings, tokenizer_hash
 from lm_eval_adainfer.prefill.documents import Answer, Document, Row
-from lm_eval_adainfer.prefill.engine import available_features
-from lm_eval_adainfer.prefill.forward import run_blocks
-from lm_eval_adainfer.prefill.scoring import CHUNK_ELEMENTS
+from lm_eval_adainfer.prefill.feature_log import available_features
+from lm_eval_adainfer.prefill.forward import padded, run_blocks
+from lm_eval_adainfer.prefill.observing import score_all
+from lm_eval_adainfer.prefill.scoring import positions_at_once
 from lm_eval_adainfer.strategies import features
 from lm_eval_adainfer.strategies.features import Observation
+from lm_eval_adainfer.structure.anatomy import Anatomy
 from lm_eval_adainfer.structure.state import BlockState
 from lm_eval_adainfer.tasks.qa import canonical_json, stable_hash
 
@@ -82,61 +84,44 @@ _logger = logging.getLogger(__name__)
 
 
 class Recorder:
-    """Runs documents dense and keeps every block's features, top token and scores; takes the engine's place."""
+    """Keeps every block's features, top token and scores of documents that run dense (an ``observing.Observer``)."""
 
     def __init__(self, lm: AdaInferLM, progress: Any = None):
-        self.engine = lm.engine
+        self.anatomy, self.softmax_dtype = lm.anatomy, lm.softmax_dtype
         self.names = available_features(lm.anatomy)
-        self.parts = features.needed_parts(self.names)
+        self.parts: Sequence[str] = features.needed_parts(self.names)
         self.progress = progress
         self.records: dict[int, dict[str, Any]] = {}  # id of a document's first request -> its record
 
-    @torch.no_grad()
-    def run(self, batches: Sequence[Sequence[Document]], batch_size: int) -> None:
-        """Run documents; rows go in pieces of ``batch_size``, since a dense pass needs no common decision."""
-        documents = [document for batch in batches for document in batch]
-        for document in documents:
-            document.exit_layer = self.engine.anatomy.n_blocks
-        rows = [(document, i) for document in documents for i in range(len(document.rows))]
-        for start in range(0, len(rows), batch_size):
-            self._forward(rows[start : start + batch_size])
+    def after_block(self, state: BlockState, flow: Sequence[tuple[Document, Row]]) -> None:
+        """Keep what the block says of these rows."""
+        deciding = [(r, document, row) for r, (document, row) in enumerate(flow) if document.decides(row)]
+        if deciding:
+            device = state.hidden.device
+            at = torch.tensor([r for r, _, _ in deciding], device=device)
+            positions = torch.tensor([row.decision for _, _, row in deciding], device=device)
+            values, tops = _read(self.anatomy, self.names, state, at, positions)
+            for (_, document, row), value, top in zip(deciding, values, tops, strict=True):
+                record = self._record(document)
+                record["features"][row.context].append(value)
+                record["top"][row.context].append(top)
+        rows = [row for _, row in flow]
+        if state.block < self.anatomy.n_blocks:  # the last block's scores are the requests' answers
+            rows = [
+                Row(row.tokens, row.scored, row.context, [Answer(a.request, a.continuation) for a in row.answers])
+                for row in rows
+            ]
+            score_all(self.anatomy, state, rows, self.softmax_dtype)
+        for (document, _), row in zip(flow, rows, strict=True):
+            record = self._record(document)
+            for answer in row.answers:
+                record["scores"].setdefault(answer.request, []).append(answer.logprob)
+                record["greedy"].setdefault(answer.request, []).append(answer.is_greedy)
+
+    def finished(self, documents: Sequence[Document]) -> None:
+        """Tell the progress bar."""
         if self.progress is not None:
             self.progress.update(len(documents))
-
-    def _forward(self, flow: Sequence[tuple[Document, int]]) -> None:
-        anatomy, n_blocks = self.engine.anatomy, self.engine.anatomy.n_blocks
-
-        def after_block(state: BlockState) -> Tensor | None:
-            k = state.block
-            deciding = [(r, d, d.deciders.index(i)) for r, (d, i) in enumerate(flow) if i in d.deciders]
-            if deciding:
-                device = state.hidden.device
-                at = torch.tensor([r for r, _, _ in deciding], device=device)
-                positions = torch.tensor([flow[r][0].rows[flow[r][1]].decision for r, _, _ in deciding], device=device)
-                logits = anatomy.logits(state.hidden[at, positions])
-                values = features.compute(self.names, Observation(state, at, positions, logits)).tolist()
-                tops = logits.argmax(-1).tolist()
-                for (_, document, j), row, top in zip(deciding, values, tops, strict=True):
-                    record = self._record(document)
-                    record["features"][j].append(row)
-                    record["top"][j].append(top)
-            rows = [document.rows[i] for document, i in flow]
-            if k < n_blocks:  # the last block's scores are the requests' answers; the others' go into the record alone
-                rows = [
-                    Row(row.tokens, row.scored, row.context, [Answer(a.request, a.continuation) for a in row.answers])
-                    for row in rows
-                ]
-            self.engine.score_fresh(
-                [state], [(0, r, row.decision + j, row, j) for r, row in enumerate(rows) for j in range(row.scored)]
-            )
-            for (document, _), row in zip(flow, rows, strict=True):
-                for answer in row.answers:
-                    record = self._record(document)
-                    record["scores"].setdefault(answer.request, []).append(answer.logprob)
-                    record["greedy"].setdefault(answer.request, []).append(answer.is_greedy)
-            return torch.empty(0, dtype=torch.long) if k == n_blocks else None
-
-        run_blocks(anatomy, self.engine.pad([d.rows[i].tokens for d, i in flow]), after_block, self.parts)
 
     def _record(self, document: Document) -> dict[str, Any]:
         key = document.rows[0].answers[0].request
@@ -152,37 +137,15 @@ class Recorder:
 
 
 class TextRecorder:
-    """Keeps what a model generated, dense, and then runs it once more to see every block at every new token."""
+    """Keeps what a model generates dense, and then runs it once more to see every block at every new token."""
 
     def __init__(self, lm: AdaInferLM):
         self.lm, self.names = lm, available_features(lm.anatomy)
-        self._rows: deque[tuple[list[int], list[int]]] = deque()  # generated, but not yet named by a request
         self.texts: defaultdict[str, deque[tuple[list[int], list[int]]]] = defaultdict(deque)
 
-    @contextmanager
-    def listening(self) -> Iterator[None]:
-        """Generate dense, and keep the token ids of prompts and texts."""
-        lm = self.lm
-        generation, generate, note = lm.generation, lm._model_generate, lm.note_text
-
-        def watched(context: Tensor, max_length: int, stop: list[str], **kwargs: Any) -> Tensor:
-            whole = generate(context, max_length, stop, **kwargs)
-            prompts = zip(context.tolist(), kwargs["attention_mask"].bool().tolist(), strict=True)
-            for (row, mask), new in zip(prompts, lm.generated_rows, strict=True):
-                self._rows.append(([t for t, m in zip(row, mask, strict=True) if m], new))
-            return whole
-
-        def noted(arguments: Any, text: str) -> Any:
-            self.texts[hash_args("generate_until", arguments)].append(self._rows.popleft())
-            return note(arguments, text)
-
-        lm.generation = "dense"
-        lm._model_generate, lm.note_text = watched, noted  # type: ignore[method-assign]
-        try:
-            yield
-        finally:
-            del lm.__dict__["_model_generate"], lm.__dict__["note_text"]
-            lm.generation = generation
+    def text(self, arguments: Any, prompt: list[int], new: list[int]) -> None:
+        """Keep the token ids of the prompt and the text of a request with these arguments."""
+        self.texts[hash_args("generate_until", arguments)].append((prompt, new))
 
     @torch.no_grad()
     def records(self, instances: Sequence[Any]) -> list[dict[str, Any]]:
@@ -197,7 +160,7 @@ class TextRecorder:
         order = sorted(range(len(texts)), key=lambda n: -len(texts[n][0]) - len(texts[n][1]))
         size = int(self.lm.batch_size) if str(self.lm.batch_size).isdecimal() else 1
         anatomy, parts = self.lm.anatomy, features.needed_parts(self.names)
-        chunk = max(1, CHUNK_ELEMENTS // anatomy.vocab_size)
+        chunk = positions_at_once(anatomy)
         for begin in tqdm(range(0, len(order), size), desc="Tracing generated texts", disable=self.lm.rank != 0):
             batch = order[begin : begin + size]
             points = [(r, len(texts[n][0]) - 1 + j, starts[n] + j) for r, n in enumerate(batch)
@@ -207,17 +170,25 @@ class TextRecorder:
                 device = state.hidden.device
                 for some in (points[i : i + chunk] for i in range(0, len(points), chunk)):
                     at, positions = (torch.tensor([p[i] for p in some], device=device) for i in (0, 1))
-                    logits = anatomy.logits(state.hidden[at, positions])
-                    values = features.compute(self.names, Observation(state, at, positions, logits)).tolist()
-                    for (_, _, n), row, top in zip(some, values, logits.argmax(-1).tolist(), strict=True):
+                    values, tops = _read(anatomy, self.names, state, at, positions)
+                    for (_, _, n), row, top in zip(some, values, tops, strict=True):
                         records[n]["features"].append(row)
                         records[n]["top_token"].append(top)
                 return torch.empty(0, dtype=torch.long) if state.block == anatomy.n_blocks else None
 
             tokens = [[*texts[n][0], *texts[n][1][:-1]] for n in batch]
             with self.lm._autocast():
-                run_blocks(anatomy, self.lm.engine.pad(tokens), after_block, parts)
+                run_blocks(anatomy, padded(anatomy, tokens), after_block, parts)
         return records
+
+
+def _read(
+    anatomy: Anatomy, names: Sequence[str], state: BlockState, rows: Tensor, positions: Tensor
+) -> tuple[list[list[float]], list[int]]:
+    """The features and the top tokens at some positions ([n] rows of the state and places in them) after a block."""
+    logits = anatomy.logits(state.hidden[rows, positions])
+    values = features.compute(names, Observation(state, rows, positions, logits)).tolist()
+    return values, logits.argmax(-1).tolist()
 
 
 def trace(
@@ -399,17 +370,14 @@ def _record(
     """Arrays of some documents' instances."""
     if task.OUTPUT_TYPE == "generate_until":
         texts = TextRecorder(lm)
-        with texts.listening():
+        with lm.observed_texts(texts):
             lm.generate_until(list(instances), disable_tqdm=True)
         records = texts.records(instances)
         progress.update(len({i.doc_id for i in instances}))
         return _text_arrays(records, doc_ids, lm.anatomy.n_blocks, len(texts.names))
     recorder = Recorder(lm, progress)
-    before, lm.run_documents = lm.run_documents, recorder.run
-    try:
+    with lm.engine.observed(recorder):
         lm.loglikelihood(list(instances), disable_tqdm=True)
-    finally:
-        lm.run_documents = before
     return _arrays(task, recorder, instances, doc_ids, lm.anatomy.n_blocks)
 
 
