@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 
 import numpy as np
@@ -12,9 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_tracing import refused
 
-from lm_eval_adainfer.cli import main
+from lm_eval_adainfer.cli import main, options
 from lm_eval_adainfer.fitting import fit
-from lm_eval_adainfer.harness.asking import Asking, add_arguments
 from lm_eval_adainfer.harness.model import AdaInferLM
 from lm_eval_adainfer.strategies import files
 from lm_eval_adainfer.traces import recording
@@ -72,10 +70,8 @@ def stock_reading(options):
             found.metadata or None)  # fmt: skip
 
 
-def our_reading(options):
-    parser = argparse.ArgumentParser()
-    add_arguments(parser, required=())
-    found = Asking.of(parser.parse_args(options))
+def our_reading(given):
+    found = options.asking(options.documents(required=()).parse_args(given))
     return (found.apply_chat_template, found.system_instruction, found.fewshot_as_multiturn, found.gen_kwargs,
             found.metadata)  # fmt: skip
 

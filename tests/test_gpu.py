@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 from lm_eval.api.instance import Instance
-from lm_eval_adainfer.strategies.artifact import parse
 from replay import Listed
 from sklearn.ensemble import GradientBoostingClassifier
 from sklearn.svm import SVC
@@ -17,6 +16,7 @@ from lm_eval_adainfer.generation.policies import KV_POLICIES
 from lm_eval_adainfer.generation.probes import prepare
 from lm_eval_adainfer.harness.model import AdaInferLM
 from lm_eval_adainfer.strategies.base import Schedule
+from lm_eval_adainfer.strategies.specs import parse
 from lm_eval_adainfer.strategies.svm import SVMStopper
 from lm_eval_adainfer.strategies.trees import BoostedStopper
 from lm_eval_adainfer.structure.rounding import in_float32, logits_distance

@@ -1,1 +1,1 @@
-"""The ``adainfer`` command: shared options, and one small file per family of subcommands."""
+"""The ``adainfer`` command: ``main`` is the program, ``options`` what commands share, each other file a command."""

@@ -39,19 +39,13 @@ def run_both(
     Raises:
         AdaInferError: On unknown tasks, and on arguments with which no model can be made.
     """
-    from lm_eval.tasks import TaskManager
-
-    from lm_eval_adainfer.harness.loading import load_tasks
+    from lm_eval_adainfer.harness.loading import load_tasks, task_manager
     from lm_eval_adainfer.harness.model import DEMO
-    from lm_eval_adainfer.registration import install
 
-    install()
     names = [name for name in tasks.split(",") if name]
-    if include_path and not Path(include_path).is_dir():
-        raise AdaInferError(f"include_path: {include_path} is no folder; give one that holds task YAMLs")
     asked = asked or Asking()
     candidate_args = key_values(model_args)
-    manager = TaskManager(include_path=include_path, metadata={**candidate_args, **(asked.metadata or {})})
+    manager = task_manager(candidate_args, include_path, asked.metadata)
     load_tasks(manager, names)  # names what is unknown before a model is loaded
     options |= {
         "apply_chat_template": asked.apply_chat_template,

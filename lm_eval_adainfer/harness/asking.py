@@ -1,12 +1,11 @@
-"""How documents are asked: the options that the commands which load a model share, with the meaning ``lm_eval`` gives.
+"""How documents are asked: chat template, system instruction and the like, with the meaning that ``lm_eval`` gives.
 
-The options are those of lm-eval 0.4.13's own command, read by its parsers (``lm_eval._cli``), and what they lead to is
-what its ``EvaluatorConfig`` and ``simple_evaluate`` make of them.
+What they lead to is what ``EvaluatorConfig`` and ``simple_evaluate`` of lm-eval 0.4.13 make of them; ``cli/options.py``
+reads them from a command line.
 """
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 from collections.abc import Mapping
@@ -14,14 +13,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from lm_eval_adainfer.errors import AdaInferError
-
-# the option of a YAML file -> what it takes there
-FROM_YAML = {
-    "apply_chat_template": "true, false or the name of a template",
-    "fewshot_as_multiturn": "true or false",
-    "gen_kwargs": "a mapping, or a text like temperature=0.8,do_sample=true",
-    "metadata": "a mapping, or a text like shots=per_task",
-}
 
 
 @dataclass
@@ -52,17 +43,6 @@ class Asking:
             )
         if self.fewshot_as_multiturn is None and self.apply_chat_template:
             self.fewshot_as_multiturn = True
-
-    @classmethod
-    def of(cls, arguments: argparse.Namespace) -> Asking:
-        """What the options of :func:`add_arguments` say; as with ``lm_eval``, empty ones are left out."""
-        return cls(
-            apply_chat_template=arguments.apply_chat_template or False,
-            system_instruction=arguments.system_instruction or None,
-            fewshot_as_multiturn=arguments.fewshot_as_multiturn,
-            gen_kwargs=arguments.gen_kwargs or None,
-            metadata=arguments.metadata or None,
-        )
 
     def chat_template(self, lm: Any) -> str | None:
         """The chat template's text; None where none is asked for.
@@ -116,110 +96,6 @@ class Asking:
 def _plain(values: Mapping[str, Any] | None) -> Any:
     """A mapping as JSON gives it back; None where it is empty."""
     return json.loads(json.dumps(dict(values), sort_keys=True, default=str)) if values else None
-
-
-def add_model_arguments(where: Any, required: bool = True, model_help: str = "pretrained=...,dtype=...") -> None:
-    """Add the options that name a model: ``--model_args`` and ``--device``.
-
-    Args:
-        where: A parser, or a group of its options.
-        required: Whether ``--model_args`` is.
-        model_help: What it may look like.
-    """
-    where.add_argument("--model_args", "-a", required=required, help=f"as lm_eval's: {model_help}")
-    where.add_argument("--device", help="as lm_eval's: cuda, cpu, ...")
-
-
-def add_arguments(
-    where: Any,
-    required: tuple[str, ...] = ("model_args", "tasks"),
-    model_help: str = "pretrained=...,dtype=...",
-    tasks_help: str = "task or group names, separated by commas",
-    shots: Any = int,
-    shots_help: str = "shots per document (default: the task's own)",
-    limit_help: str = "at most so many documents per task, drawn with --seed",
-    batch_size: str | None = "8",
-) -> None:
-    """Add the options that say which documents are asked of which model, and how.
-
-    Args:
-        where: A parser, or a group of its options.
-        required: Which options have to be given.
-        model_help: What ``--model_args`` may look like.
-        tasks_help: Of ``--tasks``.
-        shots: The type of ``--num_fewshot``.
-        shots_help: Of ``--num_fewshot``.
-        limit_help: Of ``--limit``.
-        batch_size: The default; None where the command sets one later (8).
-    """
-    add_model_arguments(where, "model_args" in required, model_help)
-    where.add_argument("--tasks", "-t", required="tasks" in required, help=tasks_help)
-    where.add_argument("--num_fewshot", "-f", type=shots, help=shots_help)
-    where.add_argument("--limit", "-L", type=int, help=limit_help)
-    size_help = "as lm_eval's: a number or auto" + (" (default: 8)" if batch_size is None else "")
-    where.add_argument("--batch_size", "-b", default=batch_size, help=size_help)
-    where.add_argument("--include_path", help="a folder of further task YAMLs")
-    where.add_argument(
-        "--apply_chat_template",
-        nargs="?",
-        const=True,
-        metavar="TEMPLATE",
-        help="as lm_eval's: put prompts into the tokenizer's chat template, or into the one of this name",
-    )
-    where.add_argument("--system_instruction", metavar="TEXT", help="as lm_eval's: a text that prompts begin with")
-    where.add_argument(
-        "--fewshot_as_multiturn",
-        type=_boolean,
-        nargs="?",
-        const=True,
-        metavar="BOOL",
-        help="as lm_eval's: shots are turns of a conversation (default: they are with --apply_chat_template)",
-    )
-    where.add_argument(
-        "--gen_kwargs",
-        nargs="+",
-        action=_MergeDict,
-        metavar="KEY=VALUE",
-        help="as lm_eval's: of generate_until tasks, temperature=0.8,do_sample=true",
-    )
-    where.add_argument(
-        "--metadata",
-        nargs="+",
-        action=_MergeDict,
-        metavar="KEY=VALUE",
-        help="as lm_eval's: what tasks are told, shots=per_task, say, or a JSON object",
-    )
-
-
-def _boolean(text: str) -> bool:
-    """As ``lm_eval`` reads ``--fewshot_as_multiturn``."""
-    return text.lower() in ("true", "1", "yes")
-
-
-class _MergeDict(argparse.Action):
-    """lm-eval's ``MergeDictAction``, which is imported when an option is used; what it can't read ends the command."""
-
-    def __call__(self, parser: argparse.ArgumentParser, namespace: Any, values: Any, option_string: Any = None) -> None:
-        from lm_eval._cli.utils import MergeDictAction
-
-        try:
-            MergeDictAction(self.option_strings, self.dest, nargs="+")(parser, namespace, values, option_string)
-        except ValueError as error:
-            parser.error(f"argument {option_string}: {error}")
-
-
-def from_yaml(name: str, value: Any) -> Any:
-    """The value of an option in ``FROM_YAML`` as the command line gives it; None where it is of a wrong kind."""
-    if name == "apply_chat_template":
-        return value if isinstance(value, (bool, str)) else None
-    if name == "fewshot_as_multiturn":
-        return value if isinstance(value, bool) else None
-    if isinstance(value, str):
-        try:
-            return key_values(value, name)
-        except AdaInferError:
-            return None
-    return value if isinstance(value, dict) and all(isinstance(key, str) for key in value) else None
 
 
 def key_values(text: str, argument: str = "model_args") -> dict[str, Any]:

@@ -1,8 +1,8 @@
-"""A model and tasks from the options of a command, with one sentence for whatever is wrong."""
+"""A model and tasks from what a user names, with one sentence for whatever is wrong."""
 
 from __future__ import annotations
 
-import argparse
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,23 +10,53 @@ from lm_eval_adainfer.errors import AdaInferError
 from lm_eval_adainfer.harness import asking
 
 
-def load_model_and_tasks(arguments: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
-    """The model and the tasks (name to task) of a command with the options of ``asking.add_arguments``.
+def load_model_and_tasks(
+    model_args: str,
+    tasks: str,
+    device: str | None = None,
+    batch_size: str | int = 8,
+    include_path: str | None = None,
+    metadata: Mapping[str, Any] | None = None,
+) -> tuple[Any, dict[str, Any]]:
+    """The model and the tasks (name to task) that the options of a command name, which are called as ``lm_eval``'s.
+
+    Args:
+        model_args: As ``--model_args``: key=value pairs with commas between them.
+        tasks: Names of tasks, groups and tags, with commas between them.
+        device: As ``--device``.
+        batch_size: As ``--batch_size``; ``model_args`` may hold another.
+        include_path: A folder of further task YAMLs.
+        metadata: What tasks are told besides the model's arguments.
 
     Raises:
         AdaInferError: On wrong arguments, in the words of whoever found it first.
+    """
+    manager = task_manager(asking.key_values(model_args), include_path, metadata)
+    found = load_tasks(manager, [name for name in tasks.split(",") if name])
+    return load_model(model_args, device, batch_size=batch_size), found
+
+
+def task_manager(
+    model_args: Mapping[str, Any], include_path: str | None, metadata: Mapping[str, Any] | None = None
+) -> Any:
+    """lm-eval's task manager, which knows the packaged tasks and tells tasks what ``lm_eval``'s command tells them.
+
+    Args:
+        model_args: The model's arguments.
+        include_path: A folder of further task YAMLs.
+        metadata: What tasks are told besides.
+
+    Raises:
+        AdaInferError: Where ``include_path`` is no folder.
     """
     from lm_eval.tasks import TaskManager
 
     from lm_eval_adainfer.registration import install
 
-    if arguments.include_path and not Path(arguments.include_path).is_dir():
-        raise AdaInferError(f"include_path: {arguments.include_path} is no folder; give one that holds task YAMLs")
+    if include_path and not Path(include_path).is_dir():
+        raise AdaInferError(f"include_path: {include_path} is no folder; give one that holds task YAMLs")
     install()
-    metadata = {**asking.key_values(arguments.model_args), **(arguments.metadata or {})}  # as lm_eval's command has it
-    manager = TaskManager(include_path=arguments.include_path, metadata=metadata)
-    tasks = load_tasks(manager, [name for name in arguments.tasks.split(",") if name])
-    return load_model(arguments.model_args, arguments.device, batch_size=arguments.batch_size), tasks
+    return TaskManager(include_path=include_path, metadata={**model_args, **(metadata or {})})
 
 
 def load_model(model_args: str, device: str | None, **defaults: Any) -> Any:

@@ -99,7 +99,7 @@ def write(
     for name, heading, caption, figure in _figures(runs, _pooled(pairs), found):
         pictures.append(_save(folder, name, heading, caption, figure))
     environment = Environment(
-        loader=PackageLoader("lm_eval_adainfer.comparison", "templates"), autoescape=True, undefined=StrictUndefined
+        loader=PackageLoader("lm_eval_adainfer.output", "templates"), autoescape=True, undefined=StrictUndefined
     )
     page = environment.get_template("page.html").render(
         title=title,

@@ -17,7 +17,7 @@ _MARK = {PASS: "passed", FAIL: "failed", INCONCLUSIVE: "inconclusive"}
 
 
 def text(verdict: Verdict, baseline: str, candidate: str) -> str:
-    """For people."""
+    """For people: the verdict on a drop, with its reasons and guards."""
     levels = f"{verdict.lower_level:.0%} and {verdict.upper_level:.0%} one-sided"
     flips = "" if verdict.discordant is None else f", {verdict.discordant} of them discordant"
     lines = [
@@ -40,6 +40,11 @@ def text(verdict: Verdict, baseline: str, candidate: str) -> str:
             for g in verdict.guards
         ]
     return "\n".join(lines)
+
+
+def text_of_cases(status: str, found: list[Case]) -> str:
+    """For people: what was checked one by one, where there is no verdict on a drop."""
+    return "\n".join([status.upper(), *(f"{c.name}: {c.status} ({c.message})" for c in found)])
 
 
 def summary(title: str, found: list[Case], notes: list[str]) -> str:

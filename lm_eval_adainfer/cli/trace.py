@@ -1,0 +1,68 @@
+"""``adainfer trace``: record what every block would answer on documents."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from lm_eval_adainfer.cli import options
+
+
+def add_parser(commands: Any) -> argparse.ArgumentParser:
+    """Add the command to ``adainfer``'s."""
+    documents = options.documents(
+        shots=_shots,
+        shots_help="shots per document, or several numbers: 0,5,10,15,20 makes a file each (default: the task's own)",
+    )
+    parser: argparse.ArgumentParser = commands.add_parser(
+        "trace",
+        parents=[documents],
+        formatter_class=options.Help,
+        help="record every block's features on training documents",
+        description="Run a dense pass over documents and record every block's features, top token and scores: one "
+        ".trace file per task and number of shots. Of generate_until tasks every new token is recorded. A document is "
+        "never among its own shots. What is finished is kept when interrupted: the same command goes on.",
+        epilog="example: adainfer trace --model_args pretrained=adainfer-demo,dtype=float32 "
+        "--tasks adainfer_demo --num_fewshot 3 --limit 300 -o traces/",
+    )
+    parser.add_argument(
+        "--split",
+        default="train",
+        choices=["train", "test"],
+        help="train: the training split, or the 30%% of the evaluation documents that a fixed hash sets apart where "
+        "there is none; test: the evaluation documents without these",
+    )
+    options.add_draws(parser)
+    parser.add_argument("--output", "-o", required=True, help="the folder for the .trace files")
+    return parser
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Trace the documents and print the files."""
+    from lm_eval_adainfer.traces import recording
+
+    recording.check_arguments(arguments.split, arguments.limit, arguments.num_fewshot)
+    asked = options.asking(arguments)
+    lm, tasks = options.load_model_and_tasks(arguments)
+    files = recording.trace(
+        lm,
+        tasks,
+        arguments.output,
+        num_fewshot=arguments.num_fewshot,
+        split=arguments.split,
+        limit=arguments.limit,
+        seed=arguments.seed,
+        fewshot_seed=arguments.fewshot_seed,
+        asked=asked,
+    )
+    for file in files:
+        print(file)
+
+
+def _shots(text: str) -> int | list[int]:
+    """One number, or several separated by commas."""
+    try:
+        numbers = [int(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of shots; give 5, say, or 0,5,10") from None
+    return numbers[0] if len(numbers) == 1 else numbers
