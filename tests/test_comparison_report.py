@@ -143,7 +143,7 @@ def test_real_traces_are_read(tmp_path, capsys, only_our_tasks):
     arguments = ["--model_args", "pretrained=adainfer-demo,dtype=float32", "--tasks", "adainfer_demo_topic,adainfer_demo_fact"]
     assert main(["trace", *arguments, "--limit", "6", "--device", "cpu", "-o", str(tmp_path / "t")]) == 0
     traces = per_block.load(str(tmp_path / "t"))
-    assert per_block.labels(traces) == ["fact, 0 shots", "topic, 0 shots"]
+    assert per_block.labels(traces) == ["fact, 3 shots", "topic, 3 shots"]
     for trace in traces:
         assert trace.right.shape == trace.top1.shape == (6, 12) and "cos_mlp" in trace.meta["features"]
     assert not any(line.dashed for line in per_block.accuracy_lines(traces)), "acc is known of both"

@@ -77,4 +77,4 @@ def _picture(study: str, name: str, title: str, traces: Sequence[TracedDocuments
         else:
             figure = figures.features(per_block.feature_lines(traces))
         figure.suptitle(f"{title} ({tables.LABEL})", fontsize=9)
-        return figures.files(figure, name)["png"]
+        return figures.files(figure, name)[f"{name}.png"]

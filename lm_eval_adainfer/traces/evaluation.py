@@ -36,15 +36,15 @@ def evaluate(
     """
     parts, clusters = [], []
     for trace, said in zip(traces, found, strict=True):
-        layer = exits(said, threshold)
-        right, dense = at_exit(trace.right, layer), trace.right[:, -1]
+        left = exits(said, threshold)
+        right, dense = at_exit(trace.right, left), trace.right[:, -1]
         columns = {
             "acc": right,
             "acc_change": right - dense,
-            "top1_acc": at_exit(trace.top1, layer),
-            "agreement": at_exit(trace.answers, layer) == trace.answers[:, -1],
-            "exit_layer": layer,
-            "flops_ratio": _flops_ratio(trace, layer),
+            "top1_acc": at_exit(trace.top1, left),
+            "agreement": at_exit(trace.answers, left) == trace.answers[:, -1],
+            "exit_layer": left,
+            "flops_ratio": _flops_ratio(trace, left),
             "of_stable": exits(trace.oracle("oracle:stable")),
             "of_first": exits(trace.oracle("oracle:first")),
         }
