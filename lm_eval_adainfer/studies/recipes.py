@@ -29,7 +29,7 @@ _TRAIN = ("drawn", "all", "same", "others", "other_model")
 _KEYS = {"study", "title", "tasks", "shots", "train_shots", "stoppers"}
 _FIT_KEYS = {"fit", "train", "features", "label", "threshold", "draw"}
 
-# (shots, split, limit) -> trace files
+# (shots, split) -> trace files
 Tracer = Callable[[Sequence[int], str], list[Path]]
 
 

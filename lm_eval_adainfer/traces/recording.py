@@ -27,6 +27,7 @@ from lm_eval_adainfer import container
 from lm_eval_adainfer._version import __version__
 from lm_eval_adainfer.errors import AdaInferError
 from lm_eval_adainfer.harness.asking import Asking
+from lm_eval_adainfer.harness.gold import right_requests
 from lm_eval_adainfer.harness.identity import generation_settings, tokenizer_hash
 from lm_eval_adainfer.prefill.documents import Answer, Document, Row
 from lm_eval_adainfer.prefill.engine import available_features
@@ -421,7 +422,7 @@ def _arrays(
         record = recorder.records[key]
         document: Document = record["document"]
         first = instances[key]
-        golds = _golds(task, first.doc)
+        golds = [g for g in right_requests(task, first.doc) if g >= 0]
         gold = golds[0] if golds else -1
         for j, decider in enumerate(document.deciders):
             answers = sorted(
@@ -482,20 +483,3 @@ def _text_arrays(
         "doc_id": np.array([doc_ids[r["instance"].doc_id] for r in records], dtype=np.int64),
         "position": np.array([r["position"] for r in records], dtype=np.int32),
     }
-
-
-def _golds(task: Any, doc: Any) -> list[int]:
-    """The right requests' indices: the only one, or the target(s) among the choices; none where that is unclear."""
-    if task.OUTPUT_TYPE == "loglikelihood":
-        return [0]
-    target = task.doc_to_target(doc)
-    if getattr(task, "multiple_input", 0):
-        target = task.doc_to_text(doc)  # there the gold is an index into the contexts
-    found = []
-    for one in target if isinstance(target, (list, tuple)) else [target]:
-        if isinstance(one, str):
-            choices = task.doc_to_choice(doc)
-            one = choices.index(one) if one in choices else None
-        if isinstance(one, int):
-            found.append(one)
-    return found
