@@ -24,7 +24,7 @@ from lm_eval_adainfer.strategies.base import Stopper
 from lm_eval_adainfer.strategies.features import FEATURES
 from lm_eval_adainfer.strategies.rules import GapStopper
 from lm_eval_adainfer.tasks.qa import stable_hash
-from lm_eval_adainfer.traces import outcomes, recording
+from lm_eval_adainfer.traces.documents import TracedDocuments, at_exit, exits, read, stable
 from lm_eval_adainfer.traces.margins import margins
 
 MAX_LOSS = 0.01
@@ -63,16 +63,14 @@ class Task:
     """
 
     name: str
-    meta: dict[str, Any]
-    arrays: dict[str, np.ndarray]
-    found: outcomes.Outcomes
+    found: TracedDocuments
     calibrate: np.ndarray
     above_chance: bool
 
     @property
     def dense(self) -> np.ndarray:
         """[D] bool: the dense answer is right."""
-        return self.found.answer[:, -1] == self.found.gold
+        return self.found.hits[:, -1] > 0
 
 
 @dataclass
@@ -85,29 +83,27 @@ class Curve:
     agrees: np.ndarray
 
 
-def read_task(file: Path) -> Task:
-    meta, arrays = recording.read(file)
-    found = outcomes.outcomes(meta, arrays)
-    hashes = [stable_hash("calibrate", meta["task"], str(i)) % 7 for i in found.document.tolist()]
+def as_task(found: TracedDocuments) -> Task:
+    name = found.meta["task"]
+    hashes = [stable_hash("calibrate", name, str(i)) % 7 for i in found.doc_ids.tolist()]
     calibrate = np.array(hashes) < 2
-    right = (found.answer[:, -1] == found.gold)[~calibrate]
+    right = (found.hits[:, -1] > 0)[~calibrate]
     commonest = max(np.bincount(found.gold[~calibrate])) / len(right)
     p = binomtest(int(right.sum()), len(right), commonest, alternative="greater").pvalue
-    return Task(meta["task"], meta, arrays, found, calibrate, bool(p < 0.01))
+    return Task(name, found, calibrate, bool(p < 0.01))
 
 
-def scores(stopper: Stopper, meta: dict[str, Any], arrays: dict[str, np.ndarray]) -> np.ndarray:
+def scores(stopper: Stopper, found: TracedDocuments) -> np.ndarray:
     """[N, L] margins, NaN at the last block."""
-    return margins(stopper, meta, arrays) + stopper.threshold  # type: ignore[attr-defined]
+    return margins(stopper, found.meta, found.arrays) + stopper.threshold  # type: ignore[attr-defined]
 
 
 def curve(stopper: Stopper, task: Task, grid: np.ndarray) -> Curve:
-    values = task.found.of_decisions(scores(stopper, task.meta, task.arrays))
-    exits = np.array([outcomes.exits(values, t) for t in grid])
-    early = np.array([outcomes.chosen(task.found.answer, e) for e in exits])
-    right, dense = early == task.found.gold, task.dense
-    agrees = early == task.found.answer[:, -1]
-    return Curve(1 - exits / task.meta["n_blocks"], dense & ~right, ~dense & right, agrees)
+    values = task.found.together(scores(stopper, task.found))
+    left = np.array([exits(values, t) for t in grid])
+    right = np.array([at_exit(task.found.hits, e) > 0 for e in left])
+    agrees = np.array([at_exit(task.found.answers, e) for e in left]) == task.found.answers[:, -1]
+    return Curve(1 - left / task.found.n_blocks, task.dense & ~right, ~task.dense & right, agrees)
 
 
 def loosest(bad: np.ndarray) -> int:
@@ -123,16 +119,16 @@ def interval(values: np.ndarray) -> str:
 
 def report(folder: Path, names: list[str]) -> str:
     files = fit.find([folder])
-    for file in files:
-        recording.require_one_model(file, recording.read(file)[0], recording.read(files[0])[0])
-    train = [f for f in files if recording.read(f)[0]["split"] == "train"]
-    tasks = [read_task(f) for f in files if recording.read(f)[0]["split"] == "test"]
-    model = tasks[0].meta
+    traces = read(files)
+    training = [t for t in traces if t.meta["split"] == "train"]
+    train = [t.path for t in training]
+    tasks = [as_task(t) for t in traces if t.meta["split"] == "test"]
+    model = tasks[0].found.meta
     curves: dict[str, list[Curve]] = {}
     standing: dict[str, list[int]] = {}
     for name in names:
         stopper = CONTESTANTS[name](train)
-        pooled = np.concatenate([scores(stopper, *recording.read(f)).ravel() for f in train])
+        pooled = np.concatenate([scores(stopper, t).ravel() for t in training])
         pooled = pooled[~np.isnan(pooled)]
         grid = np.unique(np.quantile(pooled, GRID))[::-1]
         grid = np.concatenate([[np.inf], grid, [stopper.threshold]])  # type: ignore[attr-defined]
@@ -182,8 +178,8 @@ def tasks_table(tasks: list[Task]) -> list[str]:
 
 def oracle_saving(task: Task) -> np.ndarray:
     """[D], what leaving at the earliest block saves from which the answer never changes."""
-    first = outcomes.stable(task.found.answer).argmax(1) + 1
-    return 1 - first / task.meta["n_blocks"]
+    first = stable(task.found.answers).argmax(1) + 1
+    return 1 - first / task.found.n_blocks
 
 
 def _curve_choice(curves: list[Curve], tasks: list[Task], measurable: list[int]) -> list[int]:
@@ -240,7 +236,7 @@ def protocol_table(
         "|---|---|---|---|---|---|",
     ]
     whole = [kept[i] for i in measurable]
-    choices = [i for i in measurable if tasks[i].meta["output_type"] == "multiple_choice"]
+    choices = [i for i in measurable if tasks[i].found.has_choices]
     for name, found in curves.items():
         net = [
             100 * (found[i].lost[picked[name][i]].astype(float) - found[i].gained[picked[name][i]]) for i in measurable

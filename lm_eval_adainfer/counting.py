@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from itertools import accumulate
+from typing import TypeVar
+
+import numpy as np
 
 from lm_eval_adainfer.strategies.base import Stopper
 from lm_eval_adainfer.structure.anatomy import Anatomy
@@ -61,6 +64,14 @@ class FlopCounter:
         return float(self._stopper * n)
 
     def flops_ratio(self, layer: float, prompt_tokens: float) -> float:
-        """The paper's Eq. 2: (2l(6h+s)+V) / (2L(6h+s)+V); it leaves out the per-block head checks."""
-        per_block = 2 * (6 * self._hidden + prompt_tokens)
-        return (layer * per_block + self._vocab) / (self.n_whole * per_block + self._vocab)
+        """The paper's Eq. 2, of the whole model."""
+        return flops_ratio(layer, self.n_whole, self._hidden, prompt_tokens, self._vocab)
+
+
+Number = TypeVar("Number", float, np.ndarray)
+
+
+def flops_ratio(layer: Number, n_blocks: int, hidden: int, prompt_tokens: Number, vocab: int) -> Number:
+    """The paper's Eq. 2: (2l(6h+s)+V) / (2L(6h+s)+V); it leaves out the per-block head checks."""
+    per_block = 2 * (6 * hidden + prompt_tokens)
+    return (layer * per_block + vocab) / (n_blocks * per_block + vocab)

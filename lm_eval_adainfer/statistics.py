@@ -235,11 +235,19 @@ def _draws(n: int) -> int:
 
 def wilson(hits: np.ndarray, level: float = 0.95) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Share of hits per column of ``[documents, columns]``, and Wilson's interval, which has a width at 0% and 100%."""
-    n, share = len(hits), hits.mean(axis=0)
+    share = hits.mean(axis=0)
+    return share, *wilson_interval(share, len(hits), level)
+
+
+def wilson_interval(share: np.ndarray, n: float, level: float = 0.95) -> tuple[np.ndarray, np.ndarray]:
+    """Wilson's interval of shares of ``n`` documents, effective ones perhaps; NaN where ``n`` is 0."""
+    if n == 0:
+        return np.full_like(share, np.nan), np.full_like(share, np.nan)
     z = float(stats.norm.ppf((1 + level) / 2))
     centre = (share + z**2 / (2 * n)) / (1 + z**2 / n)
     half = z / (1 + z**2 / n) * np.sqrt(share * (1 - share) / n + z**2 / (4 * n**2))
-    return share, np.minimum(share, centre - half), np.maximum(share, centre + half)
+    lower, upper = np.minimum(share, centre - half), np.maximum(share, centre + half)
+    return np.maximum(lower, 0.0), np.minimum(upper, 1.0)  # rounding alone could leave these
 
 
 def sign_flip_p(differences: np.ndarray, seed: int = 0) -> float:

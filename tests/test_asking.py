@@ -16,6 +16,7 @@ from lm_eval_adainfer.fitting import fit
 from lm_eval_adainfer.harness.model import AdaInferLM
 from lm_eval_adainfer.strategies import files
 from lm_eval_adainfer.traces import recording
+from lm_eval_adainfer.traces.file import ASKED
 
 TEMPLATE = (
     "{% for message in messages %}<{{ message['role'] }}>{{ message['content'] }}</{{ message['role'] }}>{% endfor %}"
@@ -193,7 +194,7 @@ def test_what_was_traced_before_the_settings_were_recorded_is_kept_by_a_plain_ca
     assert trace(chatty / "chat", tmp_path) == 0
     (file,) = tmp_path.glob("*.trace")
     meta, arrays = recording.read(file)
-    old = {k: v for k, v in meta.items() if k not in (*recording.ASKED, "gen_kwargs", "metadata")}
+    old = {k: v for k, v in meta.items() if k not in (*ASKED, "gen_kwargs", "metadata")}
     container.write(file, "trace", recording.VERSION, old, arrays)
     before = file.read_bytes()
     assert trace(chatty / "chat", tmp_path) == 0 and file.read_bytes() == before

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -19,7 +20,8 @@ from lm_eval_adainfer.errors import AdaInferError
 from lm_eval_adainfer.fitting import calibration, fit
 from lm_eval_adainfer.strategies.files import load, save
 from lm_eval_adainfer.strategies.rules import FixedStopper, GapStopper, NoStopper
-from lm_eval_adainfer.traces import outcomes, recording
+from lm_eval_adainfer.traces import documents, recording
+from lm_eval_adainfer.traces.documents import TracedDocuments
 from lm_eval_adainfer.traces.margins import margins
 
 BASE = {
@@ -118,6 +120,10 @@ def _with(stopper, threshold):
 # ------------------------------------------------------------------------------------------------ documents
 
 
+def traced(arrays, **meta):
+    return TracedDocuments(Path("t.trace"), {**BASE, **meta}, arrays)
+
+
 def test_answers_and_losses_of_choices_in_two_contexts_by_hand():
     """Two contexts (instances) a document, as in Winogrande: one choice each, one decision together."""
     scores = np.array([[-1, -9, -1], [-5, -5, -5], [-2, -2, -2], [-1, -3, -9]], dtype=float)[:, :, None]
@@ -125,15 +131,15 @@ def test_answers_and_losses_of_choices_in_two_contexts_by_hand():
         "top_token": np.zeros((4, 3), dtype=int), "doc_id": np.array([7, 7, 8, 8]), "gold": np.array([0, 0, 1, 1]),
         "gold_token": np.zeros(4, int), "scores": scores, "request": np.array([[0], [1], [0], [1]]),
     }  # fmt: skip
-    found = outcomes.outcomes({"task": "t", "output_type": "multiple_choice"}, arrays)
-    assert found.answer.tolist() == [[0, 1, 0], [1, 0, 0]]
-    assert (found.document.tolist(), found.gold.tolist()) == ([7, 8], [0, 1])
-    together = found.of_decisions(np.array([[0.5, 0.9, np.nan], [0.3, 0.8, np.nan], [0.9, 0, np.nan], [0.7, 1, np.nan]]))
-    assert together.tolist() == [[0.3, 0.8, -np.inf], [0.7, 0, -np.inf]]
-    assert [outcomes.exits(together, t).tolist() for t in (0.2, 0.5, 0.7, 0.9)] == [[1, 1], [2, 1], [2, 3], [3, 3]]
-    assert outcomes.loss(found, "gold", [2, 1]).tolist() == [1, 0], "the second was wrong at the end, right before"
-    assert outcomes.loss(found, "agreement", [2, 1]).tolist() == [1, 1]
-    assert outcomes.loss(found, "agreement", [1, 2]).tolist() == [0, 0]
+    found = traced(arrays, n_blocks=3, output_type="multiple_choice")
+    assert found.answers.tolist() == [[0, 1, 0], [1, 0, 0]]
+    assert (found.doc_ids.tolist(), found.gold.tolist()) == ([7, 8], [0, 1])
+    together = found.together(np.array([[0.5, 0.9, np.nan], [0.3, 0.8, np.nan], [0.9, 0, np.nan], [0.7, 1, np.nan]]))
+    np.testing.assert_array_equal(together, [[0.3, 0.8, np.nan], [0.7, 0, np.nan]])
+    assert [documents.exits(together, t).tolist() for t in (0.2, 0.5, 0.7, 0.9)] == [[1, 1], [2, 1], [2, 3], [3, 3]]
+    assert found.losses("gold", [2, 1]).tolist() == [1, 0], "the second was wrong at the end, right before"
+    assert found.losses("agreement", [2, 1]).tolist() == [1, 1]
+    assert found.losses("agreement", [1, 2]).tolist() == [0, 0]
 
 
 def test_one_continuation_is_right_where_greedy_decoding_gives_all_of_it():
@@ -143,23 +149,23 @@ def test_one_continuation_is_right_where_greedy_decoding_gives_all_of_it():
         "gold_token": np.full(2, 4), "request": np.zeros((2, 1), int), "scores": np.zeros((2, 3, 1)),
         "greedy": np.array([[0, 0, 1], [0, 0, 0]])[:, :, None],
     }  # fmt: skip
-    found = outcomes.outcomes({"task": "t", "output_type": "loglikelihood"}, arrays)
-    assert outcomes.loss(found, "gold", [2, 2]).tolist() == [1, 0]
-    assert outcomes.loss(found, "agreement", [2, 2]).tolist() == [1, 0]
-    assert outcomes.loss(found, "gold", [3, 1]).tolist() == [0, 0]
+    found = traced(arrays, n_blocks=3, output_type="loglikelihood")
+    assert found.losses("gold", [2, 2]).tolist() == [1, 0]
+    assert found.losses("agreement", [2, 2]).tolist() == [1, 0]
+    assert found.losses("gold", [3, 1]).tolist() == [0, 0]
 
 
 def test_a_generated_text_is_lost_where_one_of_its_tokens_differs():
     arrays = {"top_token": np.array([[1, 2], [3, 3], [4, 4]]), "doc_id": np.array([5, 5, 6])}
-    found = outcomes.outcomes({"task": "t", "output_type": "generate_until"}, arrays)
-    assert outcomes.loss(found, "agreement", [1, 1, 1]).tolist() == [1, 0]
-    assert outcomes.loss(found, "agreement", [2, 1, 1]).tolist() == [0, 0]
+    found = traced(arrays, n_blocks=2, output_type="generate_until")
+    assert found.losses("agreement", [1, 1, 1]).tolist() == [1, 0]
+    assert found.losses("agreement", [2, 1, 1]).tolist() == [0, 0]
 
 
 @given(st.lists(st.lists(st.integers(0, 2), min_size=4, max_size=4), min_size=1, max_size=6))
 def test_stable_means_the_answer_never_changes_again(rows):
     expected = [[all(later == row[-1] for later in row[k:]) for k in range(4)] for row in rows]
-    assert outcomes.stable(np.array(rows)).tolist() == expected
+    assert documents.stable(np.array(rows)).tolist() == expected
 
 
 def test_calibration_counts_what_the_calibrated_stopper_does(tmp_path):
@@ -204,10 +210,9 @@ def test_the_promise_is_broken_in_at_most_5_percent_of_1000_calibration_sets(dem
     thresholds = calibration.grid(stopper)
     lost = []
     for file in demo.test:
-        meta, arrays = recording.read(file)
-        found = outcomes.outcomes(meta, arrays)
-        scores = found.of_decisions(margins(stopper, meta, arrays) + stopper.threshold)
-        lost.append([outcomes.loss(found, loss, outcomes.exits(scores, t)) for t in thresholds])
+        (found,) = documents.read([file])
+        scores = found.together(margins(stopper, found.meta, found.arrays) + stopper.threshold)
+        lost.append([found.losses(loss, documents.exits(scores, t)) for t in thresholds])
     pool = np.concatenate(lost, axis=1)  # [G, documents]
     risk = pool.mean(axis=1)
     drop = risk[np.abs(risk - 0.1).argmin()] - 1e-9  # the hardest: there is a threshold whose risk is just too great
@@ -240,9 +245,8 @@ def test_a_calibrated_stopper_survives_its_file_and_decides_as_promised(demo, tm
     assert promise["tasks"] == ["adainfer_demo_fact", "adainfer_demo_plural"]
     lost = 0
     for file in demo.test:
-        meta, arrays = recording.read(file)
-        found = outcomes.outcomes(meta, arrays)
-        lost += outcomes.loss(found, "gold", outcomes.exits(found.of_decisions(margins(loaded, meta, arrays)), 0.0)).sum()
+        (found,) = documents.read([file])
+        lost += found.losses("gold", documents.exits(found.together(margins(loaded, found.meta, found.arrays)))).sum()
     assert lost == promise["losses"]
     assert loaded.fingerprint != demo.svm.fingerprint
 
@@ -317,7 +321,7 @@ def test_unusable_traces_are_one_sentence(tmp_path):
 
     good = write_trace(tmp_path / "good.trace")
     refused(calibrated([]), "traces", "none")
-    refused(calibrated(write_trace(tmp_path / "empty.trace", n=0)), "traces", "no document")
+    refused(calibrated(write_trace(tmp_path / "empty.trace", n=0)), "traces", "no decision")
     refused(calibrated(write_trace(tmp_path / "old.trace", version=99)), "traces", "old.trace", "version 99")
     nan = write_trace(tmp_path / "nan.trace", gap=[[0.5, np.nan, 0.5, 0.5]])
     refused(calibrated(nan), "traces", "nan.trace", "NaN")

@@ -24,7 +24,9 @@ from lm_eval_adainfer.strategies import files, specs
 from lm_eval_adainfer.strategies.features import FEATURES
 from lm_eval_adainfer.strategies.network import LogisticStopper, MLPStopper
 from lm_eval_adainfer.strategies.trees import BoostedStopper
-from lm_eval_adainfer.traces import outcomes, recording
+from lm_eval_adainfer.traces import documents as traced_documents
+from lm_eval_adainfer.traces import recording
+from lm_eval_adainfer.traces.documents import TracedDocuments
 from lm_eval_adainfer.traces.margins import margins
 
 KINDS = ("logistic", "mlp", "boosted")
@@ -133,12 +135,12 @@ def test_the_label_stable_is_of_the_documents_answer(tmp_path):
     path = write_trace(tmp_path / "a.trace")
     _, arrays = recording.read(path)
     _, y, _ = fit.examples([path], ["gap"], "stable")
-    assert y.tolist() == outcomes.stable(arrays["top_token"]).astype(int).ravel().tolist()
+    assert y.tolist() == traced_documents.stable(arrays["top_token"]).astype(int).ravel().tolist()
     scores = np.random.default_rng(0).normal(size=(400, 4, 2)).astype(np.float32)
     pair = {"scores": scores, "request": np.tile([0, 1], (400, 1)), "gold": np.zeros(400, int)}
     choices = write_trace(tmp_path / "b.trace", output_type="multiple_choice", arrays=pair.items())
     _, y, _ = fit.examples([choices], ["gap"], "stable")
-    assert y.tolist() == outcomes.stable(scores.argmax(-1)).astype(int).ravel().tolist()
+    assert y.tolist() == traced_documents.stable(scores.argmax(-1)).astype(int).ravel().tolist()
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -150,17 +152,17 @@ def test_a_real_run_leaves_where_the_trace_says(kind, tokenizer, tmp_path):
     meta, arrays = recording.read(path)
     stopper = fit.fit_classifier(kind, [path], label="final", threshold=0.5)
     assert set(stopper.features) == set(FEATURES)
-    found = outcomes.outcomes(meta, arrays)
+    found = TracedDocuments(path, meta, arrays)
     clear, layers = 0, set()
     for threshold in (0.2, 0.4, 0.6, 0.8):
         stopper.threshold = threshold
         said = margins(stopper, meta, arrays)
-        exits = outcomes.exits(found.of_decisions(said), 0.0)
+        exits = traced_documents.exits(found.together(said))
         run = lm_of(model, tokenizer, stopper=stopper, batch_size=8, max_length=400)
         answers = run.loglikelihood(task.instances, True)
         real = {r.doc_id: a.exit_record.exit_layer for r, a in zip(task.instances, answers, strict=True)}
         assert len(said) == len(exits), "one context a document"
-        for document, exit_layer, row in zip(found.document.tolist(), exits.tolist(), said, strict=True):
+        for document, exit_layer, row in zip(found.doc_ids.tolist(), exits.tolist(), said, strict=True):
             if np.nanmin(np.abs(row)) > 1e-4:
                 assert real[document] == exit_layer
                 clear += 1

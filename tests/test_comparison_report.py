@@ -14,7 +14,7 @@ from synthetic_runs import flips, sample, write
 
 from lm_eval_adainfer import container
 from lm_eval_adainfer.cli.main import main
-from lm_eval_adainfer.output import blocks
+from lm_eval_adainfer.output import per_block
 from lm_eval_adainfer.traces import recording
 
 pytest.importorskip("matplotlib")
@@ -42,9 +42,11 @@ def make_trace(folder: Path, task: str, n=40, n_blocks=12, n_choices=4, seed=0):
         "top_token": chosen.astype(np.int32),
         "gold_token": gold.astype(np.int32),
         "scores": scores,
+        "request": np.tile(np.arange(n_choices, dtype=np.int16), (n, 1)),
         "gold": gold.astype(np.int16),
         "prompt_tokens": np.full(n, 20, dtype=np.int32),
         "position": np.zeros(n, dtype=np.int32),
+        "doc_id": np.arange(n),
     }
     container.write(folder / f"{task}.trace", "trace", recording.VERSION, meta, arrays)
     return right
@@ -105,10 +107,10 @@ def test_the_leaderboard_and_the_axes_say_what_the_runs_say(page):
 
 def test_accuracy_per_block_and_oracle_are_those_of_the_trace(tmp_path):
     right = make_trace(tmp_path, "a", n=200)
-    (line,) = blocks.accuracy_lines(blocks.load(str(tmp_path)))
+    (line,) = per_block.accuracy_lines(per_block.load(str(tmp_path)))
     assert line.values == pytest.approx(100 * right.mean(axis=0))
     assert np.all(line.lower < line.values) and np.all(line.values <= line.upper)
-    depth, accuracy, _, _ = blocks.oracle(blocks.load(str(tmp_path)))
+    depth, accuracy, _, _ = per_block.oracle(per_block.load(str(tmp_path)))
     first = [next((k + 1 for k in range(12) if row[k]), 12) for row in right]
     assert depth == pytest.approx(np.mean(first) / 12) and accuracy == pytest.approx(right.any(axis=1).mean())
 
@@ -130,8 +132,8 @@ def test_every_trace_is_drawn_however_many_there_are(tmp_path, many):
     assert main(["report", str(run), "--traces", str(tmp_path / "traces"), "-o", str(tmp_path / "out")]) == 0
     text = (tmp_path / "out" / "accuracy_per_block.svg").read_text()
     assert all(f"{'' if many > 10 else 's'}{i:02}, 0 shots" in text or f"s0{i}, 0 shots" in text for i in range(many))
-    lines = blocks.feature_lines(blocks.load(str(tmp_path / "traces")))["gap"]
-    *each, mean = blocks.with_mean(lines)
+    lines = per_block.feature_lines(per_block.load(str(tmp_path / "traces")))["gap"]
+    *each, mean = per_block.with_mean(lines)
     assert len(each) == len(lines) == many and all(line.faint for line in each)
     assert mean.values == pytest.approx(np.mean([line.values for line in lines], axis=0))
     assert ("mean over traces" in (tmp_path / "out" / "features_per_block.svg").read_text()) == (many > 8)
@@ -140,10 +142,11 @@ def test_every_trace_is_drawn_however_many_there_are(tmp_path, many):
 def test_real_traces_are_read(tmp_path, capsys, only_our_tasks):
     arguments = ["--model_args", "pretrained=adainfer-demo,dtype=float32", "--tasks", "adainfer_demo_topic,adainfer_demo_fact"]
     assert main(["trace", *arguments, "--limit", "6", "--device", "cpu", "-o", str(tmp_path / "t")]) == 0
-    found = {t.task: t for t in blocks.load(str(tmp_path / "t"))}
-    assert set(found) == {"fact", "topic"}
-    assert found["topic"].right is not None and found["fact"].right is None
-    assert found["topic"].top1.shape == (6, 12) and "cos_mlp" in found["topic"].features
+    traces = per_block.load(str(tmp_path / "t"))
+    assert per_block.labels(traces) == ["fact, 3 shots", "topic, 3 shots"]
+    for trace in traces:
+        assert trace.right.shape == trace.top1.shape == (6, 12) and "cos_mlp" in trace.meta["features"]
+    assert not any(line.dashed for line in per_block.accuracy_lines(traces)), "acc is known of both"
     capsys.readouterr()
 
 

@@ -39,11 +39,12 @@ from lm_eval_adainfer import container
 from lm_eval_adainfer.cli import main
 from lm_eval_adainfer.errors import AdaInferError, report_errors_in_one_sentence
 from lm_eval_adainfer.fitting import fit
-from lm_eval_adainfer.output import blocks
+from lm_eval_adainfer.output import per_block
 from lm_eval_adainfer.strategies.crf import CRFStopper
 from lm_eval_adainfer.strategies.network import LogisticStopper
 from lm_eval_adainfer.strategies.trees import BoostedStopper
 from lm_eval_adainfer.traces import recording, replay
+from lm_eval_adainfer.traces.file import SHAPES
 
 
 def same(found, expected):
@@ -646,7 +647,7 @@ def read_everywhere(path):
         lambda: recording.read(path),
         lambda: replay.replay(replay.load([path]), ["gap:0.5", "oracle:stable"]),
         lambda: fit.collect([path], ["gap", "agreement"], "stable"),
-        lambda: blocks.load(str(path)),
+        lambda: per_block.load(str(path)),
     ):
         try:
             read()
@@ -696,7 +697,7 @@ def test_a_trace_that_says_what_it_does_not_hold_is_refused(change, trace_file, 
     assert read_everywhere(path)
 
 
-@pytest.mark.parametrize("name", sorted(recording.SHAPES))
+@pytest.mark.parametrize("name", sorted(SHAPES))
 @pytest.mark.parametrize("how", ["cut", "flat", "kind", "empty"])
 def test_arrays_of_another_shape_or_kind_are_refused(name, how, trace_file, tmp_path):
     meta, arrays = recording.read(trace_file)

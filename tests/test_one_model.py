@@ -12,7 +12,7 @@ from test_tracing import refused
 from lm_eval_adainfer import container
 from lm_eval_adainfer.cli import main
 from lm_eval_adainfer.fitting import calibration, check_layers, fit
-from lm_eval_adainfer.output import blocks
+from lm_eval_adainfer.output import per_block
 from lm_eval_adainfer.strategies.rules import GapStopper
 from lm_eval_adainfer.traces import recording, replay
 
@@ -23,7 +23,7 @@ READERS = {
     "layers": lambda files: check_layers.choose(files, GapStopper(0.5)),
     "calibrate": lambda files: calibration.calibrate(files, GapStopper(), 0.5),
     "replay": lambda files: replay.load(files),
-    "report": lambda files: blocks.load(str(files[0].parent)),
+    "report": lambda files: per_block.load(str(files[0].parent)),
 }
 OTHERS = {
     "head_hash": "g",

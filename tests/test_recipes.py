@@ -12,7 +12,8 @@ from test_tracing import refused
 
 from lm_eval_adainfer.cli import main
 from lm_eval_adainfer.fitting import fit
-from lm_eval_adainfer.studies import paper, recipes
+from lm_eval_adainfer.output import per_block
+from lm_eval_adainfer.studies import recipes
 from lm_eval_adainfer.traces import replay
 
 TASKS = [f"t{i}" for i in range(8)] + ["t1_2x"]
@@ -205,7 +206,7 @@ def test_figures_are_means_per_block(with_matplotlib, tracer, tmp_path, monkeypa
 def test_accuracy_per_block_ends_at_the_dense_models(tracer):
     traces = replay.load(tracer([0], "test"))
     (row,) = replay.replay(traces[:1], ["none"])
-    last = [r for r in paper.accuracy(traces[:1]) if r["block"] == 5]
+    last = [r for r in per_block.accuracy_rows(traces[:1]) if r["block"] == 5]
     assert [r["acc"] for r in last] == [row["acc"]] and last[0]["agreement"] == 1
 
 

@@ -24,10 +24,11 @@ from lm_eval_adainfer.fitting import fit
 from lm_eval_adainfer.harness import loading
 from lm_eval_adainfer.harness.model import AdaInferLM
 from lm_eval_adainfer.output import tables
-from lm_eval_adainfer.statistics import tango_interval
+from lm_eval_adainfer.statistics import tango_interval, wilson_interval
 from lm_eval_adainfer.strategies import files
 from lm_eval_adainfer.strategies.rules import GapStopper, NoStopper
 from lm_eval_adainfer.traces import recording, replay
+from lm_eval_adainfer.traces.documents import TracedDocuments, exits
 
 NAMES = ["gap", "top_prob"]
 
@@ -65,7 +66,7 @@ def write(path, features, top, document=None, scores=None, request=None, gold=No
 def check_against_a_real_run(run, task, trace, spec, **options):
     """Every document whose margins are all beyond 1e-4: the same exit block and the same ``acc``."""
     found = replay.document_margins(replay.parse(spec, trace.n_blocks), trace, **options)
-    mine = replay.exits(found)
+    mine = exits(found)
     answers = run.loglikelihood(task.instances, True)
     real: dict[int, list] = {}
     for request, answer in zip(task.instances, answers, strict=True):
@@ -179,7 +180,7 @@ def test_evaluation_is_the_slow_count_over_documents(data, tmp_path):
     stopper = GapStopper(threshold)
     found = replay.document_margins(stopper, trace, check_layers=blocks)
     expected = slow_exit(trace, trace.arrays, np.float32(threshold), [k for k in blocks if k < n_blocks])
-    assert dict(zip(trace.doc_ids.tolist(), replay.exits(found).tolist(), strict=True)) == expected
+    assert dict(zip(trace.doc_ids.tolist(), exits(found).tolist(), strict=True)) == expected
 
     right = agree = saved_stable = saved_first = 0
     for doc, layer in expected.items():
@@ -220,12 +221,12 @@ def test_the_oracles_by_hand(tmp_path):
     scores = [[[0.0, -1.0] if c == 0 else [-1.0, 0.0] for c in row] for row in choices]
     path = write(tmp_path / "a.trace", np.zeros((3, 6, 2)), np.zeros((3, 6)), scores=scores)
     (trace,) = replay.load([path])
-    exits = {
-        (name, checked): replay.exits(replay.document_margins(name, trace, check_layers=checked)).tolist()
+    left = {
+        (name, checked): exits(replay.document_margins(name, trace, check_layers=checked)).tolist()
         for name in replay.ORACLES
         for checked in ("all", "every:3")
     }
-    assert exits == {
+    assert left == {
         ("oracle:stable", "all"): [4, 1, 6],
         ("oracle:stable", "every:3"): [6, 3, 6],
         ("oracle:first", "all"): [2, 1, 1],
@@ -280,10 +281,10 @@ def test_intervals_hold_for_a_share_that_is_known():
     rng = np.random.default_rng(0)
     missed = 0
     for count in rng.binomial(60, 0.9, size=2000):
-        low, high = replay._wilson(count / 60, 60)
+        low, high = wilson_interval(count / 60, 60)
         missed += not low <= 0.9 <= high
     assert missed / 2000 < 0.075
-    low, high = replay._wilson(1.0, 40)
+    low, high = wilson_interval(1.0, 40)
     assert 0.9 < low < 0.95 and high == 1.0
 
 
@@ -306,11 +307,11 @@ def answered(dense, early, repeats=1, task="t"):
     scores = np.where(outcomes[:, :, None], [0.0, -1.0], [-1.0, 0.0])
     arrays = {
         "scores": scores, "request": np.tile([0, 1], (n, 1)), "gold": np.zeros(n, int), "gold_token": np.full(n, -1),
-        "top_token": np.zeros((n, 2), int), "prompt_tokens": np.full(n, 9),
+        "top_token": np.zeros((n, 2), int), "prompt_tokens": np.full(n, 9), "doc_id": np.arange(n),
     }  # fmt: skip
     meta = {"n_blocks": 2, "task": task, "split": "test", "output_type": "multiple_choice",
             "hidden_size": 8, "vocab_size": 16}  # fmt: skip
-    return [replay.Trace(Path("t"), {**meta, "num_fewshot": i}, arrays, np.arange(n), np.arange(n)) for i in range(repeats)]
+    return [TracedDocuments(Path("t"), {**meta, "num_fewshot": i}, arrays) for i in range(repeats)]
 
 
 @pytest.mark.parametrize("how", ["one task", "a task at five shots beside another at one"])

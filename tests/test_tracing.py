@@ -19,7 +19,7 @@ from lm_eval_adainfer import container
 from lm_eval_adainfer.errors import AdaInferError
 from lm_eval_adainfer.fitting import fit
 from lm_eval_adainfer.strategies.svm import SVMStopper
-from lm_eval_adainfer.traces import recording
+from lm_eval_adainfer.traces import recording, splits
 
 ANIMALS = ["cat", "dog", "emu", "fox", "gnu", "hen", "owl", "pig", "ram", "yak"]
 
@@ -292,7 +292,7 @@ def hash_parts(docs):
     parts = {}
     for split in ("train", "test"):
         task = make_task({"test": docs})
-        with recording._documents_of(task, "toy", split, None, 0, 0) as doc_ids:
+        with splits.documents_of(task, "toy", split, None, 0, 0) as doc_ids:
             chosen = [d["question"] for d in task.eval_docs]
         assert chosen == [docs[i]["question"] for i in doc_ids]
         parts[split] = set(chosen)
@@ -317,7 +317,7 @@ def test_the_parts_that_are_traced_are_those_of_the_hash(lm, tmp_path):
     for split in ("train", "test"):
         _, _, arrays = traced(lm, make_task({"test": docs}), tmp_path, split=split)
         ids[split] = arrays["doc_id"].tolist()
-    assert ids["train"] == [i for i, d in enumerate(docs) if recording.in_fitting_part(d)]
+    assert ids["train"] == [i for i, d in enumerate(docs) if splits.in_fitting_part(d)]
     assert sorted(ids["train"] + ids["test"]) == list(range(20))
 
 

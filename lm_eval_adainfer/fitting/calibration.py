@@ -1,6 +1,6 @@
 """A threshold with a guarantee: Learn-then-Test (arXiv 2110.01052), as CALM uses it (arXiv 2207.07061, section 4).
 
-The loss of a document is 0 or 1 (``outcomes.loss``), so the risk of a threshold is a share of documents, and its
+The loss of a document is 0 or 1 (``TracedDocuments.losses``), so the risk of a threshold is a share of documents. Its
 p-value against "the risk exceeds ``max_drop``" is an exact binomial tail. Thresholds are tested in a fixed order that
 does not depend on the calibration documents, from never stopping to ever looser ones, each at level 1 - confidence,
 and testing ends at the first that is not rejected (fixed-sequence testing): with at least the stated confidence *no*
@@ -24,7 +24,8 @@ from scipy.stats import binom
 from lm_eval_adainfer.errors import AdaInferError
 from lm_eval_adainfer.strategies.base import Schedule, Stopper
 from lm_eval_adainfer.strategies.features import needs_past
-from lm_eval_adainfer.traces import outcomes, recording
+from lm_eval_adainfer.traces.documents import TracedDocuments, exits, read
+from lm_eval_adainfer.traces.file import require_finite
 from lm_eval_adainfer.traces.margins import margins
 
 LOSSES = ("gold", "agreement")
@@ -129,7 +130,7 @@ def calibrate(
         stopper: Its own threshold does not matter.
         max_drop: The greatest risk that is allowed.
         confidence: With what probability, over draws of the calibration documents.
-        loss: ``gold`` or ``agreement`` (:func:`outcomes.loss`).
+        loss: ``gold`` or ``agreement`` (``TracedDocuments.losses``).
         check_layers: As in a run; the promise holds for runs with the same.
 
     Returns:
@@ -149,16 +150,18 @@ def calibrate(
     free = copy.copy(stopper)
     free.threshold = 0.0  # type: ignore[attr-defined]  # margins become bare scores
     parts, n_blocks = _read(files, free, loss, check_layers)
-    exits = [part.exits(thresholds) for part in parts]
-    depths: np.ndarray = np.concatenate(exits, axis=1)  # [G, decisions]
-    lost = np.concatenate([part.losses(of, loss) for part, of in zip(parts, exits, strict=True)], axis=1)  # [G, n]
+    left = [part.exits(thresholds) for part in parts]
+    depths: np.ndarray = np.concatenate(left, axis=1)  # [G, decisions]
+    lost = np.concatenate([part.losses(of, loss) for part, of in zip(parts, left, strict=True)], axis=1)  # [G, n]
     n, losses = lost.shape[1], lost.sum(axis=1)
     count = passed(losses, n, max_drop, confidence)
     at = max(count - 1, 0)
     stopping = np.any(depths < n_blocks, axis=1)
     first = int(stopping.argmax()) if stopping.any() else 0
     stops = bool(count and stopping[at])
-    used = {f"{part.meta['task']}/{part.meta['split']}": np.unique(part.found.document).tolist() for part in parts}
+    views = [part.documents for part in parts]
+    metas = [view.meta for view in views]
+    used = {f"{view.meta['task']}/{view.meta['split']}": np.unique(view.doc_ids).tolist() for view in views}
     shared = [len({*ids} & {*stopper.seen.get(name, [])}) for name, ids in used.items()]
     promise = {
         "max_drop": max_drop,
@@ -166,8 +169,8 @@ def calibrate(
         "loss": loss,
         "documents": n,
         "losses": int(losses[at]),
-        "tasks": sorted({part.meta["task"] for part in parts}),
-        "num_fewshot": sorted({part.meta["num_fewshot"] for part in parts}),
+        "tasks": sorted({meta["task"] for meta in metas}),
+        "num_fewshot": sorted({meta["num_fewshot"] for meta in metas}),
         "check_layers": str(check_layers),
         "documents_sha256": hashlib.sha256(json.dumps(used, sort_keys=True).encode()).hexdigest()[:16],
         "thresholds": [float(thresholds[at]), float(thresholds[0])],  # the promise holds for every one between
@@ -177,7 +180,7 @@ def calibrate(
     chosen.threshold = float(thresholds[at])  # type: ignore[attr-defined]
     chosen.info = {**stopper.info, "promise": promise}
     for key in ("model", "n_blocks", "head_hash"):
-        chosen.info.setdefault(key, parts[0].meta[key])
+        chosen.info.setdefault(key, metas[0][key])
     return chosen, Calibration(
         threshold=float(thresholds[at]),
         stops=stops,
@@ -186,44 +189,42 @@ def calibrate(
         pruning=float(1 - depths[at].mean() / n_blocks),
         needed=None if stops else documents_needed(max_drop, confidence, float(losses[first] / n)),
         overlap=sum(shared) if stopper.seen else None,
-        first_token_only=not all(part.found.whole for part in parts),
+        first_token_only=any(view.first_token_only for view in views),
         promise=promise,
     )
 
 
 @dataclass
 class _Part:
-    """A trace, as far as calibration needs it: its decisions and their bare scores [D, L]."""
+    """A trace, as far as calibration needs it: its documents and their bare scores [D, L]."""
 
-    meta: dict[str, Any]
-    found: outcomes.Outcomes
+    documents: TracedDocuments
     scores: np.ndarray
 
     def exits(self, thresholds: np.ndarray) -> np.ndarray:
         """[G, D]."""
-        return np.array([outcomes.exits(self.scores, t) for t in thresholds])
+        return np.array([exits(self.scores, t) for t in thresholds])
 
-    def losses(self, exits: np.ndarray, loss: str) -> np.ndarray:
+    def losses(self, left: np.ndarray, loss: str) -> np.ndarray:
         """[G, documents] of 0 and 1, of [G, D] exits."""
-        return np.array([outcomes.loss(self.found, loss, exit_layer) for exit_layer in exits])
+        return np.array([self.documents.losses(loss, exit_layer) for exit_layer in left])
 
 
 def _read(files: Sequence[Path], stopper: Stopper, loss: str, check_layers: Any) -> tuple[list[_Part], int]:
     parts: list[_Part] = []
-    for file in files:
-        meta, arrays = recording.read(file)
-        first = parts[0].meta if parts else meta
-        recording.require_one_model(file, meta, first)
-        if any((p.meta["task"], p.meta["split"]) == (meta["task"], meta["split"]) for p in parts):
+    tried: set[tuple[str, str]] = set()
+    used = {*stopper.features, *(["top_prob"] if needs_past(stopper.features) else [])}
+    for found in read(files):
+        meta = found.meta
+        if (meta["task"], meta["split"]) in tried:
             raise AdaInferError(
-                f"traces: {file} is a second trace of {meta['task']}; give one, since a document must count once"
+                f"traces: {found.path} is a second trace of {meta['task']}; give one, since a document must count once"
             )
-        read = {*stopper.features, *(["top_prob"] if needs_past(stopper.features) else [])}
-        used = [i for i, name in enumerate(meta["features"]) if name in read]
-        recording.require_finite(file, arrays["features"][:, :, used])
-        found = outcomes.outcomes(meta, arrays)
+        tried.add((meta["task"], meta["split"]))
+        columns = [i for i, name in enumerate(meta["features"]) if name in used]
+        require_finite(found.path, found.arrays["features"][:, :, columns])
         if loss == "gold" and (found.gold < 0).any():
-            raise AdaInferError(f"loss: {file} has documents without a gold answer; give --loss agreement")
+            raise AdaInferError(f"loss: {found.path} has documents without a gold answer; give --loss agreement")
         blocks = Schedule(meta["n_blocks"], stopper, check_layers=check_layers).blocks
-        parts.append(_Part(meta, found, found.of_decisions(margins(stopper, meta, arrays, blocks))))
-    return parts, parts[0].meta["n_blocks"]
+        parts.append(_Part(found, found.together(margins(stopper, meta, found.arrays, blocks))))
+    return parts, parts[0].documents.n_blocks

@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from lm_eval_adainfer.errors import AdaInferError
 from lm_eval_adainfer.strategies import features
 from lm_eval_adainfer.strategies.base import Stopper
-from lm_eval_adainfer.traces import recording
+from lm_eval_adainfer.traces.file import read_of_one_model
 from lm_eval_adainfer.traces.margins import margins
 
 
@@ -87,11 +86,7 @@ def choose(files: Sequence[Path], stopper: Stopper, count: int | None = None) ->
 
 def _read(files: Sequence[Path], stopper: Stopper) -> _Instances:
     parts: list[_Instances] = []
-    first: dict[str, Any] = {}
-    for file in files:
-        meta, arrays = recording.read(file)
-        first = first or meta
-        recording.require_one_model(file, meta, first)
+    for _, meta, arrays in read_of_one_model(files):
         stops = margins(stopper, meta, arrays) > 0
         top = arrays["top_token"]
         tokens = np.where(arrays["position"] > 0, 1, arrays["prompt_tokens"]).astype(np.float64)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -22,10 +21,10 @@ from lm_eval_adainfer.strategies.network import MLPStopper
 from lm_eval_adainfer.strategies.registry import PAPER_FEATURES
 from lm_eval_adainfer.strategies.svm import SVMStopper
 from lm_eval_adainfer.strategies.trees import BoostedStopper
-from lm_eval_adainfer.traces import outcomes, recording
+from lm_eval_adainfer.traces.documents import TracedDocuments, stable
+from lm_eval_adainfer.traces.file import ASKED, find, read, read_of_one_model, require_finite
 from lm_eval_adainfer.traces.margins import columns
 
-_logger = logging.getLogger(__name__)
 LABELS = ("final", "gold", "stable")
 HELD_OUT = 5  # one in so many documents is for Platt scaling
 _HOW = registry.fitted()  # the defaults of the functions below
@@ -50,28 +49,6 @@ class Examples:
     seen: dict[str, list[int]]
 
 
-def find(paths: Sequence[str | Path]) -> list[Path]:
-    """Trace files among files and folders, in order.
-
-    Raises:
-        AdaInferError: Where there is none.
-    """
-    files: list[Path] = []
-    for path in map(Path, paths):
-        if path.is_dir():
-            files += sorted(path.glob("*.trace"))
-            for parts in sorted(path.glob("*.trace.parts")):
-                _logger.warning(
-                    "traces: %s is not finished and is left out; the same adainfer trace command goes on with it",
-                    parts.with_suffix(""),
-                )
-        else:
-            files.append(path)
-    if not files:
-        raise AdaInferError(f"traces: {', '.join(map(str, paths))} holds no .trace file; make some with adainfer trace")
-    return files
-
-
 def examples(
     files: Sequence[Path], features: Sequence[str], label: str
 ) -> tuple[np.ndarray, np.ndarray, list[dict[str, Any]]]:
@@ -81,8 +58,8 @@ def examples(
         files: Trace files of one model.
         features: Which features, in this order.
         label: ``final``: the block's top token is the last block's (paper, Eq. 1). ``gold``: it is the gold answer's
-            first token (Appendix B). ``stable``: the document's answer (the choice, where there are choices; else the
-            top token) is the last block's and never changes again.
+            first token (Appendix B). ``stable``: the document's answer (``TracedDocuments.answers``) is the last
+            block's and never changes again: where ``oracle:stable`` would leave.
 
     Returns:
         [n, F] float64 features, [n] int labels (1 = stop), and the traces' metas.
@@ -101,12 +78,10 @@ def collect(files: Sequence[Path], features: Sequence[str], label: str) -> Examp
     xs, ys, owners = [], [], []
     metas: list[dict[str, Any]] = []
     numbers: dict[tuple[str, str, int], int] = {}
-    for file in files:
-        meta, arrays = recording.read(file)
-        recording.require_one_model(file, meta, metas[0] if metas else meta)
+    for path, meta, arrays in read_of_one_model(files):
         x = columns(features, meta, arrays)
-        recording.require_finite(file, x)
-        y, known = _labels(meta, arrays, label)
+        require_finite(path, x)
+        y, known = _labels(path, meta, arrays, label)
         xs.append(x[known].reshape(-1, len(features)))
         ys.append(y[known].astype(int).reshape(-1))
         place = (meta["task"], meta["split"])
@@ -123,14 +98,16 @@ def collect(files: Sequence[Path], features: Sequence[str], label: str) -> Examp
     return Examples(x_all, y_all, np.concatenate(owners), metas, seen)
 
 
-def _labels(meta: dict[str, Any], arrays: dict[str, np.ndarray], label: str) -> tuple[np.ndarray, np.ndarray]:
+def _labels(
+    path: Path, meta: dict[str, Any], arrays: dict[str, np.ndarray], label: str
+) -> tuple[np.ndarray, np.ndarray]:
     """[N, L] bool labels of a trace, and [N] bool: which instances have one."""
     top = arrays["top_token"]
     if len(top) == 0:
         raise AdaInferError(f"traces: the trace of {meta['task']} holds no document; trace some")
     if label == "stable":
-        found = outcomes.outcomes(meta, arrays)
-        return outcomes.stable(found.answer)[found.instance], np.ones(len(top), dtype=bool)
+        documents = TracedDocuments(path, meta, arrays)
+        return stable(documents.answers)[documents.owner], np.ones(len(top), dtype=bool)
     goal = top[:, -1] if label == "final" else arrays["gold_token"]
     return top == goal[:, None], goal >= 0
 
@@ -275,7 +252,7 @@ def fit_classifier(
         raise AdaInferError(f"threshold: {threshold:g} is not between 0 and 1; give 0.95, say")
     files = find(paths)
     if features is None:
-        recorded = recording.read(files[0])[0]["features"]
+        recorded = read(files[0])[0]["features"]
         features = [name for name in FEATURES if name in recorded or name not in RECORDED]
     found = collect(files, features, label)
     documents = np.random.default_rng(seed).permutation(found.document.max() + 1)
@@ -366,7 +343,7 @@ def _info(found: Examples, label: str, y: np.ndarray, seed: int, fitter: str = "
         "num_fewshot": sorted({meta["num_fewshot"] for meta in metas}),
         "split": sorted({meta["split"] for meta in metas}),
         "documents": sum(meta["documents"] for meta in metas),
-        **{key: metas[0][key] for key in recording.ASKED if metas[0].get(key) is not None},
+        **{key: metas[0][key] for key in ASKED if metas[0].get(key) is not None},
         "label": label,
         "examples": len(y),
         "examples_available": len(found.y),

@@ -18,6 +18,7 @@ from lm_eval_adainfer.strategies.features import cosine
 from lm_eval_adainfer.strategies.shortgpt import ShortGPTStopper
 from lm_eval_adainfer.structure.state import BlockState
 from lm_eval_adainfer.traces import recording
+from lm_eval_adainfer.traces.splits import documents_of
 
 if TYPE_CHECKING:
     from lm_eval_adainfer.harness.model import AdaInferLM
@@ -86,7 +87,7 @@ def of_tasks(
     texts: list[list[int]] = []
     for name, task in tasks.items():
         shots = num_fewshot if num_fewshot is not None else task.get_config("num_fewshot") or 0
-        with recording._documents_of(task, name, "train", limit, seed, shots):
+        with documents_of(task, name, "train", limit, seed, shots):
             task.set_fewshot_seed(seed=fewshot_seed)
             asked.build_requests(lm, task)
             prompts = dict.fromkeys(i.args[0] for i in task.instances if i.args[0])

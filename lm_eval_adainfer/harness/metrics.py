@@ -18,6 +18,7 @@ from lm_eval.api.metrics import mean
 from lm_eval.config.group import AggMetricConfig
 
 from lm_eval_adainfer.errors import AdaInferError
+from lm_eval_adainfer.harness.gold import right_requests
 from lm_eval_adainfer.records import ExitRecord
 
 if TYPE_CHECKING:
@@ -187,14 +188,8 @@ class _Watch:
             return float(bool(flags[0]))
         if self.task.OUTPUT_TYPE != "multiple_choice" or getattr(self.task, "multiple_input", 0):
             return None
-        gold = self.task.doc_to_target(doc)
-        if isinstance(gold, str):
-            choices = self.task.doc_to_choice(doc)
-            gold = choices.index(gold) if gold in choices else -1
-        golds = gold if isinstance(gold, (list, tuple)) else [gold]
-        if not all(isinstance(g, int) for g in golds):
-            return None
-        return float(any(flags[g] for g in golds if 0 <= g < len(flags)))
+        golds = right_requests(self.task, doc)
+        return float(any(flags[g] for g in golds if 0 <= g < len(flags))) if golds else None
 
 
 @contextmanager

@@ -17,6 +17,9 @@ import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
+from lm_eval_adainfer.output import per_block
+from lm_eval_adainfer.output.per_block import Line
+
 # Okabe & Ito (2008), without black and yellow, which vanish on a dark and a light ground
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 _MARKERS, _DASHES = "oD^vPX", ("-", "--", "-.", ":")
@@ -43,6 +46,7 @@ _STYLE: Any = {
     "savefig.facecolor": "none",
 }
 PANELS = 12  # beyond so many tasks a panel each is too small to read
+LINES = 8  # that can be told apart in one panel; beyond, a map of colours, or faint lines and their mean
 
 
 @dataclass(frozen=True)
@@ -56,19 +60,6 @@ class Point:
     upper: float
     dense: bool = False
     simulated: bool = False
-
-
-@dataclass(frozen=True)
-class Line:
-    """A quantity after every block, with a 95% interval, if it has one."""
-
-    label: str
-    values: np.ndarray  # [blocks]
-    lower: np.ndarray | None
-    upper: np.ndarray | None
-    dashed: bool = False
-    colour: int = 0
-    faint: bool = False
 
 
 def style() -> Any:
@@ -174,7 +165,19 @@ def _heat_map(title_of: dict[str, dict[str, np.ndarray]], n_blocks: int) -> Figu
     return figure
 
 
-def accuracy_map(lines: Sequence[Line]) -> Figure:
+def accuracy(lines: Sequence[Line]) -> Figure:
+    """Accuracy per task and block (the paper's Figure 1)."""
+    return _accuracy_map(lines) if len(lines) > LINES else _panels({"accuracy": lines}, "accuracy (%)")
+
+
+def features(lines_of: Mapping[str, Sequence[Line]]) -> Figure:
+    """A panel per feature, over the blocks (the paper's Figures 3 and 4)."""
+    many = any(len(lines) > LINES for lines in lines_of.values())
+    shown = {name: per_block.with_mean(lines) if many else lines for name, lines in lines_of.items()}
+    return _panels(shown, "mean (no unit)")
+
+
+def _accuracy_map(lines: Sequence[Line]) -> Figure:
     """Accuracy per task and block as colours, where there are too many tasks for lines; the best on top."""
     ordered = sorted(lines, key=lambda line: -float(line.values[-1]))
     n_blocks, height = len(ordered[0].values), 1.4 + 0.19 * len(ordered)
@@ -192,7 +195,7 @@ def accuracy_map(lines: Sequence[Line]) -> Figure:
     return figure
 
 
-def per_block(panels: Mapping[str, Sequence[Line]], unit: str) -> Figure:
+def _panels(panels: Mapping[str, Sequence[Line]], unit: str) -> Figure:
     """One panel per quantity, one line per task, over the blocks; the bands are 95% intervals."""
     columns = min(2, len(panels))
     rows = math.ceil(len(panels) / columns)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -17,12 +17,10 @@ from lm_eval_adainfer.comparison.matching import Pairs, main_kind, match
 from lm_eval_adainfer.comparison.runs import Run
 from lm_eval_adainfer.errors import AdaInferError
 from lm_eval_adainfer.harness.metrics import population_variance
-
-if TYPE_CHECKING:
-    from lm_eval_adainfer.output.blocks import Trace
+from lm_eval_adainfer.output import per_block
+from lm_eval_adainfer.traces.documents import TracedDocuments
 
 _WIDE = 8  # columns of tasks that still fit a table; beyond, groups take their place
-_LINES = 8  # tasks that can be told apart in one panel; beyond, a heat map and faint lines
 _SHOWN = 5  # easiest and deepest documents
 
 
@@ -81,9 +79,7 @@ def write(
     """
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
-    from lm_eval_adainfer.output import blocks
-
-    found = blocks.load(traces) if traces else []
+    found = per_block.load(traces) if traces else []
     for run in runs:
         if found and run.n_blocks not in (None, found[0].n_blocks):
             raise AdaInferError(
@@ -205,9 +201,11 @@ def _extremes(run: Run, pairs: list[Pairs]) -> tuple[list[dict[str, Any]], list[
     return shown(1), shown(-1)
 
 
-def _figures(runs: list[Run], pairs: dict[str, list[Pairs]], traces: list[Trace]) -> list[tuple[str, str, str, Any]]:
+def _figures(
+    runs: list[Run], pairs: dict[str, list[Pairs]], traces: list[TracedDocuments]
+) -> list[tuple[str, str, str, Any]]:
     """Name, heading, caption and figure of everything that these runs have data for."""
-    from lm_eval_adainfer.output import blocks, figures
+    from lm_eval_adainfer.output import figures
 
     found = []
     with figures.style():
@@ -239,39 +237,35 @@ def _figures(runs: list[Run], pairs: dict[str, list[Pairs]], traces: list[Trace]
                  "interval: seconds in the model where both have them, else of the whole evaluation, loading included.",
                  figures.speed(rows))
             )  # fmt: skip
-        many = len(traces) > _LINES
-        if lines := blocks.accuracy_lines(traces):
-            drawn = figures.accuracy_map(lines) if many else figures.per_block({"accuracy": lines}, "accuracy (%)")
+        many = len(traces) > figures.LINES
+        if lines := per_block.accuracy_lines(traces):
             how = (
                 f"All {len(lines)} traces with gold answers, in the order of their last block; brighter is better."
-                if many
-                else "Solid: among the choices; dashed: the answer's first token. Bands: 95% intervals."
+                if len(lines) > figures.LINES
+                else "Solid: acc; dashed: the answer's first token, where a trace knows no more. Bands: 95% intervals."
             )
             found.append(
                 ("accuracy_per_block", "Accuracy per block",
-                 f"Simulated from traces: what each block would have answered (the paper's Figure 1). {how}", drawn)
+                 f"Simulated from traces: what each block would have answered (the paper's Figure 1). {how}",
+                 figures.accuracy(lines))
             )  # fmt: skip
         if traces:
-            lines_of = blocks.feature_lines(traces)
-            if many:
-                panels = {name: blocks.with_mean(lines) for name, lines in lines_of.items()}
-                how = (
-                    f"Faint: each of {len(traces)} traces; bold: their mean, every trace weighing the same, with its "
-                    "95% interval over traces."
-                )
-            else:
-                panels, how = lines_of, "Bands: 95% intervals of the mean."
+            how = (
+                f"Faint: each of {len(traces)} traces; bold: their mean, every trace weighing the same, with its "
+                "95% interval over traces."
+                if many
+                else "Bands: 95% intervals of the mean."
+            )
             found.append(
                 ("features_per_block", "Features per block",
                  "From traces: probabilities, entropy and cosines at the decision position, mean over decisions (the "
                  f"paper's Figures 3 and 4). {how}",
-                 figures.per_block(panels, "mean (no unit)"))
+                 figures.features(per_block.feature_lines(traces)))
             )  # fmt: skip
     return found
 
 
-def _points(runs: list[Run], pairs: dict[str, list[Pairs]], traces: list[Trace]) -> tuple[list[Any], str]:
-    from lm_eval_adainfer.output import blocks
+def _points(runs: list[Run], pairs: dict[str, list[Pairs]], traces: list[TracedDocuments]) -> tuple[list[Any], str]:
     from lm_eval_adainfer.output.figures import Point
 
     points = []
@@ -288,7 +282,7 @@ def _points(runs: list[Run], pairs: dict[str, list[Pairs]], traces: list[Trace])
             lower, upper = mean + spread.lower, mean + spread.upper
         name = f"{run.label} (baseline)" if i == 0 else run.label
         points.append(Point(name, _compute(pairs[run.label]), mean, lower, upper, dense=i == 0))
-    simulated = blocks.oracle([t for t in traces if t.name in runs[0].tasks])
+    simulated = per_block.oracle([t for t in traces if t.meta["task"] in runs[0].tasks])
     if simulated and not pairs[runs[0].label][0].kind[0]:
         points.append(Point("oracle, simulated", *simulated, simulated=True))
     first = pairs[runs[0].label]

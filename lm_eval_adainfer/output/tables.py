@@ -1,12 +1,12 @@
-"""Rows of numbers as a plain table, Markdown, CSV or JSON; each says that it is simulated."""
+"""Numbers that were simulated from traces as a plain table, Markdown, CSV or JSON; each says what they are."""
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any
+
+from lm_eval_adainfer.output import rendering
 
 FORMATS = ("table", "markdown", "csv", "json")
 LABEL = "simulated from traces"
@@ -46,29 +46,19 @@ def render(rows: Sequence[Mapping[str, Any]], form: str, title: str, columns: Se
         return to_csv(rows)
     shown = [c for c in columns or _SHOWN if any(row.get(c) is not None for row in rows)]
     headings = [_SHOWN.get(c, (c, ""))[0] for c in shown]
-    cells = [[_cell(row, c) for c in shown] for row in rows]
+    left = [i for i, c in enumerate(shown) if c in ("task", "shots", "stopper")]
+    table = rendering.Table(headings, [[_cell(row, c) for c in shown] for row in rows], left)
     if form == "markdown":
-        lines = [f"{title} (*{LABEL}*; 95% intervals in brackets)", "", "| " + " | ".join(headings) + " |"]
-        lines.append("|" + "|".join("---" if c in ("task", "shots", "stopper") else "---:" for c in shown) + "|")
-        return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in cells]) + "\n"
-    widths = [max(map(len, column)) for column in zip(headings, *cells, strict=True)]
-    lines = [f"{title} ({LABEL}; 95% intervals in brackets)"]
-    for row in [headings, *cells]:
-        lines.append("  ".join(
-            text.ljust(w) if c in ("task", "shots", "stopper") else text.rjust(w)
-            for text, w, c in zip(row, widths, shown, strict=True)
-        ).rstrip())  # fmt: skip
+        lines = [f"{title} (*{LABEL}*; 95% intervals in brackets)", "", *rendering.markdown(table)]
+    else:
+        lines = [f"{title} ({LABEL}; 95% intervals in brackets)", *rendering.terminal(table)]
     return "\n".join(lines) + "\n"
 
 
 def to_csv(rows: Sequence[Mapping[str, Any]]) -> str:
     """All numbers in full, and a column that says what they are."""
     names = list(dict.fromkeys(key for row in rows for key in row))
-    out = io.StringIO()
-    writer = csv.DictWriter(out, [*names, "basis"], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows({**row, "basis": LABEL} for row in rows)
-    return out.getvalue()
+    return rendering.to_csv([*names, "basis"], ([*(row.get(name) for name in names), LABEL] for row in rows))
 
 
 def _cell(row: Mapping[str, Any], column: str) -> str:
@@ -85,5 +75,5 @@ def _number(value: Any, how: str) -> str:
     if isinstance(value, str) or not how:
         return str(value)
     if how.endswith("%"):
-        return format(100 * value, f"{how[:-1]}.1f")
-    return format(value, how)
+        return rendering.number(100 * value, f"{how[:-1]}.1f")
+    return rendering.number(value, how)

@@ -11,7 +11,7 @@ from lm_eval_adainfer import container
 from lm_eval_adainfer.comparison.check import Case, metric_name
 from lm_eval_adainfer.comparison.gate import FAIL, INCONCLUSIVE, PASS, Verdict
 from lm_eval_adainfer.errors import AdaInferError
-from lm_eval_adainfer.output.comparisons import escape_markdown
+from lm_eval_adainfer.output.rendering import escape_markdown
 
 _MARK = {PASS: "passed", FAIL: "failed", INCONCLUSIVE: "inconclusive"}
 

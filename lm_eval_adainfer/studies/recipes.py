@@ -1,4 +1,4 @@
-"""The paper's studies, a YAML recipe each: trace (resumably), fit, replay, and write Markdown, CSV and figures.
+"""Recipes, a YAML file per study of the paper: how one is read, and how it is run (trace, fit, replay, write).
 
 A recipe (``stoppers/recipes/``) names a ``study`` (``table``, ``accuracy``: Figure 1, ``features``: Figures 3 and 4),
 ``tasks``, ``shots``, and for tables ``train_shots`` and ``stoppers``: what ``replay`` takes, or ``{fit: KIND, train:
@@ -8,12 +8,9 @@ drawn | all | same | others | other_model, features: [...], label: ..., threshol
 
 from __future__ import annotations
 
-import logging
-import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from random import Random
 from typing import Any
 
 import yaml
@@ -22,19 +19,17 @@ from lm_eval_adainfer import container, paths
 from lm_eval_adainfer.errors import AdaInferError
 from lm_eval_adainfer.fitting import fit
 from lm_eval_adainfer.output import tables
-from lm_eval_adainfer.strategies.base import Stopper
 from lm_eval_adainfer.strategies.features import check_names
-from lm_eval_adainfer.studies import paper
-from lm_eval_adainfer.traces.replay import Trace, document_margins, evaluate, load, parse
+from lm_eval_adainfer.studies import figures
+from lm_eval_adainfer.studies.tables import table
+from lm_eval_adainfer.traces.replay import load
 
 STUDIES = ("table", "accuracy", "features")
-DRAWN = 6  # the paper draws six training sets
 _TRAIN = ("drawn", "all", "same", "others", "other_model")
 _KEYS = {"study", "title", "tasks", "shots", "train_shots", "stoppers"}
 _FIT_KEYS = {"fit", "train", "features", "label", "threshold", "draw"}
-_logger = logging.getLogger(__name__)
 
-# (shots, split, limit) -> trace files
+# (shots, split) -> trace files
 Tracer = Callable[[Sequence[int], str], list[Path]]
 
 
@@ -143,94 +138,11 @@ def run(
     test = load(tracer(recipe.shots, "test"))
     about = f"{test[0].meta['model']}, {test[0].n_blocks} blocks"
     if recipe.study != "table":
-        return paper.write(recipe.study, recipe.name, f"{recipe.title}: {about}", test, output)
+        return figures.write(recipe.study, recipe.name, f"{recipe.title}: {about}", test, output)
     fits = [how for how in recipe.stoppers.values() if isinstance(how, dict) and how.get("train") != "other_model"]
     train = tracer(recipe.train_shots, "train") if fits else []
-    rows, notes = table(recipe, test, train, seed, other_model)
+    rows, notes = table(recipe.stoppers, test, train, seed, other_model)
     return _write(recipe, f"{recipe.title}: {about}", rows, notes, output)
-
-
-def table(
-    recipe: Recipe, test: Sequence[Trace], train: Sequence[Path], seed: int, other_model: str | Path | None
-) -> tuple[list[dict[str, Any]], list[str]]:
-    """Rows per task and pooled, zero-shot and few-shot apart, and what has to be said about them."""
-    notes: list[str] = []
-    fitted = _Fits(train, seed, other_model, notes)
-    rows: list[dict[str, Any]] = []
-    tasks = list(dict.fromkeys(t.meta["task"] for t in test if not t.generated))
-    if not tasks:
-        raise AdaInferError("tasks: generated text has no answers to tabulate; give tasks with choices or one answer")
-    margins: dict[str, dict[Any, Any]] = {}
-    for name, how in recipe.stoppers.items():
-        try:
-            margins[name] = {
-                t.setting: document_margins(fitted.stopper(how, t.meta["task"], t.n_blocks), t) for t in test
-            }
-        except AdaInferError as error:  # one strategy that can't be had does not spoil the others
-            notes.append(f"{name}: left out ({error})")
-    if not margins:
-        raise AdaInferError(f"recipe: none of its strategies can be had; {notes[0]}")
-    for task in [*tasks, "pooled"] if len(tasks) > 1 else tasks:
-        for few in (False, True):
-            members = [t for t in test if task in ("pooled", t.meta["task"]) and (t.meta["num_fewshot"] > 0) == few]
-            members = [t for t in members if not t.generated]
-            if not members:
-                continue
-            shots = "/".join(map(str, sorted({t.meta["num_fewshot"] for t in members})))
-            for name, found in margins.items():
-                numbers = evaluate(members, [found[t.setting] for t in members], seed=seed)
-                rows.append({"task": task, "shots": shots, "stopper": name, **numbers})
-    return rows, notes
-
-
-class _Fits:
-    """Makes the stoppers of a recipe; equal fits are made once."""
-
-    def __init__(self, train: Sequence[Path], seed: int, other_model: str | Path | None, notes: list[str]):
-        self.train, self.seed, self.notes = list(train), seed, notes
-        self.other = other_model
-        self._made: dict[Any, Stopper] = {}
-
-    def stopper(self, how: Any, task: str, n_blocks: int) -> Stopper | str:
-        """The strategy for one task."""
-        if not isinstance(how, Mapping):
-            return parse(how, n_blocks)
-        files, sentence = self._files(how, task)
-        key = (tuple(files), str(sorted(how.items(), key=str)))
-        if key not in self._made:
-            options = {k: how[k] for k in ("features", "label", "threshold") if k in how}
-            self._made[key] = fit.fit(how["fit"], files, seed=self.seed, **options)
-            self._say(sentence)
-        return self._made[key]
-
-    def _say(self, sentence: str) -> None:
-        if sentence not in self.notes:
-            self.notes.append(sentence)
-            _logger.info("%s", sentence)
-
-    def _files(self, how: Mapping[str, Any], task: str) -> tuple[list[Path], str]:
-        """Training traces, and a sentence on which they are."""
-        train = how.get("train", "all")
-        if train == "other_model":
-            if self.other is None:
-                raise AdaInferError("other_model: no folder with traces of another model was given")
-            files = [f for f in fit.find([self.other]) if not f.stem.endswith("_test")]
-            if not files:
-                raise AdaInferError(f"other_model: {self.other} holds no training traces; trace with --split train")
-            return files, f"The other model's training sets are {', '.join(f.stem for f in files)}."
-        own = [f for f in self.train if re.fullmatch(rf"{re.escape(task)}_\d+shot_train", f.stem)]
-        if train == "same":
-            return own, "Intra-task: each task's stopper is fitted on its own training set."
-        if train == "others":
-            others = [f for f in self.train if f not in own]
-            if not others:
-                raise AdaInferError(f"tasks: there is no other task than {task} to fit on; give several")
-            return others, "Inter-task: each task's stopper is fitted on the training sets of all other tasks."
-        if train == "drawn" and len(self.train) > DRAWN:
-            seed = self.seed + how.get("draw", 0)
-            files = sorted(Random(seed).sample(self.train, DRAWN))
-            return files, f"Training sets drawn with seed {seed}: {', '.join(f.stem for f in files)}."
-        return self.train, f"Training sets, all there are: {', '.join(f.stem for f in self.train)}."
 
 
 def _write(recipe: Recipe, title: str, rows: list[dict[str, Any]], notes: list[str], output: Path) -> list[Path]:

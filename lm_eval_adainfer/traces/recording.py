@@ -1,25 +1,10 @@
 """A dense pass over documents that records what every block would have said: the data that stoppers are fitted on.
 
-A *trace* is a file per task (``container`` format, so loading it runs no code). One instance is one decision: a
-document's distinct context, or a token of a generated text. Arrays, for N instances, L blocks, F features and at most
-C requests per context (none in generated text):
-
-===============  =================  =====================================================================
-features         [N, L, F] float32  the features after every block at the decision position
-top_token        [N, L] int32       the full vocabulary's top token there
-scores           [N, L, C] float32  log-probability of each request's continuation, NaN beyond the last
-greedy           [N, L, C] uint8    1 where greedy decoding after that block gives the whole continuation
-request          [N, C] int16       which request of the document that is, -1 beyond the last
-right            [N, C] uint8       1 where that request is a right answer (a task may have several)
-gold             [N] int16          the gold request, -1 where there is none
-gold_token       [N] int32          the first token of the gold answer, -1 where there is none
-prompt_tokens    [N] int32          tokens up to the decision, after truncation
-position         [N] int32          index among the new tokens of a generated text, else 0
-doc_id           [N] int64          the document's index in its split
-===============  =================  =====================================================================
+One instance of a trace (``file.py`` describes what it holds) is one decision: a document's distinct context, or a
+token of a generated text.
 
 While a file is being made, its finished documents lie in parts beside it (a folder, removed at the end), so a killed
-run goes on from there. ``docs/traces.md`` describes the file for other programs.
+run goes on from there.
 """
 
 from __future__ import annotations
@@ -27,10 +12,8 @@ from __future__ import annotations
 import logging
 import shutil
 from collections import defaultdict, deque
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
-from random import Random
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -43,6 +26,7 @@ from lm_eval_adainfer import container
 from lm_eval_adainfer._version import __version__
 from lm_eval_adainfer.errors import AdaInferError
 from lm_eval_adainfer.harness.asking import Asking
+from lm_eval_adainfer.harness.gold import right_requests
 from lm_eval_adainfer.harness.identity import generation_settings, tokenizer_hash
 from lm_eval_adainfer.prefill.documents import Answer, Document, Row
 from lm_eval_adainfer.prefill.feature_log import available_features
@@ -53,33 +37,14 @@ from lm_eval_adainfer.strategies import features
 from lm_eval_adainfer.strategies.features import Observation
 from lm_eval_adainfer.structure.anatomy import Anatomy
 from lm_eval_adainfer.structure.state import BlockState
-from lm_eval_adainfer.tasks.qa import canonical_json, stable_hash
+from lm_eval_adainfer.tasks.qa import stable_hash
+from lm_eval_adainfer.traces.file import OUTPUT_TYPES, VERSION, read
+from lm_eval_adainfer.traces.splits import SPLITS, documents_of
 
 if TYPE_CHECKING:
     from lm_eval_adainfer.harness.model import AdaInferLM
 
-VERSION = 2
-# N decisions, L blocks, F features, at most C requests per context; "f" floats, "i" integers
-SHAPES = {
-    "features": ("NLF", "f"), "top_token": ("NL", "i"), "scores": ("NLC", "f"), "greedy": ("NLC", "i"),
-    "request": ("NC", "i"), "right": ("NC", "i"), "gold": ("N", "i"), "gold_token": ("N", "i"),
-    "prompt_tokens": ("N", "i"), "position": ("N", "i"), "doc_id": ("N", "i"),
-}  # fmt: skip
-# what every reader needs
-ARRAYS = ("features", "top_token", "gold_token", "prompt_tokens", "position")
-META = (
-    "model", "n_blocks", "head_hash", "task", "num_fewshot", "split", "documents", "features", "output_type",
-    "hidden_size", "vocab_size", "block_weights",
-)  # fmt: skip
-_NUMBERS = ("n_blocks", "num_fewshot", "documents", "hidden_size", "vocab_size")
-# traces that are read together must agree in these: the model as it computed, and how its documents were asked
-MODEL = ("n_blocks", "dtype", "autocast", "head_hash", "weights_hash", "add_bos_token")
-ASKED = ("chat_template", "system_instruction", "fewshot_as_multiturn")
-SPLITS = ("train", "test")
-OUTPUT_TYPES = ("loglikelihood", "multiple_choice", "generate_until")
 PART_DOCUMENTS = 128  # a killed run loses at most so many finished ones
-_FIT_PERCENT = 30
-_MOST_SCORES = 2**30  # documents x blocks x requests that readers lay out: 8 GiB
 _logger = logging.getLogger(__name__)
 
 
@@ -237,7 +202,7 @@ def trace(
             files.append(path)
             if len(numbers) > 1:
                 _logger.info("%s: file %d of %d", path, len(files), len(numbers) * len(tasks))
-            with _documents_of(task, name, split, limit, seed, shots) as doc_ids:
+            with documents_of(task, name, split, limit, seed, shots) as doc_ids:
                 task.set_fewshot_seed(seed=fewshot_seed)
                 asked.build_requests(lm, task)
                 instances = _traced_instances(task, name)
@@ -416,108 +381,6 @@ def model_identity(lm: AdaInferLM) -> dict[str, Any]:
     }
 
 
-def read(path: str | Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """Meta and arrays of a trace file.
-
-    Raises:
-        AdaInferError: Where it is missing, damaged or no trace.
-    """
-    meta, arrays = container.read(path, "trace", VERSION, "traces")
-    missing = [f"array {n}" for n in ARRAYS if n not in arrays] + [n for n in META if n not in meta]
-    if missing:
-        raise AdaInferError(f"traces: {path} is incomplete: it has no {missing[0]}; make it again with adainfer trace")
-    if wrong := _wrong(meta, arrays):
-        raise AdaInferError(f"traces: {path} is no trace that adainfer wrote ({wrong}); make it again")
-    return meta, arrays
-
-
-def _wrong(meta: dict[str, Any], arrays: dict[str, np.ndarray]) -> str | None:
-    """What does not fit together in a trace; a file may say anything, and no reader should have to ask."""
-    for name in META:
-        wanted = int if name in _NUMBERS else list if name in ("features", "block_weights") else str
-        if not isinstance(meta[name], wanted) or isinstance(meta[name], bool):
-            return f"{name} is {meta[name]!r:.60}"
-    if not all(isinstance(name, str) for name in meta["features"]):
-        return "features are no names"
-    if not all(isinstance(n, (int, float)) for n in meta["block_weights"]):
-        return "block_weights are no numbers"
-    if meta["n_blocks"] != len(meta["block_weights"]) or meta["n_blocks"] < 1:
-        return f"{meta['n_blocks']} blocks, but weights of {len(meta['block_weights'])}"
-    sizes = {"L": meta["n_blocks"], "F": len(meta["features"])}
-    for name, (letters, kind) in SHAPES.items():
-        if name not in arrays:
-            continue
-        array = arrays[name]
-        expected = tuple(
-            sizes.setdefault(letter, size) for letter, size in zip(letters, array.shape, strict=False)
-        )
-        if len(letters) != array.ndim or array.shape != expected or (array.dtype.kind == "f") != (kind == "f"):
-            return f"{name} is {array.dtype} of shape {array.shape}"
-    if meta["output_type"] not in OUTPUT_TYPES or (meta["output_type"] != "generate_until" and sizes.get("C") == 0):
-        return f"{meta['output_type']} without requests"
-    most = int(arrays["request"].max(initial=0)) + 1 if "request" in arrays else 1
-    documents = len(np.unique(arrays["doc_id"])) if "doc_id" in arrays else 0
-    if documents * sizes["L"] * most > _MOST_SCORES:
-        return f"documents of {most} requests"
-    return None
-
-
-def require_one_model(path: str | Path, meta: Mapping[str, Any], first: Mapping[str, Any]) -> None:
-    """Raise AdaInferError where a trace is not of the model of another, or its documents were asked in another way.
-
-    Args:
-        path: The trace's.
-        meta: The trace's.
-        first: The other's, with which it is to be pooled.
-    """
-    for key in (*MODEL, *ASKED):
-        if meta.get(key) != first.get(key):
-            raise AdaInferError(
-                f"traces: {path} is of {meta['model']} with {key} {meta.get(key)!s:.60}, the others are of "
-                f"{first['model']} with {key} {first.get(key)!s:.60}; give traces of one model, asked in one way"
-            )
-
-
-def require_finite(path: str | Path, features: np.ndarray) -> None:
-    """Raise AdaInferError where a trace's features are not all finite: nothing fitted on them could be trusted."""
-    if not np.isfinite(features).all():
-        raise AdaInferError(f"traces: {path} holds NaN or infinite features; trace in a dtype that does not overflow")
-
-
-def in_fitting_part(doc: Any) -> bool:
-    """Whether a document of a task without training split is among the 30% for fitting (docs/numbers.md, Splits)."""
-    return stable_hash("split", canonical_json(doc)) % 100 < _FIT_PERCENT
-
-
-@contextmanager
-def _documents_of(
-    task: Any, name: str, split: str, limit: int | None, seed: int, num_fewshot: int
-) -> Iterator[list[int]]:
-    """Make the task evaluate these documents for a while; yields their indices in the split they come from."""
-    has_training = task.has_training_docs()
-    docs = task.training_docs() if split == "train" and has_training else task.eval_docs
-    indices = list(range(len(docs)))
-    if not has_training:
-        indices = [i for i in indices if in_fitting_part(docs[i]) == (split == "train")]
-    if limit is not None and limit < len(indices):
-        indices = sorted(Random(seed).sample(indices, limit))
-    if not indices:
-        raise AdaInferError(f"tasks: {name} has no documents for split={split}")
-    chosen = [docs[i] for i in indices]
-    shots, test_split = task.get_config("num_fewshot"), task.get_config("test_split")
-    task.has_test_docs, task.test_docs = (lambda: True), (lambda: chosen)
-    task.set_config(key="num_fewshot", value=num_fewshot)
-    # lm-eval excludes a document from its own shots only where it believes the two splits to be the same
-    if hasattr(task, "fewshot_cfg"):
-        task.set_config(key="test_split", value=task.fewshot_cfg.split)
-    try:
-        yield indices
-    finally:
-        del task.has_test_docs, task.test_docs
-        task.set_config(key="num_fewshot", value=shots)
-        task.set_config(key="test_split", value=test_split)
-
-
 def _arrays(
     task: Any, recorder: Recorder, instances: Sequence[Any], doc_ids: Sequence[int], n_blocks: int
 ) -> dict[str, np.ndarray]:
@@ -526,7 +389,7 @@ def _arrays(
         record = recorder.records[key]
         document: Document = record["document"]
         first = instances[key]
-        golds = _golds(task, first.doc)
+        golds = [g for g in right_requests(task, first.doc) if g >= 0]
         gold = golds[0] if golds else -1
         for j, decider in enumerate(document.deciders):
             answers = sorted(
@@ -587,20 +450,3 @@ def _text_arrays(
         "doc_id": np.array([doc_ids[r["instance"].doc_id] for r in records], dtype=np.int64),
         "position": np.array([r["position"] for r in records], dtype=np.int32),
     }
-
-
-def _golds(task: Any, doc: Any) -> list[int]:
-    """The right requests' indices: the only one, or the target(s) among the choices; none where that is unclear."""
-    if task.OUTPUT_TYPE == "loglikelihood":
-        return [0]
-    target = task.doc_to_target(doc)
-    if getattr(task, "multiple_input", 0):
-        target = task.doc_to_text(doc)  # there the gold is an index into the contexts
-    found = []
-    for one in target if isinstance(target, (list, tuple)) else [target]:
-        if isinstance(one, str):
-            choices = task.doc_to_choice(doc)
-            one = choices.index(one) if one in choices else None
-        if isinstance(one, int):
-            found.append(one)
-    return found

@@ -1,0 +1,119 @@
+"""The paper's tables: rows per task and pooled, of strategies that are fitted on the training traces a recipe names."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from random import Random
+from typing import Any
+
+from lm_eval_adainfer.errors import AdaInferError
+from lm_eval_adainfer.fitting import fit
+from lm_eval_adainfer.strategies.base import Stopper
+from lm_eval_adainfer.traces.documents import TracedDocuments
+from lm_eval_adainfer.traces.evaluation import evaluate
+from lm_eval_adainfer.traces.file import find
+from lm_eval_adainfer.traces.replay import document_margins, parse
+
+DRAWN = 6  # the paper draws six training sets
+_logger = logging.getLogger(__name__)
+
+
+def table(
+    stoppers: Mapping[str, Any],
+    test: Sequence[TracedDocuments],
+    train: Sequence[Path],
+    seed: int,
+    other_model: str | Path | None,
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """Rows per task and pooled, zero-shot and few-shot apart, and what has to be said about them.
+
+    Args:
+        stoppers: A recipe's: name to specification.
+        test: The documents that are evaluated.
+        train: Training traces of the same model.
+        seed: Of the drawn training sets, the fits and the bootstrap.
+        other_model: A file or folder with training traces of another model (Table 5).
+
+    Raises:
+        AdaInferError: Where there is nothing to tabulate, or none of the strategies can be had.
+    """
+    notes: list[str] = []
+    fitted = _Fits(train, seed, other_model, notes)
+    rows: list[dict[str, Any]] = []
+    tasks = list(dict.fromkeys(t.meta["task"] for t in test if not t.generated))
+    if not tasks:
+        raise AdaInferError("tasks: generated text has no answers to tabulate; give tasks with choices or one answer")
+    margins: dict[str, dict[Any, Any]] = {}
+    for name, how in stoppers.items():
+        try:
+            margins[name] = {
+                t.setting: document_margins(fitted.stopper(how, t.meta["task"], t.n_blocks), t) for t in test
+            }
+        except AdaInferError as error:  # one strategy that can't be had does not spoil the others
+            notes.append(f"{name}: left out ({error})")
+    if not margins:
+        raise AdaInferError(f"recipe: none of its strategies can be had; {notes[0]}")
+    for task in [*tasks, "pooled"] if len(tasks) > 1 else tasks:
+        for few in (False, True):
+            members = [t for t in test if task in ("pooled", t.meta["task"]) and (t.meta["num_fewshot"] > 0) == few]
+            members = [t for t in members if not t.generated]
+            if not members:
+                continue
+            shots = "/".join(map(str, sorted({t.meta["num_fewshot"] for t in members})))
+            for name, found in margins.items():
+                numbers = evaluate(members, [found[t.setting] for t in members], seed=seed)
+                rows.append({"task": task, "shots": shots, "stopper": name, **numbers})
+    return rows, notes
+
+
+class _Fits:
+    """Makes the stoppers of a recipe; equal fits are made once."""
+
+    def __init__(self, train: Sequence[Path], seed: int, other_model: str | Path | None, notes: list[str]):
+        self.train, self.seed, self.notes = list(train), seed, notes
+        self.other = other_model
+        self._made: dict[Any, Stopper] = {}
+
+    def stopper(self, how: Any, task: str, n_blocks: int) -> Stopper | str:
+        """The strategy for one task."""
+        if not isinstance(how, Mapping):
+            return parse(how, n_blocks)
+        files, sentence = self._files(how, task)
+        key = (tuple(files), str(sorted(how.items(), key=str)))
+        if key not in self._made:
+            options = {k: how[k] for k in ("features", "label", "threshold") if k in how}
+            self._made[key] = fit.fit(how["fit"], files, seed=self.seed, **options)
+            self._say(sentence)
+        return self._made[key]
+
+    def _say(self, sentence: str) -> None:
+        if sentence not in self.notes:
+            self.notes.append(sentence)
+            _logger.info("%s", sentence)
+
+    def _files(self, how: Mapping[str, Any], task: str) -> tuple[list[Path], str]:
+        """Training traces, and a sentence on which they are."""
+        train = how.get("train", "all")
+        if train == "other_model":
+            if self.other is None:
+                raise AdaInferError("other_model: no folder with traces of another model was given")
+            files = [f for f in find([self.other]) if not f.stem.endswith("_test")]
+            if not files:
+                raise AdaInferError(f"other_model: {self.other} holds no training traces; trace with --split train")
+            return files, f"The other model's training sets are {', '.join(f.stem for f in files)}."
+        own = [f for f in self.train if re.fullmatch(rf"{re.escape(task)}_\d+shot_train", f.stem)]
+        if train == "same":
+            return own, "Intra-task: each task's stopper is fitted on its own training set."
+        if train == "others":
+            others = [f for f in self.train if f not in own]
+            if not others:
+                raise AdaInferError(f"tasks: there is no other task than {task} to fit on; give several")
+            return others, "Inter-task: each task's stopper is fitted on the training sets of all other tasks."
+        if train == "drawn" and len(self.train) > DRAWN:
+            seed = self.seed + how.get("draw", 0)
+            files = sorted(Random(seed).sample(self.train, DRAWN))
+            return files, f"Training sets drawn with seed {seed}: {', '.join(f.stem for f in files)}."
+        return self.train, f"Training sets, all there are: {', '.join(f.stem for f in self.train)}."
