@@ -12,7 +12,7 @@ import huggingface_hub
 import lm_eval.tasks
 import pytest
 import yaml
-from conftest import our_tasks
+from helpers.tasks import our_tasks
 from hypothesis import given
 from hypothesis import strategies as st
 from lm_eval import simple_evaluate
