@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lm_eval_adainfer.errors import AdaInferError
+from lm_eval_adainfer.harness import private
 
 # the option of a YAML file -> what it takes there
 FROM_YAML = {
@@ -200,10 +201,9 @@ class _MergeDict(argparse.Action):
     """lm-eval's ``MergeDictAction``, which is imported when an option is used; what it can't read ends the command."""
 
     def __call__(self, parser: argparse.ArgumentParser, namespace: Any, values: Any, option_string: Any = None) -> None:
-        from lm_eval._cli.utils import MergeDictAction
-
+        action = private.merge_dict_action()(self.option_strings, self.dest, nargs="+")
         try:
-            MergeDictAction(self.option_strings, self.dest, nargs="+")(parser, namespace, values, option_string)
+            action(parser, namespace, values, option_string)
         except ValueError as error:
             parser.error(f"argument {option_string}: {error}")
 
@@ -228,9 +228,7 @@ def key_values(text: str, argument: str = "model_args") -> dict[str, Any]:
     Raises:
         AdaInferError: Where it is neither.
     """
-    from lm_eval._cli.utils import key_val_to_dict
-
     try:
-        return json.loads(text) if text.lstrip().startswith("{") else key_val_to_dict(text)
+        return json.loads(text) if text.lstrip().startswith("{") else private.key_val_to_dict(text)
     except ValueError as error:
         raise AdaInferError(f"{argument}: {text!r:.200} is not like key=value,key=value ({error})") from None
