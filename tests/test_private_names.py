@@ -50,6 +50,10 @@ def linear() -> torch.nn.Module:
     return torch.nn.Linear(2, 2)
 
 
+def compiled(what):
+    return torch.compile(what, backend="eager")
+
+
 def compiled_in_place() -> torch.nn.Module:
     module = linear()
     module.compile(backend="eager")
@@ -86,12 +90,12 @@ NAMES = {
         "_buffers": lambda: vars(linear())["_buffers"] == {},
         "_save_to_state_dict": lambda: set(saved()) == {"weight", "bias"},
         "_version": lambda: (torch.ones(1).add_(1)._version, torch.ones(1)._version) == (1, 0),
-        "_dynamo": lambda: isinstance(torch.compile(linear()), torch._dynamo.OptimizedModule),
-        "_orig_mod": lambda: isinstance(torch.compile(linear())._orig_mod, torch.nn.Linear),
+        "_dynamo": lambda: isinstance(compiled(linear()), torch._dynamo.OptimizedModule),
+        "_orig_mod": lambda: isinstance(compiled(linear())._orig_mod, torch.nn.Linear),
         "_compiled_call_impl": lambda: (
             linear()._compiled_call_impl is None and compiled_in_place()._compiled_call_impl is not None
         ),
-        "_torchdynamo_orig_callable": lambda: torch.compile(linear)._torchdynamo_orig_callable is linear,
+        "_torchdynamo_orig_callable": lambda: compiled(linear)._torchdynamo_orig_callable is linear,
         "_scaled_dot_product_flash_attention_for_cpu": lambda: [x.shape for x in attention_of_a_cpu()] == [
             (1, 1, 2, 4), (1, 1, 2),
         ],
