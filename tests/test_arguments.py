@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import byte_tokenizer, make_model
+from helpers.models import byte_tokenizer, make_model
 
 from lm_eval_adainfer.errors import AdaInferError
 from lm_eval_adainfer.harness.model import AdaInferLM

@@ -6,10 +6,10 @@ import json
 
 import numpy as np
 import pytest
-from conftest import byte_tokenizer, make_model
+from helpers.models import byte_tokenizer, make_model
+from helpers.refusals import refused
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_tracing import refused
 
 from lm_eval_adainfer.cli import main, options
 from lm_eval_adainfer.fitting import fit

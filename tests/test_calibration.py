@@ -9,59 +9,21 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from conftest import our_tasks
+from helpers.refusals import refused
+from helpers.tasks import our_tasks
+from helpers.traces import BASE
+from helpers.traces import write_random as write_trace
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import binom, binomtest
 
-from lm_eval_adainfer import container
 from lm_eval_adainfer.cli import main
-from lm_eval_adainfer.errors import AdaInferError
 from lm_eval_adainfer.fitting import calibration, fit
 from lm_eval_adainfer.strategies.files import load, save
 from lm_eval_adainfer.strategies.rules import FixedStopper, GapStopper, NoStopper
 from lm_eval_adainfer.traces import documents, recording
 from lm_eval_adainfer.traces.documents import TracedDocuments
 from lm_eval_adainfer.traces.margins import margins
-
-BASE = {
-    "model": "m", "n_blocks": 4, "head_hash": "h", "task": "t", "num_fewshot": 0, "split": "test", "documents": 0,
-    "features": ["gap", "top_prob"], "output_type": "loglikelihood", "hidden_size": 8, "vocab_size": 50,
-    "block_weights": [100] * 4,
-}  # fmt: skip
-
-
-def write_trace(path, n=400, seed=0, gap=None, gold=None, arrays=(), version=recording.VERSION, **meta):
-    """A trace of a model whose early tokens are the more often the last one's, the greater their gap."""
-    rng = np.random.default_rng(seed)
-    meta = {**BASE, "documents": n, **meta}
-    gap = rng.uniform(size=(n, 4)) if gap is None else np.asarray(gap, dtype=float)
-    n = len(gap)
-    final = rng.integers(0, 50, n)
-    same = rng.uniform(size=(n, 4)) < gap**0.2
-    same[:, -1] = True
-    values = np.stack([gap, (1 + gap) / 2], axis=-1).astype(np.float32)
-    found = {
-        "features": values,
-        "top_token": np.where(same, final[:, None], 50).astype(np.int32),
-        "gold_token": np.where(rng.uniform(size=n) < 0.8, final, 51).astype(np.int32) if gold is None else gold,
-        "prompt_tokens": np.full(n, 9, dtype=np.int32),
-        "position": np.zeros(n, dtype=np.int32),
-        "doc_id": np.arange(n),
-        "scores": np.zeros((n, 4, 1), dtype=np.float32),
-        "request": np.zeros((n, 1), dtype=np.int16),
-        **dict(arrays),
-    }
-    container.write(path, "trace", version, meta, found)
-    return path
-
-
-def refused(call, *words):
-    with pytest.raises(AdaInferError) as caught:
-        call()
-    message = str(caught.value)
-    assert "\n" not in message and all(word in message for word in words), message
-
 
 # ------------------------------------------------------------------------------------------------ the test
 

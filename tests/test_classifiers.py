@@ -5,7 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from conftest import make_model
+from helpers.models import lm_of, make_model
+from helpers.refusals import refused
+from helpers.tasks import documents, make_task
+from helpers.traces import write_random as write_trace
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.ensemble import GradientBoostingClassifier
@@ -13,9 +16,6 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.neural_network import MLPClassifier
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
-from test_calibration import refused, write_trace
-from test_model import lm_of
-from test_tracing import documents, make_task
 
 from lm_eval_adainfer.cli import main
 from lm_eval_adainfer.errors import AdaInferError

@@ -7,8 +7,8 @@ import xml.etree.ElementTree as ET
 
 import numpy as np
 import pytest
+from helpers.synthetic_runs import flips, sample, write
 from scipy import stats
-from synthetic_runs import flips, sample, write
 
 from lm_eval_adainfer import statistics
 from lm_eval_adainfer.cli.main import main

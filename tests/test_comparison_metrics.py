@@ -9,12 +9,12 @@ import shutil
 
 import numpy as np
 import pytest
+from helpers.synthetic_runs import DATE, sample, write
 from lm_eval import simple_evaluate
 from lm_eval.api.metrics import bits_per_byte, mean, nanmean, perplexity, weighted_perplexity
 from lm_eval.api.registry import aggregation_registry
 from lm_eval.loggers import EvaluationTracker
 from lm_eval.tasks import TaskManager
-from synthetic_runs import DATE, sample, write
 
 from lm_eval_adainfer import paths, statistics
 from lm_eval_adainfer.cli.main import main

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from synthetic_runs import flips, sample, write
+from helpers.synthetic_runs import flips, sample, write
 
 from lm_eval_adainfer import container
 from lm_eval_adainfer.cli.main import main

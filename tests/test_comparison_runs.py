@@ -9,10 +9,10 @@ import shutil
 
 import numpy as np
 import pytest
-from conftest import our_tasks
+from helpers.synthetic_runs import DATE, flips, sample, sha, write
+from helpers.tasks import our_tasks
 from lm_eval import simple_evaluate
 from lm_eval.loggers import EvaluationTracker
-from synthetic_runs import DATE, flips, sample, sha, write
 
 from lm_eval_adainfer import paths, statistics
 from lm_eval_adainfer.cli.main import main

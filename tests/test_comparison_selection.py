@@ -6,7 +6,7 @@ import json
 import shutil
 
 import pytest
-from synthetic_runs import DATE, sample, write
+from helpers.synthetic_runs import DATE, sample, write
 
 from lm_eval_adainfer.cli.main import main
 from lm_eval_adainfer.comparison import running, runs

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import FAMILIES, make_model
-from reference import gap_after_block, instance
-from test_model import Scripted, lm_of, requests
+from helpers.models import FAMILIES, lm_of, make_model
+from helpers.reference import gap_after_block
+from helpers.stoppers import Scripted
+from helpers.tasks import instance, requests
 from torch.utils.flop_counter import FlopCounterMode
 
 from lm_eval_adainfer.counting import FlopCounter

@@ -8,9 +8,9 @@ import numpy as np
 import pycrfsuite
 import pytest
 import torch
+from helpers.refusals import refused
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_stoppers import refused
 
 from lm_eval_adainfer.strategies import crf, files, specs
 from lm_eval_adainfer.strategies.crf import CRFStopper

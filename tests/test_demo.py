@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from conftest import our_tasks
+from helpers.tasks import our_tasks
 from lm_eval import simple_evaluate
 
 from lm_eval_adainfer.demo import data

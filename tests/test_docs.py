@@ -7,16 +7,12 @@ commands above have printed: the same words with other numbers, because here ``-
 from __future__ import annotations
 
 import re
-import shlex
-import sys
 import xml.etree.ElementTree as ET
 from pathlib import Path
 
 import pytest
 import yaml
-
-from lm_eval_adainfer.cli.main import main
-from lm_eval_adainfer.errors import AdaInferError
+from helpers.processes import execute
 
 pytest.importorskip("matplotlib")
 
@@ -33,24 +29,6 @@ def blocks_of(page: str):
     path = ROOT / page if page == "README.md" else DOCS / page.removeprefix("docs/")
     found = [m.groupdict() for m in _BLOCK.finditer(path.read_text())]
     return [{**b, "mark": b["mark"] or ""} for b in found]
-
-
-def execute(command: str, monkeypatch) -> int:
-    """As a shell would, but in this process: starting Python for every command takes most of the time."""
-    program, *arguments = shlex.split(command)
-    if program == "adainfer":
-        return main(arguments)
-    assert program == "lm_eval", command
-    from lm_eval.__main__ import cli_evaluate
-
-    monkeypatch.setattr(sys, "argv", [program, *arguments])
-    monkeypatch.setattr(sys, "excepthook", sys.excepthook)  # the model type changes it for the command
-    try:
-        cli_evaluate()
-    except AdaInferError as error:  # what it would print (tests/test_install.py)
-        print(f"adainfer: error: {error}")
-        return 1
-    return 0
 
 
 def words(line: str) -> str:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from conftest import FAMILIES, make_model
+from helpers.models import FAMILIES, lm_of, make_model
+from helpers.reference import states_after_blocks
+from helpers.refusals import refused
+from helpers.stoppers import fitted
+from helpers.tasks import instance, make_task, requests
 from lm_eval.models.huggingface import HFLM
-from reference import instance, states_after_blocks
-from test_model import lm_of, requests
-from test_stoppers import refused
 
 from lm_eval_adainfer.fitting import influence
 from lm_eval_adainfer.strategies import files, specs
@@ -202,9 +203,8 @@ def test_a_trace_cannot_tell_what_a_cut_model_would_do():
 
 
 def test_the_commands_write_stopper_files_that_run(tmp_path, capsys):
-    from test_memory import parse
-
     from lm_eval_adainfer.cli.main import main
+    from lm_eval_adainfer.strategies.specs import parse
 
     model = ["--model_args", "pretrained=adainfer-demo,dtype=float32", "--tasks", "adainfer_demo_topic", "--limit", "12"]
     assert main(["influence", *model, "--drop", "2", "-o", str(tmp_path / "bi.stopper")]) == 0
@@ -318,8 +318,6 @@ def test_the_least_influential_blocks_are_dropped():
 
 
 def test_influence_is_measured_on_training_prompts_and_its_file_is_a_stopper(tokenizer, tmp_path):
-    from test_tracing import make_task
-
     model = make_model("llama", vocab_size=257, max_position_embeddings=512)
     lm, task = lm_of(model, tokenizer, max_length=400), make_task()
     stopper = influence.of_tasks(lm, {"toy": task}, limit=4)
@@ -346,8 +344,6 @@ def test_wrong_specs_tell_the_right_ones(spec):
 
 
 def test_files_that_do_not_fit_are_refused(tokenizer, tmp_path):
-    from test_stoppers import fitted
-
     files.save(fitted()[1], tmp_path / "svm.stopper")
     refused(lambda: specs.parse(f"shortgpt:bi:1:{tmp_path / 'svm.stopper'}"), "stopper", "svm", "adainfer influence")
     refused(lambda: specs.parse(f"shortgpt:bi:1:{tmp_path / 'no'}"), "stopper", "does not exist")

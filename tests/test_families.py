@@ -12,12 +12,12 @@ from typing import NamedTuple
 
 import pytest
 import transformers
-from conftest import build, byte_tokenizer, make_model
-from families import REFUSED, SUPPORTED
+from helpers.families import REFUSED, SUPPORTED
+from helpers.models import build, byte_tokenizer, make_model
+from helpers.tasks import instance
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from lm_eval.models.huggingface import HFLM
-from reference import instance
 
 from lm_eval_adainfer.errors import AdaInferError, UnsupportedModelError
 from lm_eval_adainfer.generation.probes import prepare

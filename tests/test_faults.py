@@ -22,18 +22,18 @@ from collections import Counter
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 
-import killed
 import numpy as np
 import pytest
 import torch
-from conftest import in_two_processes, make_model
+from helpers import killed
+from helpers.models import lm_of, make_model
+from helpers.processes import in_two_processes
+from helpers.tasks import instance, make_task
+from helpers.traces import write_labelled as write_trace
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from lm_eval.api.model import CachingLM
 from lm_eval.models.huggingface import HFLM
-from reference import instance
-from test_model import lm_of
-from test_tracing import make_task, write_trace
 
 from lm_eval_adainfer import container
 from lm_eval_adainfer.cli import main
@@ -220,7 +220,7 @@ def test_a_trace_that_is_killed_at_any_moment_comes_to_the_same_file(seed, tmp_p
 RANKS = """
 import json, sys
 sys.path.insert(0, sys.argv[1])
-import killed
+from helpers import killed
 found = killed.evaluate_topics(sys.argv[2], dies=sys.argv[3] == "killed")
 if found is not None:
     print("FOUND" + json.dumps(found))
@@ -228,7 +228,7 @@ if found is not None:
 
 
 def test_a_rank_that_dies_ends_the_run_and_the_rerun_reuses_what_both_had_finished(tmp_path):
-    here = Path(killed.__file__).parent
+    here = Path(__file__).parent
     (tmp_path / "run.py").write_text(RANKS)
 
     def launch(cache, how):

@@ -2,87 +2,18 @@
 
 from __future__ import annotations
 
-import math
-from operator import attrgetter
-
 import pytest
 import torch
-from conftest import make_model
-from reference import instance
-from test_model import Scripted, lm_of, requests
+from helpers.models import lm_of, make_model
+from helpers.reference import PARTS, slow_features
+from helpers.stoppers import Scripted
+from helpers.tasks import instance, requests
 
 from lm_eval_adainfer.strategies.base import Stopper
 from lm_eval_adainfer.strategies.features import FEATURES, RECORDED
 from lm_eval_adainfer.traces.recording import Recorder
 
-# family -> (blocks, attention in a block, feed-forward output in a block, final norm), by hand
-PARTS = {
-    "llama": ("model.layers", "self_attn", "mlp", "model.norm"),
-    "gptj": ("transformer.h", "attn", "mlp", "transformer.ln_f"),
-    "opt": ("model.decoder.layers", "self_attn", "fc2", "model.decoder.final_layer_norm"),
-    "gpt2": ("transformer.h", "attn", "mlp", "transformer.ln_f"),
-    "gpt_neox": ("gpt_neox.layers", "attention", "mlp", "gpt_neox.final_layer_norm"),
-    "falcon": ("transformer.h", "self_attention", "mlp", "transformer.ln_f"),
-    "bloom": ("transformer.h", "self_attention", "mlp", "transformer.ln_f"),
-    "mixtral": ("model.layers", "self_attn", "mlp", "model.norm"),
-}
-
 FAMILY_NAMES = list(PARTS)
-
-
-def cosine(a, b):
-    return (a @ b / (a.norm() * b.norm())).item()
-
-
-def slow_features(model, family, context):
-    """Feature -> its value after each of the L blocks, at the last token of ``context`` run alone."""
-    blocks, attn, mlp, norm = PARTS[family]
-    seen = {"attn": [], "mlp": [], "out": [], "in": []}
-    handles = []
-
-    def keep(name):
-        def hook(module, args, out):
-            out = out[0] if isinstance(out, tuple) else out
-            seen[name].append(out.reshape(len(context), -1)[-1].clone())
-
-        return hook
-
-    def keep_input(module, args, kwargs):
-        x = args[0] if args else kwargs["hidden_states"]
-        seen["in"].append(x[0, -1].clone())
-
-    for n, block in enumerate(attrgetter(blocks)(model)):
-        handles += [
-            getattr(block, attn).register_forward_hook(keep("attn")),
-            getattr(block, mlp).register_forward_hook(keep("mlp")),
-            block.register_forward_hook(keep("out")),
-        ]
-        if n == 0:
-            handles.append(block.register_forward_pre_hook(keep_input, with_kwargs=True))
-    with torch.no_grad():
-        model(input_ids=torch.tensor([context]), use_cache=False)
-        for handle in handles:
-            handle.remove()
-        head = [model.get_output_embeddings()(attrgetter(norm)(model)(h)) for h in seen["out"]]
-    found = {name: [] for name in FEATURES}
-    tokens = []
-    for k, logits in enumerate(head):
-        first, second = sorted(logits.float().softmax(-1).tolist(), reverse=True)[:2]
-        found["gap"].append(first - second)
-        found["top_prob"].append(first)
-        p = logits.double().softmax(-1)
-        found["entropy"].append((-(p * p.log()).sum() / math.log(len(p))).item())
-        tokens.append(logits.argmax().item())
-        run = 1
-        while run <= k and tokens[k - run] == tokens[k]:
-            run += 1
-        found["agreement"].append(run)
-        found["depth"].append((k + 1) / len(head))
-        found["top_prob_change"].append(first - found["top_prob"][k - 1] if k else 0.0)
-        found["cos_hidden"].append(cosine(seen["out"][k], seen["out"][k - 1] if k else seen["in"][0]))
-        found["cos_attn"].append(cosine(seen["attn"][k], seen["attn"][k - 1]) if k else 0.0)
-        found["cos_mlp"].append(cosine(seen["mlp"][k], seen["mlp"][k - 1]) if k else 0.0)
-    return found
 
 
 def contexts_of(lm, asked):

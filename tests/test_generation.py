@@ -7,10 +7,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import FAMILIES, make_model
+from helpers.models import FAMILIES, make_model
+from helpers.reference import gap_after_block, logits_after_block
+from helpers.stoppers import Scripted
+from helpers.tasks import instance
 from lm_eval.models.huggingface import HFLM
-from reference import gap_after_block, instance, logits_after_block
-from test_model import Scripted
 
 from lm_eval_adainfer.errors import AdaInferError, UnsupportedModelError
 from lm_eval_adainfer.generation.decoder import Decoder

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import FAMILIES, make_model
-from reference import gap_after_block, instance, logits_after_block
-from replay import (
-    Dice,
-    Listed,
+from helpers.models import FAMILIES, make_model
+from helpers.reference import gap_after_block, logits_after_block
+from helpers.replay import (
     assert_exact,
     decode_greedily,
     finishes_in_turn,
@@ -16,6 +14,8 @@ from replay import (
     prepared,
     prompts_of,
 )
+from helpers.stoppers import Dice, Listed
+from helpers.tasks import instance
 
 from lm_eval_adainfer.counting import FlopCounter
 from lm_eval_adainfer.errors import AdaInferError

@@ -8,9 +8,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import make_model
+from helpers.models import make_model
+from helpers.tasks import instance
 from lm_eval.models.huggingface import HFLM
-from reference import instance
 from transformers import GenerationConfig
 from transformers.generation import LogitsProcessor, LogitsProcessorList, stopping_criteria
 

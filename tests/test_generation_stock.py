@@ -13,12 +13,12 @@ import time
 import datasets
 import pytest
 import torch
-from conftest import SHARED, make_model
+from helpers.models import SHARED, make_model
+from helpers.tasks import instance
 from lm_eval import simple_evaluate
 from lm_eval.api.task import ConfigurableTask
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
-from reference import instance
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lm_eval_adainfer import paths

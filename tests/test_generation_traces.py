@@ -7,12 +7,12 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from conftest import make_model
-from reference import logits_after_block
+from helpers.models import lm_of, make_model
+from helpers.reference import logits_after_block, slow_features
+from helpers.refusals import refused
+from helpers.tasks import make_task
+from helpers.traces import traced
 from sklearn.svm import SVC
-from test_features import slow_features
-from test_model import lm_of
-from test_tracing import make_task, refused, traced
 
 from lm_eval_adainfer import container, paths
 from lm_eval_adainfer.cli import main

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from helpers.stoppers import Listed
 from lm_eval.api.instance import Instance
-from replay import Listed
 from sklearn.ensemble import GradientBoostingClassifier
 from sklearn.svm import SVC
 from transformers import AutoModelForCausalLM, AutoTokenizer

@@ -9,12 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import byte_tokenizer, make_model, our_tasks
-from families import SUPPORTED
+from helpers.families import SUPPORTED
+from helpers.models import byte_tokenizer, make_model
+from helpers.tasks import instance, our_tasks, requests
 from lm_eval import simple_evaluate
 from lm_eval.api.model import CacheHook, CachingLM
-from reference import instance
-from test_model import requests
 from torch import nn
 
 from lm_eval_adainfer.errors import AdaInferError

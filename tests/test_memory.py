@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from conftest import make_model
-from reference import instance, logits_after_block
-from test_features import slow_features
-from test_model import lm_of
-from test_tracing import KINDS, documents, make_task, traced
+from helpers.models import lm_of, make_model
+from helpers.reference import logits_after_block, slow_features
+from helpers.tasks import KINDS, documents, instance, make_task
+from helpers.traces import traced
 
 from lm_eval_adainfer.fitting import fit
 from lm_eval_adainfer.prefill.documents import Answer, Row

@@ -6,43 +6,14 @@ import random
 
 import pytest
 import torch
-from conftest import FAMILIES, make_model
+from helpers.models import FAMILIES, lm_of, make_model
+from helpers.reference import gap_after_block, logits_after_block, score
+from helpers.stoppers import Scripted
+from helpers.tasks import WORDS, instance, requests
 from lm_eval.models.huggingface import HFLM
-from reference import gap_after_block, instance, logits_after_block, score
 
 from lm_eval_adainfer.errors import AdaInferError
 from lm_eval_adainfer.harness.model import AdaInferLM
-from lm_eval_adainfer.strategies.base import Stopper
-
-WORDS = ["a", " be", " cat", " deer", " e.", " fox!", " goat", " hi"]
-
-
-def requests(seed=0, documents=9, shared_context=True):
-    """Documents of 2-4 choices: contexts shared or not, of many lengths; one- and multi-token continuations."""
-    rng = random.Random(seed)
-    found = []
-    for doc in range(documents):
-        context = "".join(rng.choices(WORDS, k=rng.randint(1, 9)))
-        for idx in range(rng.randint(2, 4)):
-            text = context if shared_context else context + rng.choice(WORDS) * (idx + 1)
-            continuation = rng.choice([" x", " y", " yes", " no way", " z"])
-            found.append(instance(text, continuation, doc, idx=idx))
-    return found
-
-
-def lm_of(model, tokenizer, **kwargs):
-    return AdaInferLM(pretrained=model, tokenizer=tokenizer, **{"batch_size": 4, "max_length": 64, **kwargs})
-
-
-class Scripted(Stopper):
-    """Stops by a rule of (gap, block) that is different for every document: exits everywhere."""
-
-    kind = "scripted"
-    features = ("gap",)
-
-    def margin(self, block, values, memory=None):
-        coarse = torch.round(values[:, 0] * 1000)  # so that rounding errors hardly ever change a decision
-        return torch.frac(coarse * 0.618034 + block * 0.37) - 0.6
 
 
 @pytest.mark.parametrize("family", FAMILIES)

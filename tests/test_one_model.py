@@ -6,8 +6,8 @@ import shutil
 
 import numpy as np
 import pytest
-from test_replay import write
-from test_tracing import refused
+from helpers.refusals import refused
+from helpers.traces import write
 
 from lm_eval_adainfer import container
 from lm_eval_adainfer.cli import main

@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 import numpy as np
 import pytest
 import torch
-from conftest import make_model
+from helpers.models import lm_of, make_model
+from helpers.tasks import requests
 from lm_eval.models.huggingface import HFLM
-from test_model import lm_of, requests
 from torch import nn
 from transformers.modeling_outputs import BaseModelOutput
 

@@ -8,7 +8,7 @@ import sys
 
 import numpy as np
 import pytest
-from test_replay import write
+from helpers.traces import write
 
 from lm_eval_adainfer import container
 from lm_eval_adainfer.fitting import fit

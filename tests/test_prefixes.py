@@ -5,9 +5,10 @@ from __future__ import annotations
 import random
 
 import pytest
-from conftest import FAMILIES, make_model
-from reference import instance, score
-from test_model import Scripted
+from helpers.models import FAMILIES, make_model
+from helpers.reference import score
+from helpers.stoppers import Scripted
+from helpers.tasks import instance
 
 from lm_eval_adainfer.errors import AdaInferError
 from lm_eval_adainfer.harness.model import AdaInferLM

@@ -7,8 +7,8 @@ import sys
 
 import numpy as np
 import pytest
-from test_replay import write
-from test_tracing import refused
+from helpers.refusals import refused
+from helpers.traces import write
 
 from lm_eval_adainfer.cli import main
 from lm_eval_adainfer.fitting import fit

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_stoppers import refused
+from helpers.refusals import refused
 
 from lm_eval_adainfer.cli import main
 from lm_eval_adainfer.errors import AdaInferError

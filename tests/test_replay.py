@@ -12,11 +12,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import make_model, our_tasks
+from helpers.models import lm_of, make_model, tiny_lm
+from helpers.refusals import refused
+from helpers.tasks import KINDS, documents, make_task, our_tasks
+from helpers.traces import write
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_model import lm_of
-from test_tracing import KINDS, documents, make_task, refused
 
 from lm_eval_adainfer import container
 from lm_eval_adainfer.cli import main
@@ -29,36 +30,6 @@ from lm_eval_adainfer.strategies import files
 from lm_eval_adainfer.strategies.rules import GapStopper, NoStopper
 from lm_eval_adainfer.traces import recording, replay
 from lm_eval_adainfer.traces.documents import TracedDocuments, exits
-
-NAMES = ["gap", "top_prob"]
-
-
-def write(path, features, top, document=None, scores=None, request=None, gold=None, **meta):
-    """A trace by hand; by default every decision is a document of two choices, of which the first is right."""
-    top = np.array(top, dtype=np.int32)
-    n, n_blocks = top.shape
-    scores = np.zeros((n, n_blocks, 2)) if scores is None else np.array(scores)
-    request = np.tile(np.arange(scores.shape[2]), (n, 1)) if request is None else np.array(request)
-    gold = np.zeros(n) if gold is None else np.array(gold)
-    base = {
-        "model": "m", "n_blocks": n_blocks, "head_hash": "h", "task": "t", "num_fewshot": 0, "split": "test",
-        "output_type": "multiple_choice", "hidden_size": 8, "vocab_size": 16, "block_weights": [100] * n_blocks,
-        "features": NAMES, "documents": n,
-    }  # fmt: skip
-    arrays = {
-        "features": np.array(features, dtype=np.float32).reshape(n, n_blocks, np.shape(features)[-1]),
-        "top_token": top,
-        "scores": scores.astype(np.float32),
-        "request": request.astype(np.int16),
-        "gold": gold.astype(np.int16),
-        "gold_token": np.full(n, 1, dtype=np.int32),
-        "prompt_tokens": np.arange(5, 5 + n, dtype=np.int32),
-        "position": np.zeros(n, dtype=np.int32),
-        "doc_id": np.arange(n) if document is None else np.array(document, dtype=np.int64),
-    }
-    container.write(path, "trace", recording.VERSION, {**base, **meta}, arrays)
-    return path
-
 
 # ------------------------------------------------------------------------------------------------ real runs
 
@@ -424,8 +395,8 @@ def test_a_stopper_that_was_fitted_on_these_documents_is_warned_of(tmp_path, cap
 KILLED = """
 import os, signal, sys
 sys.path.insert(0, sys.argv[1])
-import test_replay, test_tracing
-from conftest import make_model
+from helpers.models import tiny_lm
+from helpers.tasks import make_task
 from lm_eval_adainfer import container
 from lm_eval_adainfer.traces import recording
 
@@ -437,22 +408,9 @@ def watched(path, *rest):
         os.kill(os.getpid(), signal.SIGKILL)
 container.write = watched
 recording.PART_DOCUMENTS = 4
-lm = test_replay.tiny_lm()
-recording.trace(lm, {"toy": test_tracing.make_task()}, sys.argv[2])
+lm = tiny_lm()
+recording.trace(lm, {"toy": make_task()}, sys.argv[2])
 """
-
-
-def tiny_lm():
-    """A model that another process can make again."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    core = Tokenizer(models.BPE(vocab={t: n for n, t in enumerate(["<s>", *alphabet])}, merges=[]))
-    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    core.decoder = decoders.ByteLevel()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="<s>", pad_token="<s>")
-    return lm_of(make_model("llama", vocab_size=257, max_position_embeddings=512), tokenizer, max_length=400)
 
 
 def test_finished_documents_survive_a_kill(tmp_path, monkeypatch, caplog):

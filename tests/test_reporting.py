@@ -15,14 +15,15 @@ import datasets
 import lm_eval
 import numpy as np
 import pytest
-from conftest import byte_tokenizer, in_two_processes, make_model, our_tasks
+from helpers.models import byte_tokenizer, make_model
+from helpers.processes import in_two_processes
+from helpers.tasks import documents, our_tasks
 from lm_eval import simple_evaluate
 from lm_eval.api.instance import Instance
 from lm_eval.api.metrics import mean
 from lm_eval.api.task import ConfigurableTask
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
-from test_tracing import documents
 
 from lm_eval_adainfer.errors import AdaInferError
 from lm_eval_adainfer.harness.model import AdaInferLM
@@ -214,7 +215,7 @@ def test_a_model_evaluated_twice_reports_the_counts_of_each_run(folder, manager)
 
 TWICE = """
 import json, sys
-from conftest import our_tasks
+from helpers.tasks import our_tasks
 from lm_eval import simple_evaluate
 from lm_eval_adainfer.harness.model import AdaInferLM
 
@@ -348,7 +349,7 @@ import sys, json
 sys.path[:0] = json.loads(sys.argv[2])  # -S: no site-packages, and no .pth file either
 from lm_eval.evaluator import evaluate
 from lm_eval_adainfer import AdaInferLM
-from conftest import our_tasks
+from helpers.tasks import our_tasks
 lm = AdaInferLM(pretrained=sys.argv[1], stopper="gap:0.3", device="cpu", batch_size=4)
 tasks = our_tasks().load(["adainfer_demo_fact"])
 tasks["tasks"]["adainfer_demo_fact"].set_fewshot_seed(1)

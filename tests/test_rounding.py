@@ -7,10 +7,10 @@ import logging
 
 import pytest
 import torch
-from conftest import make_model
+from helpers.models import make_model
+from helpers.tasks import instance
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from reference import instance
 
 from lm_eval_adainfer.errors import UnsupportedModelError
 from lm_eval_adainfer.generation.probes import prepare

@@ -12,12 +12,14 @@ from collections import Counter
 
 import pytest
 import torch
-from conftest import in_two_processes, make_model, our_tasks
+from helpers.models import lm_of, make_model
+from helpers.processes import in_two_processes
+from helpers.reference import score
+from helpers.stoppers import Scripted
+from helpers.tasks import instance, our_tasks, requests
 from lm_eval import simple_evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
-from reference import instance, score
-from test_model import Scripted, lm_of, requests
 
 from lm_eval_adainfer import paths
 from lm_eval_adainfer.errors import AdaInferError
@@ -339,14 +341,14 @@ def test_memory_per_document_is_a_few_token_lists_and_does_not_follow_the_vocabu
 MANY = """
 import sys, resource, torch
 sys.path.insert(0, sys.argv[1])
-from conftest import make_model, tokenizer
-from reference import instance
+from helpers.models import make_model, byte_tokenizer
+from helpers.tasks import instance
 from lm_eval.models.huggingface import HFLM
 from lm_eval_adainfer.harness.model import AdaInferLM
 torch.set_num_threads(1)
 kind, documents = sys.argv[2], int(sys.argv[3])
 kinds = {"hf": (HFLM, {}), "adainfer": (AdaInferLM, {"stopper": "gap:0.3"})}
-model, words = make_model("llama", vocab_size=257, num_hidden_layers=2), tokenizer.__wrapped__()
+model, words = make_model("llama", vocab_size=257, num_hidden_layers=2), byte_tokenizer()
 lm = kinds[kind][0](pretrained=model, tokenizer=words, batch_size=256, max_length=64, **kinds[kind][1])
 asked = [instance(f"document {n}", " x", n) for n in range(documents)]
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from test_docs import execute
+from helpers.processes import execute
 
 from lm_eval_adainfer.comparison import runs
 from lm_eval_adainfer.comparison.matching import match

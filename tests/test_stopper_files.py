@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from helpers.refusals import refused
+from helpers.traces import write_random as write_trace
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_calibration import write_trace
-from test_stoppers import LENIENT, refused
 
 from lm_eval_adainfer.cli import main
 from lm_eval_adainfer.fitting import calibration, fit
@@ -65,7 +65,7 @@ def said(stopper, n_blocks, seed):
 
 
 @given(spec=st.one_of(RULES, fitted()), seed=st.integers(0, 99))
-@settings(LENIENT, max_examples=150)
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_a_loaded_stopper_decides_as_the_saved_one(spec, seed, tmp_path):
     stopper = specs.parse(spec)
     files.save(stopper, tmp_path / "s")

@@ -12,6 +12,8 @@ import joblib
 import numpy as np
 import pytest
 import torch
+from helpers.refusals import refused
+from helpers.stoppers import NAMES, data, fitted
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save as save_safetensors
@@ -25,33 +27,8 @@ from lm_eval_adainfer.strategies.features import FEATURES
 from lm_eval_adainfer.strategies.rules import FixedStopper, GapStopper, NoStopper
 from lm_eval_adainfer.strategies.svm import SVMStopper
 
-NAMES = ("gap", "top_prob", "cos_hidden", "cos_attn", "cos_mlp")
 KERNELS = ("rbf", "linear", "poly", "sigmoid")
 LENIENT = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-
-
-def data(seed, n_features, n=80):
-    """Two noisy, overlapping classes of float32 points, as the features are."""
-    rng = np.random.default_rng(seed)
-    x = rng.uniform(-1, 1, (n, n_features)).astype(np.float32)
-    y = (x.sum(1) + 0.5 * rng.normal(size=n) + 0.3 * np.sin(5 * x[:, 0]) > 0).astype(int)
-    return x.astype(np.float64), y
-
-
-def fitted(kernel="rbf", n_features=2, seed=0, threshold=0.0, info=None, **options):
-    x, y = data(seed, n_features)
-    svc = SVC(kernel=kernel, **options).fit(x, y)
-    return svc, SVMStopper.from_sklearn(svc, NAMES[:n_features], threshold, info)
-
-
-def refused(call, *words, exactly=AdaInferError):
-    """The call raises an AdaInferError of one line that holds these words."""
-    with pytest.raises(exactly) as caught:
-        call()
-    message = str(caught.value)
-    assert "\n" not in message and message
-    assert all(word in message for word in words), message
-    return message
 
 
 def decisions(stopper, points):

@@ -12,7 +12,7 @@ import huggingface_hub
 import lm_eval.tasks
 import pytest
 import yaml
-from conftest import our_tasks
+from helpers.tasks import our_tasks
 from hypothesis import given
 from hypothesis import strategies as st
 from lm_eval import simple_evaluate
@@ -116,7 +116,7 @@ def test_documents_and_seeds_get_different_shots_and_the_task_seeded_sampler_the
 
 
 def test_without_the_document_the_sampler_says_what_to_write_in_the_yaml():
-    with pytest.raises(AdaInferError, match=r"class: !function lm_eval_adainfer\.qa_task\.QATask"):
+    with pytest.raises(AdaInferError, match=r"class: !function lm_eval_adainfer\.tasks\.qa\.QATask"):
         DocumentSeededSampler([{"text": "a"}]).sample(1)
 
 

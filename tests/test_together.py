@@ -6,11 +6,12 @@ import random
 
 import pytest
 import torch
-from conftest import make_model
+from helpers.models import lm_of, make_model
+from helpers.reference import score
+from helpers.stoppers import Scripted
+from helpers.tasks import instance, requests
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from reference import instance, score
-from test_model import Scripted, lm_of, requests
 
 from lm_eval_adainfer.prefill import planning
 from lm_eval_adainfer.prefill.documents import Document, Row

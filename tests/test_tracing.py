@@ -4,54 +4,21 @@ from __future__ import annotations
 
 import random
 
-import datasets
 import numpy as np
 import pytest
 import torch
-from conftest import make_model
-from lm_eval.api.task import ConfigurableTask
-from reference import instance, logits_after_block
+from helpers.models import lm_of, make_model
+from helpers.reference import logits_after_block, slow_features
+from helpers.refusals import refused
+from helpers.tasks import ANIMALS, KINDS, documents, instance, make_task
+from helpers.traces import traced
+from helpers.traces import write_labelled as write_trace
 from sklearn.svm import SVC
-from test_features import slow_features
-from test_model import lm_of
 
 from lm_eval_adainfer import container
-from lm_eval_adainfer.errors import AdaInferError
 from lm_eval_adainfer.fitting import fit
 from lm_eval_adainfer.strategies.svm import SVMStopper
 from lm_eval_adainfer.traces import recording, splits
-
-ANIMALS = ["cat", "dog", "emu", "fox", "gnu", "hen", "owl", "pig", "ram", "yak"]
-
-
-def documents(n, seed):
-    """``n`` different documents; some with two-letter, some with long choices."""
-    rng = random.Random(seed)
-    found = []
-    for i in range(n):
-        choices = rng.sample(ANIMALS, 3) if i % 2 else rng.sample([" x", " y", " z", " w"], 3)
-        question = f"{seed}.{i} {' '.join(rng.choices(ANIMALS, k=rng.randint(1, 5)))}?"
-        found.append({"question": question, "choices": choices, "answer": rng.randrange(3)})
-    return found
-
-
-def make_task(splits=None, name="toy", **config):
-    """An lm-eval task over documents in memory; by default with a training split."""
-    splits = splits if splits is not None else {"train": documents(9, 1), "test": documents(6, 2)}
-    options = {
-        "task": name,
-        "custom_dataset": lambda **_: {k: datasets.Dataset.from_list(v) for k, v in splits.items()},
-        "output_type": "multiple_choice",
-        "training_split": "train" if "train" in splits else None,
-        "test_split": "test",
-        "doc_to_text": "{{question}}",
-        "doc_to_choice": "{{choices}}",
-        "doc_to_target": "answer",
-        "num_fewshot": 0,
-        "metadata": {"version": 1.0},
-        **config,
-    }
-    return ConfigurableTask(config=options)
 
 
 @pytest.fixture(scope="module")
@@ -64,12 +31,6 @@ def lm(model, tokenizer):
     return lm_of(model, tokenizer, batch_size=4, max_length=400)
 
 
-def traced(lm, task, folder, **options):
-    (path,) = recording.trace(lm, {task.config.task: task}, folder, **options)
-    meta, arrays = recording.read(path)
-    return path, meta, arrays
-
-
 def prompts(task):
     """doc_id -> distinct contexts (not the empty one), in order; by the requests lm-eval built."""
     found = {}
@@ -78,35 +39,6 @@ def prompts(task):
         if request.args[0] and request.args[0] not in contexts:
             contexts.append(request.args[0])
     return found
-
-
-def refused(call, *words):
-    with pytest.raises(AdaInferError) as caught:
-        call()
-    message = str(caught.value)
-    assert "\n" not in message and all(word in message for word in words), message
-
-
-KINDS = {
-    "shared context": {},
-    "with shots": {"num_fewshot": 2},
-    "loglikelihood": {
-        "output_type": "loglikelihood",
-        "doc_to_choice": None,
-        "doc_to_target": "{{' ' + choices[answer]}}",
-    },
-    "mutual information": {
-        "metric_list": [
-            {"metric": "acc", "aggregation": "mean", "higher_is_better": True},
-            {"metric": "acc_mutual_info", "aggregation": "mean", "higher_is_better": True},
-        ]
-    },
-    "many inputs": {  # as winogrande: the choices are contexts, the continuation is shared
-        "doc_to_text": lambda doc: doc["answer"],
-        "doc_to_choice": lambda doc: [f"{doc['question']} {choice}" for choice in doc["choices"]],
-        "doc_to_target": lambda doc: f"is {doc['question'][-2]}",
-    },
-}
 
 
 # ------------------------------------------------------------------------------------------------ what is in it
@@ -416,32 +348,6 @@ def test_wrong_arguments_are_one_sentence(options, words, lm, tmp_path):
 
 
 # ------------------------------------------------------------------------------------------------ fitting
-
-
-def write_trace(path, top, gold_token, features=None, names=("gap", "top_prob"), **meta):
-    """A trace by hand: top tokens [N, L]."""
-    top = np.array(top, dtype=np.int32)
-    if features is None:
-        features = np.random.default_rng(0).uniform(size=(*top.shape, len(names))).astype(np.float32)
-    base = {
-        "model": "m", "n_blocks": top.shape[1], "head_hash": "h", "task": "t", "num_fewshot": 0, "split": "train",
-        "output_type": "multiple_choice", "hidden_size": 4, "vocab_size": 10, "block_weights": [100] * top.shape[1],
-    }  # fmt: skip
-    ones = np.ones(len(top), dtype=np.int32)
-    container.write(
-        path,
-        "trace",
-        recording.VERSION,
-        {**base, "documents": len(top), "features": list(names), **meta},
-        {
-            "features": features,
-            "top_token": top,
-            "gold_token": np.array(gold_token, dtype=np.int32),
-            "prompt_tokens": ones,
-            "position": 0 * ones,
-        },
-    )
-    return path
 
 
 def test_labels_by_hand(tmp_path):

@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from conftest import make_model
+from helpers.models import make_model
 from transformers import T5Config, T5ForConditionalGeneration
 
 from lm_eval_adainfer.cli.main import main

@@ -5,10 +5,9 @@ from __future__ import annotations
 import peft
 import pytest
 import torch
-from conftest import make_model
+from helpers.models import lm_of, make_model
+from helpers.tasks import instance, requests
 from lm_eval.models.huggingface import HFLM
-from reference import instance
-from test_model import lm_of, requests
 from torch import nn
 
 from lm_eval_adainfer.errors import AdaInferError

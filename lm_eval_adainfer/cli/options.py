@@ -11,7 +11,8 @@ import argparse
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lm_eval_adainfer.comparison.selection import Selection
+    from lm_eval_adainfer.harness import private
+from lm_eval_adainfer.comparison.selection import Selection
     from lm_eval_adainfer.harness.asking import Asking
 
 RUN = "a results_*.json of lm_eval or its --output_path, made with --log_samples; NAME=PATH names it"
@@ -175,10 +176,9 @@ class _MergeDict(argparse.Action):
     """lm-eval's ``MergeDictAction``, which is imported when an option is used; what it can't read ends the command."""
 
     def __call__(self, parser: argparse.ArgumentParser, namespace: Any, values: Any, option_string: Any = None) -> None:
-        from lm_eval._cli.utils import MergeDictAction
-
+        action = private.merge_dict_action()(self.option_strings, self.dest, nargs="+")
         try:
-            MergeDictAction(self.option_strings, self.dest, nargs="+")(parser, namespace, values, option_string)
+            action(parser, namespace, values, option_string)
         except ValueError as error:
             parser.error(f"argument {option_string}: {error}")
 

@@ -27,6 +27,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from lm_eval_adainfer import paths
 from lm_eval_adainfer.demo import data
+from lm_eval_adainfer.structure.private import model_from_config
 
 log = logging.getLogger(__name__)
 
@@ -110,7 +111,7 @@ def new_model(vocabulary: int, blocks: int = 12, hidden: int = 128) -> LlamaForC
         eos_token_id=0,
     )
     # On this size and without a GPU, plain attention trains twice as fast as the fused one.
-    return LlamaForCausalLM._from_config(config, attn_implementation="eager")
+    return model_from_config(LlamaForCausalLM, config, "eager")
 
 
 class Batches:

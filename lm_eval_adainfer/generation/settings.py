@@ -18,6 +18,7 @@ from transformers import GenerationConfig
 from transformers.generation import GenerationMode, LogitsProcessorList
 
 from lm_eval_adainfer.errors import AdaInferError
+from lm_eval_adainfer.structure import private
 
 _REQUEST, _CHECKPOINT = "generation_kwargs", "generation_config.json"
 
@@ -85,10 +86,9 @@ class Settings:
         if early:
             self._refuse_what_cannot_exit(unused)
         else:
-            self._checked(lambda: model._validate_model_kwargs(dict(unused)))
+            self._checked(lambda: private.check_model_arguments(model, unused))
             trusted, custom = (self.options.get(name) for name in ("trust_remote_code", "custom_generate"))
-            if hasattr(model, "_get_deprecated_gen_repo"):  # until a release has forgotten the modes that were moved
-                self._checked(lambda: model._get_deprecated_gen_repo(self.mode, trusted, custom))
+            self._checked(lambda: private.check_moved_mode(model, self.mode, trusted, custom))
         # a value that a processor does not take fails here, and not after other requests have been generated
         self._checked(lambda: self.processors(torch.zeros(1, 1, dtype=torch.long)))
 
@@ -137,8 +137,8 @@ class Settings:
 
     def _together(self, given: Mapping[str, Any]) -> tuple[GenerationConfig, dict[str, Any]]:
         """Both sources, and what is no setting; lm-eval passes ``use_cache=True``, whatever the checkpoint says."""
-        config, unused = self.model._prepare_generation_config(None, use_cache=True, **given)
-        self.model._prepare_special_tokens(config, True, device=torch.device("cpu"))
+        config, unused = private.generation_config_of(self.model, {"use_cache": True, **given})
+        private.put_special_tokens(self.model, config, torch.device("cpu"))
         return config, {name: value for name, value in unused.items() if value is not None}
 
     def _checked(self, what: Callable[[], Any]) -> Any:
@@ -182,8 +182,9 @@ class Settings:
         config.max_length = length + new
         if config.min_new_tokens is not None:
             config.min_length = length + config.min_new_tokens
-        self.model._prepare_special_tokens(config, True, device=prompts.device)
-        return self.model._get_logits_processor(
+        private.put_special_tokens(self.model, config, prompts.device)
+        return private.logits_processors(
+            self.model,
             config,
             input_ids_seq_length=length,
             encoder_input_ids=prompts,
@@ -194,7 +195,7 @@ class Settings:
 
     def end_tokens(self) -> list[int]:
         """Tokens that end a text."""
-        ends = self.config._eos_token_tensor
+        ends = private.end_tokens_of(self.config)
         return [] if ends is None else ends.flatten().tolist()
 
     def needs_rows_alone(self, context: Tensor, attention_mask: Tensor) -> bool:

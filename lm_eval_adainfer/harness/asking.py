@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lm_eval_adainfer.errors import AdaInferError
+from lm_eval_adainfer.harness import private
 
 
 @dataclass
@@ -104,9 +105,7 @@ def key_values(text: str, argument: str = "model_args") -> dict[str, Any]:
     Raises:
         AdaInferError: Where it is neither.
     """
-    from lm_eval._cli.utils import key_val_to_dict
-
     try:
-        return json.loads(text) if text.lstrip().startswith("{") else key_val_to_dict(text)
+        return json.loads(text) if text.lstrip().startswith("{") else private.key_val_to_dict(text)
     except ValueError as error:
         raise AdaInferError(f"{argument}: {text!r:.200} is not like key=value,key=value ({error})") from None

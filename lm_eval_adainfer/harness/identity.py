@@ -11,6 +11,7 @@ import hashlib
 import json
 from typing import Any
 
+from lm_eval_adainfer.structure import private
 from lm_eval_adainfer.structure.hashes import _short, modules_hash
 
 # of a tokenizer, what is no part of its backend
@@ -34,7 +35,7 @@ def fingerprint(lm: Any) -> str:
         "weights": lm.anatomy.weights_hash(model),
         "modules": modules_hash(model),
         "config": _config(model.config),
-        "attention": str(getattr(model.config, "_attn_implementation", None)),
+        "attention": str(private.attention_of(model.config)),
         "softmax_dtype": str(lm.softmax_dtype),
         "n_blocks": lm.n_blocks,
         "dtype": str(lm._dtype()),
@@ -90,7 +91,7 @@ def generation_settings(model: Any) -> dict[str, Any]:
 
 def _config(config: Any) -> dict[str, Any]:
     """A model's config without where it was read, and by which release."""
-    unread = ("_name_or_path", "transformers_version")
+    unread = (private.NAME_OR_PATH, "transformers_version")
     return {key: value for key, value in config.to_dict().items() if key not in unread}
 
 

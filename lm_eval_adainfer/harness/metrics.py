@@ -18,6 +18,7 @@ from lm_eval.api.metrics import mean
 from lm_eval.config.group import AggMetricConfig
 
 from lm_eval_adainfer.errors import AdaInferError
+from lm_eval_adainfer.harness import private
 from lm_eval_adainfer.harness.gold import right_requests
 from lm_eval_adainfer.records import ExitRecord
 
@@ -95,15 +96,13 @@ def evaluate_with_exit_statistics(
     evaluate: Callable[..., Any], lm: Any, task_dict: Any, *args: Any, **kwargs: Any
 ) -> Any:
     """As lm-eval's ``evaluate``; where the model is ours, its exit statistics are among the results."""
-    from lm_eval.evaluator_utils import _handle_back_comp
-
     model = getattr(lm, "lm", lm)  # --use_cache hands in a CachingLM
     if not getattr(model, "reports_exits", False):
         return evaluate(lm, task_dict, *args, **kwargs)
     if "tasks" in task_dict:
         tasks, groups = task_dict["tasks"], task_dict.get("groups", {})
     else:
-        groups, tasks = _handle_back_comp(task_dict)
+        groups, tasks = private.groups_and_tasks(task_dict)
     before, model.run_totals = model.totals(), {}  # one model object may be evaluated several times
     with ExitStack() as stack:
         if model is lm:  # a cache that an earlier run was given is not this one's

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-_kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # of F.scaled_dot_product_attention on a CPU
+from lm_eval_adainfer.structure.private import CPU_ATTENTION, attention_functions_restored
 
 
 class Apart:
@@ -45,15 +45,14 @@ class Apart:
                 out for a model.
         """
         usual = ALL_ATTENTION_FUNCTIONS["sdpa"]
-        before = dict(ALL_ATTENTION_FUNCTIONS._local_mapping)
-        ALL_ATTENTION_FUNCTIONS["sdpa"] = partial(self._attend, usual)
-        try:
-            yield
-            if self._pending is not None:
-                raise RuntimeError("a block's attention is not sdpa's")
-        finally:
-            self._pending = None
-            ALL_ATTENTION_FUNCTIONS._local_mapping = before
+        with attention_functions_restored():
+            ALL_ATTENTION_FUNCTIONS["sdpa"] = partial(self._attend, usual)
+            try:
+                yield
+                if self._pending is not None:
+                    raise RuntimeError("a block's attention is not sdpa's")
+            finally:
+                self._pending = None
 
     def _attend(
         self,
@@ -116,11 +115,11 @@ def merged(
     groups = key.shape[1]
     per = heads // groups
     asking = query.reshape(n, groups, per, length, d).transpose(0, 1).reshape(1, groups, n * per * length, d)
-    far, far_sum = _kernel(asking, prefix_key, prefix_value, scale=scale)
+    far, far_sum = CPU_ATTENTION(asking, prefix_key, prefix_value, scale=scale)
     far = far.reshape(groups, n, per, length, d).transpose(0, 1).reshape(n, heads, length, d)
     far_sum = far_sum.reshape(groups, n, per, length).transpose(0, 1).reshape(n, heads, length)
     if per > 1:
         key, value = key.repeat_interleave(per, dim=1), value.repeat_interleave(per, dim=1)
-    near, near_sum = _kernel(query, key, value, is_causal=True, scale=scale)
+    near, near_sum = CPU_ATTENTION(query, key, value, is_causal=True, scale=scale)
     weight = torch.sigmoid(far_sum - near_sum)[..., None]
     return torch.lerp(near.float(), far.float(), weight).to(query.dtype)

@@ -13,6 +13,7 @@ from torch import Tensor
 from lm_eval_adainfer.errors import AdaInferError
 from lm_eval_adainfer.strategies.features import check_names
 from lm_eval_adainfer.strategies.fitted import FittedStopper
+from lm_eval_adainfer.structure.private import gamma_of
 
 if TYPE_CHECKING:
     from sklearn.svm import SVC
@@ -117,7 +118,7 @@ class SVMStopper(FittedStopper):
         if len(order) == vectors.shape[1]:
             vectors = vectors[:, order]
         arrays = {"support_vectors": vectors, "dual_coef": dual[0], "intercept": svc.intercept_}
-        stopper = cls(arrays, features, svc.kernel, svc._gamma, svc.coef0, svc.degree, threshold, info)
+        stopper = cls(arrays, features, svc.kernel, gamma_of(svc), svc.coef0, svc.degree, threshold, info)
         _require_same_decisions(stopper, svc, order)
         return stopper
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from lm_eval_adainfer.errors import UnsupportedModelError
-from lm_eval_adainfer.structure import hashes, opaque
+from lm_eval_adainfer.structure import hashes, opaque, private
 from lm_eval_adainfer.structure.arguments import BatchRule, _tensors, batch_factors, hidden_of
 from lm_eval_adainfer.structure.head import _candidate_logits, _is_slow_with_few_rows, few_rows_linear
 from lm_eval_adainfer.structure.hooks import _Call, _recorded, replaced_forward
@@ -298,7 +298,7 @@ class Anatomy:
         """Load the final norm and the head for good where accelerate offloads them: every check reads them."""
         head = self.model.get_output_embeddings()
         for module in (m for part in (*self.tail, head) if part is not None for m in part.modules()):
-            hook: Any = getattr(module, "_hf_hook", None)
+            hook = private.offload_hook(module)
             if getattr(hook, "offload", False):
                 hook.pre_forward(module)
                 hook.offload = False
@@ -366,7 +366,7 @@ class Anatomy:
                 self._offloaded_hashes[key] = "" if values is None else hashes.tensor_hash(values)
             return self._offloaded_hashes[key]
         if id(tensor) not in known:
-            values = tensor if name not in module._parameters else values_of(module, name)
+            values = tensor if name not in private.parameters_of(module) else values_of(module, name)
             known[id(tensor)] = "" if values is None else hashes.tensor_hash(values)
         return known[id(tensor)]
 
@@ -433,10 +433,10 @@ class Anatomy:
 
 def _state_of(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """A module's own parameters and buffers, and what its state holds besides (scales of quantised weights)."""
-    found: dict[str, Any] = {**module._parameters, **({} if hashes.changes_by_itself(module) else module._buffers)}
-    stored: dict[str, Any] = {}
-    module._save_to_state_dict(stored, "", True)
-    for name, value in {**{k: v for k, v in stored.items() if k not in module._buffers}, **found}.items():
+    buffers = private.buffers_of(module)
+    found = {**private.parameters_of(module), **({} if hashes.changes_by_itself(module) else buffers)}
+    stored = {name: value for name, value in private.saved_state(module).items() if name not in buffers}
+    for name, value in {**stored, **found}.items():
         if isinstance(value, Tensor):
             yield name, value
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any, Protocol
 
 from torch import Tensor, nn
-from transformers import masking_utils
 
+from lm_eval_adainfer.structure import private
 from lm_eval_adainfer.structure.anatomy import Anatomy
 from lm_eval_adainfer.structure.arguments import hidden_of
 from lm_eval_adainfer.structure.hooks import replaced_forward
@@ -31,13 +31,8 @@ def explicit_masks(active: bool = True) -> Iterator[None]:
     It leaves masks out ("is causal") where a plain forward allows that, but a block that runs some tokens against
     more keys needs one.
     """
-    before = masking_utils._ignore_causal_mask_sdpa
-    if active:
-        masking_utils._ignore_causal_mask_sdpa = lambda *args, **kwargs: False
-    try:
+    with private.every_mask_built() if active else nullcontext():
         yield
-    finally:
-        masking_utils._ignore_causal_mask_sdpa = before
 
 
 @contextmanager

@@ -14,12 +14,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lm_eval_adainfer.structure import private
+
 _ROW = 2**16  # 32-bit words to a sum
 _BYTES_AT_ONCE = {"cpu": 2**22}
 _MOST_BYTES = 2**26
 # libraries whose hooks are part of how a model is run, and not of what it computes
 _LIBRARIES = ("transformers", "accelerate", "peft", "lm_eval_adainfer")
-_ADAPTER = ("scaling", "_active_adapter", "_disable_adapters", "merged_adapters")  # peft's, beside the weights
 
 
 def modules_hash(model: Any) -> str:
@@ -31,15 +32,15 @@ def modules_hash(model: Any) -> str:
     digest = hashlib.sha256()
     for path, module in model.named_modules():
         own = vars(module)
-        state: dict[str, Any] = {key: repr(own[key]) for key in _ADAPTER if key in own}
+        state: dict[str, Any] = {key: repr(own[key]) for key in private.ADAPTER_STATE if key in own}
         if not changes_by_itself(module):
             state |= {
                 key: repr(value)
                 for key, value in own.items()
                 if type(value) in (bool, int, float) and key[0] != "_" and "cached" not in key
             }
-        acting = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
-        if "forward" in own and not hasattr(module, "_hf_hook"):
+        acting = [hook for hooks in private.hooks_of(module) for hook in hooks.values()]
+        if "forward" in own and private.offload_hook(module) is None:
             acting.append(own["forward"])
         state["acting"] = [found for act in acting if not _from_library(act) and (found := _callable(act))]
         digest.update(json.dumps([path, type(module).__qualname__, state], sort_keys=True).encode())

@@ -9,6 +9,8 @@ from typing import Any
 
 from torch import nn
 
+from lm_eval_adainfer.structure import private
+
 _Call = tuple[int, Any, Any]  # module id, (args, kwargs), output
 
 
@@ -52,11 +54,10 @@ def replaced_forward(module: nn.Module, forward: Callable) -> Iterator[None]:
 @contextmanager
 def without_hooks(modules: Sequence[nn.Module]) -> Iterator[None]:
     """Somebody's hooks on the blocks see real calls only, not those that find out what the blocks are given."""
-    names = ("_forward_pre_hooks", "_forward_hooks")
-    before = [{name: getattr(module, name) for name in names} for module in modules]
+    before = [{name: getattr(module, name) for name in private.HOOKS} for module in modules]
     try:
         for module in modules:
-            for name in names:
+            for name in private.HOOKS:
                 setattr(module, name, OrderedDict())
         yield
     finally:

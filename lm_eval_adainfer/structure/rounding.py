@@ -16,6 +16,8 @@ from typing import Any, Literal, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
+from lm_eval_adainfer.structure import private
+
 _STRUCTURE = 8  # a difference so many times larger than measured rounding is none
 _MOST, _MOST_COARSE = 1e-4, 0.1  # no model's rounding is larger, in float32 and in anything coarser
 _KEPT_BYTES = 2**31  # copies of up to so many bytes are kept while a probe runs, larger ones are made block by block
@@ -213,12 +215,13 @@ def _coarse(model: nn.Module) -> list[_Entry] | None:
     """All parameters and buffers of a floating-point dtype coarser than float32; None where they can't be copied."""
     found: list[_Entry] = []
     for module in model.modules():
-        if getattr(getattr(module, "_hf_hook", None), "offload", False):
+        if getattr(private.offload_hook(module), "offload", False):
             return None
-        for name, value in [*module._parameters.items(), *module._buffers.items()]:
+        parameters = private.parameters_of(module)
+        for name, value in [*parameters.items(), *private.buffers_of(module).items()]:
             if value is None:
                 continue
-            floating, weight = value.dtype.is_floating_point, name in module._parameters and value.ndim > 1
+            floating, weight = value.dtype.is_floating_point, name in parameters and value.ndim > 1
             if type(value) not in (Tensor, nn.Parameter) or value.device.type == "meta":
                 return None
             if (weight and not floating) or (floating and value.dtype.itemsize < 2):

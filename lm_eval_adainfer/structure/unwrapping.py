@@ -5,11 +5,11 @@ from __future__ import annotations
 import copy
 from typing import Any
 
-import torch
 from torch import nn
 from transformers import PreTrainedModel
 
 from lm_eval_adainfer.errors import UnsupportedModelError
+from lm_eval_adainfer.structure import private
 
 
 def uncompiled(model: Any) -> Any:
@@ -42,7 +42,7 @@ def with_same_weights(model: Any) -> Any:
 
 
 def _is_compiled(module: nn.Module) -> bool:
-    if isinstance(module, torch._dynamo.OptimizedModule) or module._compiled_call_impl is not None:
+    if private.is_compiled_wrapper(module) or private.is_compiled_in_place(module):
         return True
     forward = _compiled_forward(module)
     if forward is not None and getattr(forward, "__func__", None) is not type(module).forward:
@@ -55,18 +55,19 @@ def _is_compiled(module: nn.Module) -> bool:
 
 def _compiled_forward(module: nn.Module) -> Any:
     """What was compiled where ``module.forward = torch.compile(module.forward)`` was said; None elsewhere."""
-    return getattr(module.__dict__.get("forward"), "_torchdynamo_orig_callable", None)
+    return private.compiled_function(module.__dict__.get("forward"))
 
 
 def _original(module: Any) -> Any:
     """The module in an ``OptimizedModule``; any other as it is."""
-    while isinstance(module, torch._dynamo.OptimizedModule):
-        if module.__dict__["_forward_hooks"] or module.__dict__["_forward_pre_hooks"]:
+    while private.is_compiled_wrapper(module):
+        inside = private.compiled_module(module)
+        if any(private.hooks_of(module)):
             raise UnsupportedModelError(
-                f"pretrained: hooks on the compiled {type(module._orig_mod).__name__} would be lost; put them on the "
+                f"pretrained: hooks on the compiled {type(inside).__name__} would be lost; put them on the "
                 "module that was compiled, and pass the model uncompiled"
             )
-        module = module._orig_mod
+        module = inside
     return module
 
 

@@ -7,13 +7,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lm_eval_adainfer.structure import private
+
 
 def input_device(model: Any) -> torch.device:
     """Where token ids go: the device that the embeddings run on, also where they are offloaded."""
     embeddings = model.get_input_embeddings()
     if embeddings.weight.device.type != "meta":
         return embeddings.weight.device
-    return torch.empty(0, device=getattr(embeddings._hf_hook, "execution_device", None)).device
+    return torch.empty(0, device=getattr(private.offload_hook(embeddings), "execution_device", None)).device
 
 
 @torch.no_grad()
@@ -24,7 +26,7 @@ def values_of(module: Any, name: str) -> Tensor | None:
     """
     value: Any = getattr(module, name, None)
     if isinstance(value, Tensor) and value.device.type == "meta":
-        stored = getattr(getattr(module, "_hf_hook", None), "weights_map", None)
+        stored = getattr(private.offload_hook(module), "weights_map", None)
         value = None if stored is None else stored[name]
     if not isinstance(value, Tensor):
         return None

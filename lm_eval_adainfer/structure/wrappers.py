@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import CausalLMOutput
 
 from lm_eval_adainfer.errors import UnsupportedModelError
+from lm_eval_adainfer.structure import private
 from lm_eval_adainfer.structure.rounding import logits_distance, probed
 
 if TYPE_CHECKING:
@@ -172,11 +173,12 @@ def _state(model: nn.Module) -> dict[int, Any]:
 
 def _marks(module: nn.Module) -> Iterator[Any]:
     own = module.__dict__
-    yield tuple(own["_forward_pre_hooks"]), tuple(own["_forward_hooks"]), id(own.get("forward"))
+    before, after = private.hooks_of(module)
+    yield tuple(before), tuple(after), id(own.get("forward"))
     yield tuple((name, value) for name, value in own.items() if type(value) in (bool, int, float, str))
     yield tuple((name, tuple(map(str, value))) for name, value in own.items() if type(value) is list)
-    weights = [(name, x) for name, x in own["_parameters"].items() if x is not None]
-    yield tuple((name, id(x), 0 if x.is_inference() else x._version) for name, x in weights)
+    weights = [(name, x) for name, x in private.parameters_of(module).items() if x is not None]
+    yield tuple((name, id(x), private.version_of(x)) for name, x in weights)
 
 
 def _changed(model: nn.Module, before: dict[int, Any], hooks_alone: bool = False) -> str | None:

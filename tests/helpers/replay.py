@@ -1,4 +1,4 @@
-"""Greedy decoding with exits drawn at random or by a list, and slow references that replay the exits it recorded."""
+"""Greedy decoding with a strategy, and slow references that replay the exits it recorded."""
 
 from __future__ import annotations
 
@@ -7,43 +7,13 @@ import random
 from functools import cache
 
 import torch
-from conftest import make_model
-from reference import logits_after_block
 
+from helpers.models import make_model
+from helpers.reference import logits_after_block
 from lm_eval_adainfer.generation.decoder import Decoder
 from lm_eval_adainfer.generation.probes import prepare
-from lm_eval_adainfer.strategies.base import Schedule, Stopper
+from lm_eval_adainfer.strategies.base import Schedule
 from lm_eval_adainfer.structure.anatomy import Anatomy
-
-
-class Dice(Stopper):
-    """Leaves at random; what it did is read from the decoder's record."""
-
-    kind = "dice"
-    features = ("gap",)
-
-    def __init__(self, probability=0.35, seed=0):
-        self.probability, self.generator = probability, torch.Generator().manual_seed(seed)
-
-    def margin(self, block, values, memory=None):
-        return self.probability - torch.rand(len(values), generator=self.generator)
-
-
-class Listed(Stopper):
-    """Rows leave after the blocks of a list, step by step: ``exits[step][row]``. No row finishes."""
-
-    kind = "listed"
-    features = ("cos_hidden",)
-
-    def __init__(self, exits):
-        self.steps = [list(step) for step in exits]
-
-    def margin(self, block, values, memory=None):
-        if block == 1:
-            self.flow = self.steps.pop(0)
-        stops = [exit_block == block for exit_block in self.flow]
-        self.flow = [e for e, stop in zip(self.flow, stops, strict=True) if not stop]
-        return torch.tensor([1.0 if stop else -1.0 for stop in stops])
 
 
 @cache

@@ -16,13 +16,12 @@ from pathlib import Path
 
 import lm_eval.tasks
 import pytest
-from conftest import our_tasks
 from lm_eval import evaluator
 from lm_eval.api.model import CachingLM
 from sqlitedict import SqliteMultithread
-from test_replay import tiny_lm
-from test_tracing import KINDS, documents, make_task
 
+from helpers.models import tiny_lm
+from helpers.tasks import KINDS, documents, make_task, our_tasks
 from lm_eval_adainfer import container
 from lm_eval_adainfer.cli import main
 from lm_eval_adainfer.harness.model import AdaInferLM
@@ -31,7 +30,7 @@ from lm_eval_adainfer.traces import recording
 
 STOPPER = "gap:0.3"
 _processes = multiprocessing.get_context("forkserver")
-_processes.set_forkserver_preload(["killed"])
+_processes.set_forkserver_preload(["helpers.killed"])
 
 
 def make_lm(stopper: str = STOPPER) -> AdaInferLM:
@@ -203,7 +202,7 @@ def evaluate_topics(cache: str | None, dies: bool = False) -> tuple[list, int] |
 
 def child(target, *arguments, kill_after: float | None = None) -> int:
     """The exit code of a function in a process of its own; negative: the signal that ended it."""
-    here = Path(__file__).parent
+    here = Path(__file__).parents[1]
     process = _processes.Process(target=target, args=arguments)
     with pytest.MonkeyPatch.context() as patch:  # for the fork server, and not for whatever other tests start
         patch.setenv("PYTHONPATH", os.pathsep.join([str(here), str(here.parent)]), prepend=os.pathsep)
