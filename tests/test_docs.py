@@ -175,6 +175,36 @@ def test_prose_has_at_most_120_columns(page):
             assert len(line) <= 120 or " " not in line.strip(), line
 
 
+# ---------------------------------------------------------------------- the rooms
+PACKAGE = ROOT / "lm_eval_adainfer"
+HOUSE = ["docs/how-it-works.md", "docs/extending.md", "CONTRIBUTING.md"]
+
+
+@pytest.mark.parametrize("page", HOUSE)
+def test_files_that_are_named_exist(page):
+    text = (ROOT / page).read_text()
+    named = set(re.findall(r"(?<![\w/.])(?:[a-z_]+/)+\w+\.(?:py|yaml|toml)", text))
+    missing = {n for n in named if not any((base / n).exists() for base in (ROOT, PACKAGE, DOCS))}
+    assert not missing
+
+
+def test_the_drawing_shows_every_room_and_module_of_the_package():
+    drawing = blocks_of("how-it-works.md")[0]["text"]
+    drawn = {name.rstrip("/") for row in re.findall(r"^[├└]── (\S.*)$", drawing, re.MULTILINE)
+             for name in re.findall(r"^(\w+(?:/|\.py)(?:  ?\w+(?:/|\.py))*)", row)[0].split()}  # fmt: skip
+    rooms = {p.name for p in PACKAGE.iterdir() if (p / "__init__.py").exists()}
+    modules = {p.name for p in PACKAGE.glob("*.py") if not p.name.startswith("_")}
+    assert drawn == rooms | modules
+    inside = {n for row in re.findall(r"\((\w+\.py)\)", drawing) for n in [row]}
+    assert inside <= {p.name for p in PACKAGE.glob("*/*.py")}
+
+
+def test_the_table_of_rooms_names_files_that_exist():
+    for _, room, files in table_below("extending.md", "| you want to change |"):
+        for name in re.findall(r"`([\w/]+\.py)`", files):
+            assert any((base / name).exists() for base in (PACKAGE / room.strip("`"), PACKAGE)), (room, name)
+
+
 # ---------------------------------------------------------------------- tables that are no output of a command
 def table_below(page: str, head: str) -> list[list[str]]:
     """The cells of the table whose first row begins so, without the two rows of its head."""
