@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import xml.etree.ElementTree as ET
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -79,6 +80,16 @@ def test_no_drop_at_small_discordance_usually_passes():
     """Power: a gate that never passes would hold every error rate."""
     assert probability(passes, 0.005, 0.0) > 0.95
     assert probability(passes, 0.01, 0.0) > 0.85
+
+
+def test_the_guide_says_these_probabilities():
+    """docs/comparing.md, to a point; docs/ci.md repeats one of them."""
+    page = (Path(__file__).resolve().parents[1] / "docs" / "comparing.md").read_text()
+    fail = [probability(lambda b, c, share=share: fails(b, c, gate.ERROR * share), 0.04, 0.03) for share in (1, gate.POOL_SHARE)]
+    assert "| 3 points | 4% | fail | {:.0%} (one task), {:.0%} (several) |".format(*fail) in page
+    for share in ("0.5%", "1%", "4%"):
+        chance = probability(passes, float(share.rstrip("%")) / 100, 0.0)
+        assert f"| 0 | {share} | pass | {chance:.0%} |" in page
 
 
 def pairs(task, baseline, candidate):

@@ -162,15 +162,15 @@ def page() -> str:
     lines = [
         "# Families",
         "",
-        "Written by `python tests/test_families.py > docs/families.md`, from tiny random models of every family: "
-        f"{len(works)} configurations of {len({f.kind for f in works.values()})} model types of transformers {TESTED}.",
-        "A test fails when this page differs from what it finds. Nothing is known by name, so other families may work as "
-        "well; whatever does not is refused when it is loaded.",
+        f"Written by `python tests/test_families.py > docs/families.md`, from tiny random models of every family: {len(works)}",
+        f"configurations of {len({f.kind for f in works.values()})} model types of transformers {TESTED}. A test fails when "
+        "this page differs from what it finds.",
+        "Nothing is known by name, so other families may work as well; whatever does not is refused when it is loaded.",
         "",
-        "*Choices*: `loglikelihood` leaves early, in batches. *Shared prefix*: what documents have in common is run once. "
-        "*Generation*: `generate_until` leaves early; *packed* or *padded* is how rows are laid out "
-        "([how-it-works.md](how-it-works.md#layouts)); *no*: only with `generation=dense`, for the reason below.",
-        "Every *yes* was compared with plain forwards of the whole model, row by row, and with `--model hf` (but for "
+        "*Choices*: `loglikelihood` leaves early, in batches. *Shared prefix*: what documents have in common is run once.",
+        "*Generation*: `generate_until` leaves early; *packed* or *padded* is how rows are laid out",
+        "([how-it-works.md](how-it-works.md#layouts)); *no*: only with `generation=dense`, for the reason below. Every *yes* was",
+        "compared with plain forwards of the whole model, row by row, and with `--model hf` (but for "
         f"{', '.join(STOCK_FAILS)}, which fails there).",
         "",
         "| family | model type | class | choices | shared prefix | generation |",

@@ -10,9 +10,10 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, Any
 
+from lm_eval_adainfer.harness import private
+
 if TYPE_CHECKING:
-    from lm_eval_adainfer.harness import private
-from lm_eval_adainfer.comparison.selection import Selection
+    from lm_eval_adainfer.comparison.selection import Selection
     from lm_eval_adainfer.harness.asking import Asking
 
 RUN = "a results_*.json of lm_eval or its --output_path, made with --log_samples; NAME=PATH names it"
