@@ -271,11 +271,11 @@ def test_an_interrupted_run_keeps_whole_documents(folder, manager, run, tmp_path
 
     cache, real, calls = str(tmp_path / "answers"), Engine.run, []
 
-    def interrupted(self, documents, batch_size):
-        calls.append(len(documents))
+    def interrupted(self, batches):
+        calls.append(len(batches))
         if len(calls) == 6:
             raise KeyboardInterrupt
-        real(self, documents, batch_size)
+        real(self, batches)
 
     monkeypatch.setattr(Engine, "run", interrupted)
     with pytest.raises(KeyboardInterrupt):
