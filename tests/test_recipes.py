@@ -58,7 +58,7 @@ def test_table_rows_are_replays_with_zero_shot_apart(tracer, tmp_path):
     stoppers = {"dense": "none", "gap": "gap:0.5", "oracle": "oracle:stable"}
     files = recipes.run(a_recipe(stoppers=stoppers), tracer, tmp_path / "out")
     assert [f.name for f in files] == ["r.md", "r.csv"]
-    rows = list(csv.DictReader(files[1].open()))
+    rows = list(csv.DictReader(files[1].read_text().splitlines()))
     assert len(rows) == (len(TASKS) + 1) * 2 * 3 and {r["basis"] for r in rows} == {"simulated from traces"}
     assert "simulated from traces" in files[0].read_text()
     traces = replay.load(tracer([0, 5, 10], "test"))
@@ -140,7 +140,7 @@ def test_every_kind_of_fit_is_what_adainfer_fit_makes(kind, tmp_path):
         return files
 
     recipe = a_recipe(stoppers={"mine": {"fit": kind, "train": "all", "threshold": 0.6}}, tasks=["a", "b"], shots=[0])
-    rows = list(csv.DictReader(recipes.run(recipe, tracer, tmp_path / "out", seed=3)[1].open()))
+    rows = list(csv.DictReader(recipes.run(recipe, tracer, tmp_path / "out", seed=3)[1].read_text().splitlines()))
     train = [str(f) for f in tracer([5], "train")]
     stopper = str(tmp_path / "s")
     assert main.main(["fit", kind, *train, "--seed", "3", "--threshold", "0.6", "-o", stopper]) == 0
@@ -162,7 +162,7 @@ def test_a_strategy_that_cannot_be_had_is_named_and_left_out(tracer, tmp_path):
     }
     files = recipes.run(a_recipe(stoppers=stoppers), tracer, tmp_path / "out")
     text = files[0].read_text()
-    assert {r["stopper"] for r in csv.DictReader(files[1].open())} == {"dense"}
+    assert {r["stopper"] for r in csv.DictReader(files[1].read_text().splitlines())} == {"dense"}
     for name, why in (("inter-model", "other_model"), ("forest", "'forest'"), ("bi", "can't be replayed")):
         assert any(line.startswith(f"- {name}: left out") and why in line for line in text.splitlines())
 
@@ -188,7 +188,7 @@ def test_figures_are_means_per_block(with_matplotlib, tracer, tmp_path, monkeypa
         assert len(files) == (3 if with_matplotlib else 2)
         if with_matplotlib:
             assert files[2].read_bytes().startswith(b"\x89PNG")
-        rows = list(csv.DictReader(files[0].open()))
+        rows = list(csv.DictReader(files[0].read_text().splitlines()))
         for row in rows[:: max(1, len(rows) // 40)]:
             (t,) = [t for t in traces if (t.meta["task"], str(t.meta["num_fewshot"])) == (row["task"], row["shots"])]
             k = int(row["block"]) - 1
