@@ -50,7 +50,7 @@ class Listed(Stopper):
             self.flow = self.steps.pop(0)
         stops = [exit_block == block for exit_block in self.flow]
         self.flow = [e for e, stop in zip(self.flow, stops, strict=True) if not stop]
-        return torch.tensor([1.0 if stop else -1.0 for stop in stops])
+        return torch.tensor([1.0 if stop else -1.0 for stop in stops], device=values.device)
 
 
 def data(seed, n_features, n=80):
