@@ -358,7 +358,7 @@ class AdaInferLM(HFLM):
                     self.engine.run(batches)
                 self.seconds += time.perf_counter() - started
                 for document in (document for batch in batches for document in batch.documents):
-                    record = record_of_document(document, self.counter, self.fingerprint, self._log_features)
+                    record = record_of_document(document, self.counter, self.fingerprint, self.options.log_features)
                     finished = {}
                     for row, answer in [(r, a) for r in document.rows for a in r.answers]:
                         result = LogLikelihood(answer.logprob, answer.is_greedy, record, answer.top1)
