@@ -52,7 +52,7 @@ def test_the_wheel_carries_tasks_stoppers_and_the_demo(wheel):
         "lm_eval_adainfer/task_configs/mmlu/anatomy.yaml",
         "lm_eval_adainfer/task_configs/demo/_demo.yaml",
         "lm_eval_adainfer/stoppers/svm.stopper",
-        "lm_eval_adainfer/comparison/templates/page.html",
+        "lm_eval_adainfer/output/templates/page.html",
         "lm_eval_adainfer/demo/model/model.safetensors",
     ]
     assert not [name for name in expected if name not in names]

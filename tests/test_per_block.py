@@ -40,7 +40,7 @@ def test_the_report_and_figure_1_draw_the_accuracy_of_whole_documents(contexts):
     (line,) = per_block.accuracy_lines(traces)
     assert line.values == pytest.approx([100 / 3, 100 / 3, 100])
     csv_file, *_ = figures.write("accuracy", "figure1", "Figure 1", traces, contexts / "out")
-    rows = list(csv.DictReader(csv_file.open()))
+    rows = list(csv.DictReader(csv_file.read_text().splitlines()))
     assert [100 * float(row["acc"]) for row in rows] == pytest.approx(line.values.tolist())
     assert {row["documents"] for row in rows} == {"3"}
     assert per_block.oracle(traces)[:2] == pytest.approx(((1 + 2 + 3) / 3 / 3, 1))
