@@ -105,11 +105,10 @@ def killed_and_finished(cache, moments, whole):
     return before
 
 
-def test_a_run_that_is_killed_between_batches_goes_on_from_what_was_written(tmp_path, whole, steps):
+def test_a_run_that_is_killed_between_batches_loses_nothing_that_was_finished(tmp_path, whole, steps):
     rng = random.Random(1)
     moments = [("forward", rng.randint(2, steps["forward"] // 3)) for _ in range(3)]
-    # lm-eval's cache is written by a thread of its own, so how far it has come depends on what else the machine does
-    assert killed_and_finished(str(tmp_path / "c.db"), moments, whole) > 0
+    assert killed_and_finished(str(tmp_path / "c.db"), moments, whole) > 20
 
 
 def test_a_documents_answers_are_written_all_or_none(tmp_path):

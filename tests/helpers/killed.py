@@ -83,7 +83,13 @@ def every_sql_step(act):
 def evaluate(cache: str | None, count=lambda what: None) -> tuple[dict, dict, int]:
     """(results, samples by task and document, tokens that were run); ``count`` is told of forwards and of SQL steps."""
     lm = make_lm()
-    lm.anatomy.blocks[0].register_forward_pre_hook(lambda *_: count("forward"))
+
+    def forward(*_):
+        if (answers := lm.cache_hook.dbdict) is not None:
+            answers.conn.select_one("SELECT 1")  # its writer is a thread of its own: wait until all is on the disk
+        count("forward")
+
+    lm.anatomy.blocks[0].register_forward_pre_hook(forward)
     with every_sql_step(lambda: count("sql")):
         model = CachingLM(lm, cache) if cache else lm
         found = evaluator.evaluate(model, make_tasks(), bootstrap_iters=0, log_samples=True)
