@@ -664,7 +664,7 @@ class AdaInferLM(HFLM):
         """Accept a response cache, unless it holds answers of another model or stopper."""
         if cache_hook.dbdict is not None:
             answer_cache.require_own(cache_hook.dbdict, self.fingerprint)
-        super().set_cache_hook(answer_cache.TextHook(cache_hook, lambda asked, text: self.note_text(asked, text)))
+        super().set_cache_hook(answer_cache.TextHook(cache_hook, self.note_text))
 
     @contextmanager
     def without_cache(self) -> Iterator[None]:

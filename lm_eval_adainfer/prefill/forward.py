@@ -21,7 +21,7 @@ from lm_eval_adainfer.structure.anatomy import Anatomy
 from lm_eval_adainfer.structure.arguments import BatchRule, hidden_of, walk
 from lm_eval_adainfer.structure.calls import AllRowsLeft, bypassed, explicit_masks, part_output
 from lm_eval_adainfer.structure.hooks import without_hooks
-from lm_eval_adainfer.structure.rounding import hidden_distance, probed
+from lm_eval_adainfer.structure.rounding import hidden_distance, plain_forward, probed
 from lm_eval_adainfer.structure.state import BlockState
 
 AfterBlock = Callable[[BlockState], "Tensor | None"]
@@ -255,24 +255,14 @@ def _off_by(anatomy: Anatomy) -> float:
     """The largest distance of the hidden states of three rows that leave at different blocks from the model's own."""
     n, batch = anatomy.n_blocks, 3
     ids = anatomy.probe_ids(batch)
-    dense: list[Tensor] = []
-    handles = [
-        block.register_forward_hook(lambda m, a, output: dense.append(hidden_of(output)[:, -1].detach().clone()))
-        for block in anatomy.blocks
-    ]
-    try:
-        anatomy.model(input_ids=ids, use_cache=False)
-    finally:
-        for handle in handles:
-            handle.remove()
-
+    dense, _ = plain_forward(anatomy, ids)
     exits = [n, 1, max(1, n // 2)]  # the first to leave is not the last row, so order matters
     rows = list(range(batch))
     worst = 0.0
 
     def scripted(state: BlockState) -> Tensor | None:
         nonlocal rows, worst
-        reference = dense[state.block - 1][rows]
+        reference = dense[state.block - 1][rows, -1]
         worst = max(worst, hidden_distance(state.hidden[:, -1], reference))
         keep = [i for i, row in enumerate(rows) if exits[row] > state.block]
         rows = [rows[i] for i in keep]

@@ -26,7 +26,14 @@ from lm_eval_adainfer.structure import hashes, opaque, private
 from lm_eval_adainfer.structure.arguments import BatchRule, _tensors, batch_factors, hidden_of
 from lm_eval_adainfer.structure.head import _candidate_logits, _is_slow_with_few_rows, few_rows_linear
 from lm_eval_adainfer.structure.hooks import _Call, _recorded, replaced_forward
-from lm_eval_adainfer.structure.rounding import Rounding, coarsest, hidden_distance, in_float32, logits_distance, probed
+from lm_eval_adainfer.structure.rounding import (
+    Rounding,
+    hidden_distance,
+    in_float32,
+    logits_distance,
+    probed,
+    unmeasured,
+)
 from lm_eval_adainfer.structure.unwrapping import base_of
 from lm_eval_adainfer.structure.weights import (
     _expert_count,
@@ -157,7 +164,7 @@ class Anatomy:
         self.block_hidden_size = int(last.shape[-1])
 
         # every batch of rows of different lengths relies on it, since right padding has no mask
-        allowed = max(1e-4, 16 * torch.finfo(coarsest(self.model)).eps)
+        allowed = unmeasured(self.model)
         if not hidden_distance(last[: len(short), : short.shape[1]], short) <= allowed:
             raise self._unsupported("its tokens see later ones, so it is no decoder")
         again = self.logits(last[:, -1, :])

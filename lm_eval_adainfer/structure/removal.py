@@ -16,7 +16,7 @@ from lm_eval_adainfer.errors import UnsupportedModelError
 from lm_eval_adainfer.structure.anatomy import Anatomy
 from lm_eval_adainfer.structure.calls import bypassed
 from lm_eval_adainfer.structure.hooks import without_hooks
-from lm_eval_adainfer.structure.rounding import coarsest, in_float32, logits_distance
+from lm_eval_adainfer.structure.rounding import in_float32, logits_distance, unmeasured
 
 _NUMBERS = ("layer_idx", "layer_id", "layer_index", "layer_number", "block_idx")
 
@@ -60,7 +60,7 @@ def _drop(anatomy: Anatomy, dropped: Sequence[int]) -> None:
         worst = max(map(logits_distance, _with_and_without_cache(anatomy), expected))
     except Exception as error:  # whatever a family does when layers are missing
         raise _refusal(anatomy, dropped, type(error).__name__) from error
-    allowed = max(1e-4, 16 * torch.finfo(coarsest(model)).eps)
+    allowed = unmeasured(model)
     if not worst <= allowed:
         raise _refusal(anatomy, dropped, f"logits off by {worst:.2g} of their size, allowed {allowed:.2g}")
 

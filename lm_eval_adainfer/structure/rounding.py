@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from lm_eval_adainfer.structure import private
+from lm_eval_adainfer.structure.arguments import hidden_of
 
 _STRUCTURE = 8  # a difference so many times larger than measured rounding is none
 _MOST, _MOST_COARSE = 1e-4, 0.1  # no model's rounding is larger, in float32 and in anything coarser
@@ -85,6 +86,11 @@ def coarsest(model: nn.Module) -> torch.dtype:
     return max(dtypes or {torch.float32}, key=lambda dtype: torch.finfo(dtype).eps)
 
 
+def unmeasured(model: nn.Module) -> float:
+    """The largest distance that is still rounding where no rounding of the model could be measured yet."""
+    return max(1e-4, 16 * torch.finfo(coarsest(model)).eps)
+
+
 class Difference(NamedTuple):
     """What a probe saw, and what rounding allows."""
 
@@ -137,8 +143,8 @@ def _measure(anatomy: Probed) -> Rounding:
     positions = getattr(anatomy.config, "max_position_embeddings", None) or 2 * length
     room = min(anatomy.fixed_positions or positions, positions)
     longer = torch.cat([few, rows[_ROWS : 2 * _ROWS]], dim=1)[:, : max(length, room)]
-    expected, logits = _forward(anatomy, few)
-    found = [_forward(anatomy, other) for other in (rows, longer)]
+    expected, logits = plain_forward(anatomy, few)
+    found = [plain_forward(anatomy, other) for other in (rows, longer)]
     dtype = coarsest(anatomy.model)
     least, most = 8 * torch.finfo(dtype).eps, _MOST if dtype == torch.float32 else _MOST_COARSE
     hidden = max(
@@ -150,12 +156,13 @@ def _measure(anatomy: Probed) -> Rounding:
     return Rounding(max(least, min(hidden, most)), max(least, min(heads, most)))
 
 
-def _forward(anatomy: Probed, ids: Tensor) -> tuple[list[Tensor], Tensor]:
-    """Every block's output and the logits of a plain forward."""
+@torch.no_grad()
+def plain_forward(anatomy: Probed, ids: Tensor) -> tuple[list[Tensor], Tensor]:
+    """Every block's hidden states ([B, S, h]) and the logits ([B, S, V]) of the model's own forward of ids [B, S]."""
     states: list[Tensor] = []
 
     def record(module: Any, args: Any, output: Any) -> None:
-        states.append((output if isinstance(output, Tensor) else output[0]).detach().clone())
+        states.append(hidden_of(output).clone())
 
     with ExitStack() as stack:
         for block in anatomy.blocks:

@@ -1,4 +1,4 @@
-"""What stands around a model: compiled forwards, which are taken off, and wrappers, which must add nothing.
+"""What stands around a model: wrappers, which must add nothing.
 
 The engine calls a causal LM's blocks one by one, outside of any wrapper (a PEFT model, a module of the user's). So a
 wrapper is fine as long as it hands its inputs to the model inside and the model's logits back. Whether it does is
@@ -25,12 +25,6 @@ if TYPE_CHECKING:
 
 _CHUNK = 2048  # token ids in one stubbed forward
 _HELP = "pass the model inside, or one whose adapters change weights alone (merged, if need be)"
-
-
-# ------------------------------------------------------------------ torch.compile
-
-
-# ------------------------------------------------------------------ wrappers
 
 
 @torch.no_grad()
