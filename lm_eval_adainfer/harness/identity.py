@@ -50,6 +50,7 @@ def fingerprint(lm: Any) -> str:
         "enable_thinking": str(lm.enable_thinking),
         "generation_config": generation_settings(model),
         "stopper": lm.stopper.describe(),
+        **lm.reader.describe(),
         "schedule": lm.schedule.describe(),
         "log_features": lm.options.log_features,
         "generation": lm.generation,

@@ -97,6 +97,11 @@ class AdaInferLM(HFLM):
             token's previous full check, confirmed by the full vocabulary before it leaves: never sooner than ``exact``.
         prefix_cache: Tokens of a prefix shared by documents (few-shot examples, a system prompt) that are run once and
             whose keys and values are kept while these documents are scored; 0 runs every prompt whole. Default 4096.
+        reader: What the model would answer after a block, which stoppers decide from and answers are scored by:
+            ``head`` (default: final norm and output head of the last token, as in the paper), ``copy`` or ``copy:32``
+            (the prompt's last 1 or 32 tokens run on through the later blocks, the others' keys and values are made
+            from their states here), ``sim`` or ``sim:32`` (the first and the last 1 or 32 tokens run on, and see each
+            other alone), ``tuned:FILE`` (affine maps written by ``adainfer fit reader``). A stopper file names its own.
         log_features: Put the features after every block up to the exit into the samples (``--log_samples``);
             default False.
 
@@ -117,11 +122,12 @@ class AdaInferLM(HFLM):
         kv_policy: str = "recompute",
         head_check: str = "exact",
         prefix_cache: int | str = 4096,
+        reader: Any = None,
         **kwargs: Any,
     ) -> None:
         report_errors_in_one_sentence()
         # before the weights are loaded: a wrong argument should fail at once
-        self.options = Options.read(stopper, log_features, generation, kv_policy, head_check, prefix_cache)
+        self.options = Options.read(stopper, log_features, generation, kv_policy, head_check, prefix_cache, reader)
         strategy = self.options.stopper
         check_stock(kwargs)
         if isinstance(pretrained, os.PathLike):  # which HFLM would take for a model object
@@ -168,9 +174,14 @@ class AdaInferLM(HFLM):
         warn_if_foreign(strategy, self._model_name(), self.n_blocks, self.anatomy.head_hash())
         if strategy.removes_blocks:
             self._drop_blocks()
+        self.reader = self.options.reader
+        if self.reader.maps is not None:
+            self.reader.maps.require_model(self.n_blocks, self.anatomy.block_hidden_size, self.anatomy.head_hash())
         if self.schedule.blocks:
             self.anatomy.keep_head_loaded()
-        self.engine = Engine(self.anatomy, strategy, self.schedule, self.softmax_dtype, self.options.log_features)
+        self.engine = Engine(
+            self.anatomy, strategy, self.schedule, self.softmax_dtype, self.options.log_features, self.reader
+        )
         self.counter = FlopCounter(self.anatomy, strategy)
         self.generation = generation if self.schedule.blocks else "dense"
         if self.options.shortlist and strategy.carries:

@@ -14,6 +14,8 @@ import torch
 
 from lm_eval_adainfer.errors import AdaInferError
 from lm_eval_adainfer.generation.policies import KV_POLICIES
+from lm_eval_adainfer.readers import specs as readers
+from lm_eval_adainfer.readers.base import Reader
 from lm_eval_adainfer.strategies import specs
 from lm_eval_adainfer.strategies.base import Stopper
 
@@ -31,6 +33,7 @@ class Options:
         kv_policy: A key of ``KV_POLICIES``.
         shortlist: Candidates per token of ``head_check=shortlist``; 0 for ``exact``.
         prefix_cache: Tokens of a prefix at most; 0 for none.
+        reader: How blocks are read.
     """
 
     stopper: Stopper
@@ -39,10 +42,18 @@ class Options:
     kv_policy: str
     shortlist: int
     prefix_cache: int
+    reader: Reader
 
     @classmethod
     def read(
-        cls, stopper: Any, log_features: Any, generation: Any, kv_policy: Any, head_check: Any, prefix_cache: Any
+        cls,
+        stopper: Any,
+        log_features: Any,
+        generation: Any,
+        kv_policy: Any,
+        head_check: Any,
+        prefix_cache: Any,
+        reader: Any = None,
     ) -> Options:
         """The arguments as they come from a command line or a script.
 
@@ -57,7 +68,8 @@ class Options:
         candidates = _shortlist(head_check)
         if not str(prefix_cache).isdecimal():
             raise AdaInferError(f"prefix_cache: {prefix_cache!r} is no number of tokens; give 0 or more")
-        return cls(strategy, logs, generation, kv_policy, candidates, int(prefix_cache))
+        found = readers.resolve(reader, strategy.reader)
+        return cls(strategy, logs, generation, kv_policy, candidates, int(prefix_cache), found)
 
 
 def check_stock(options: Mapping[str, Any]) -> None:

@@ -31,6 +31,7 @@ def of(lm: Any, sharing: Sharing | None, windows: Windows | None) -> dict[str, A
     }
     return {
         "stopper": lm.stopper.describe(),
+        **lm.reader.describe(),
         "fingerprint": lm.fingerprint,
         "n_blocks": lm.n_blocks,
         **({"dropped_blocks": list(lm.stopper.dropped_blocks)} if lm.stopper.dropped_blocks else {}),

@@ -20,6 +20,7 @@ from lm_eval_adainfer.prefill.planning import Batch
 from lm_eval_adainfer.prefill.prefixes import Continued, Prefix
 from lm_eval_adainfer.prefill.rolling import TokenExits
 from lm_eval_adainfer.prefill.scoring import score_points, score_positions
+from lm_eval_adainfer.readers.base import HEAD, Reader
 from lm_eval_adainfer.strategies import features
 from lm_eval_adainfer.strategies.asking import Carried, ask
 from lm_eval_adainfer.strategies.base import Schedule, Stopper
@@ -62,6 +63,7 @@ class Engine:
         schedule: After which blocks it is asked.
         softmax_dtype: As HFLM's; None keeps the logits' dtype.
         log_features: Record the features after every block up to the exit (diagnostic: not counted as FLOPs).
+        reader: How blocks are read.
 
     Attributes:
         observer: What is shown every block; then documents run dense. None where nothing watches.
@@ -78,8 +80,9 @@ class Engine:
         schedule: Schedule,
         softmax_dtype: torch.dtype | None = None,
         log_features: bool = False,
+        reader: Reader = HEAD,
     ):
-        self.anatomy, self.stopper, self.schedule = anatomy, stopper, schedule
+        self.anatomy, self.stopper, self.schedule, self.reader = anatomy, stopper, schedule, reader
         self.softmax_dtype = softmax_dtype
         self.checked = frozenset(schedule.blocks)
         self.log = FeatureLog(anatomy, log_features)

@@ -8,6 +8,8 @@ from typing import Any
 
 from lm_eval_adainfer import container, paths
 from lm_eval_adainfer.errors import AdaInferError
+from lm_eval_adainfer.readers import files as readers
+from lm_eval_adainfer.readers.base import HEAD
 from lm_eval_adainfer.strategies.base import Stopper
 from lm_eval_adainfer.strategies.registry import STRATEGIES, savable
 
@@ -20,7 +22,9 @@ def save(stopper: Stopper, path: str | Path) -> None:
     Raises:
         AdaInferError: Where the file can't be written, or would not give the strategy again (:func:`require_savable`).
     """
-    container.write(path, "stopper", VERSION, require_savable(stopper), stopper.arrays)
+    named, arrays = readers.packed(stopper.reader or HEAD)
+    meta = {**require_savable(stopper), "reader": named}
+    container.write(path, "stopper", VERSION, meta, {**stopper.arrays, **arrays})
 
 
 def require_savable(stopper: Stopper) -> dict[str, Any]:
@@ -56,6 +60,7 @@ def load(path: str | Path) -> Stopper:
         AdaInferError: Where the file is missing, damaged, a pickle, or no stopper.
     """
     meta, arrays = container.read(path, "stopper", VERSION, "stopper")
+    reader, arrays = readers.unpacked(meta.get("reader", {"kind": "head"}), arrays)  # older files know no other
     kind, parameters, info, seen = (meta.get(name) for name in ("kind", "parameters", "info", "seen"))
     if kind not in savable():
         known = ", ".join(savable())
@@ -68,7 +73,7 @@ def load(path: str | Path) -> Stopper:
         raise
     except (TypeError, ValueError, OverflowError) as error:
         raise AdaInferError(f"stopper: {path} has wrong parameters ({error}); make it again") from None
-    stopper.info, stopper.seen = info, seen or {}
+    stopper.info, stopper.seen, stopper.reader = info, seen or {}, reader
     return stopper
 
 
