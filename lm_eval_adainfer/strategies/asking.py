@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lm_eval_adainfer.readers.base import HEAD, Reader
 from lm_eval_adainfer.strategies import features
 from lm_eval_adainfer.strategies.base import Stopper
 from lm_eval_adainfer.structure.anatomy import Anatomy
@@ -33,6 +34,7 @@ def ask(
     points: tuple[Tensor, Tensor],
     carried: Tensor | None = None,
     logits: Tensor | None = None,
+    reader: Reader = HEAD,
 ) -> Asked:
     """Ask a stopper about n decisions after a block.
 
@@ -44,10 +46,11 @@ def ask(
         carried: [n, stopper.carries], what the stopper keeps of each decision from one asked block to the next; it is
             changed in place. None where the stopper keeps nothing.
         logits: [n, V] where the head has been read already, or has been read for some candidates alone.
+        reader: How the block is read, position by position.
     """
     rows, positions = points
     if logits is None and features.needs_head(stopper.features):
-        logits = anatomy.logits(state.hidden[rows, positions])
+        logits = anatomy.logits(reader.translate(state.block, state.hidden[rows, positions]))
     observed = features.observe(stopper.features, state, rows, positions, logits, anatomy.n_blocks, carried)
     margins = stopper.ask(observed, features.compute(stopper.features, observed), carried)
     return Asked((margins > 0).tolist(), logits)
