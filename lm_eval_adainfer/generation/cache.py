@@ -13,9 +13,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-
-class Stored(Exception):  # noqa: N818 - control flow, never seen by users
-    """Leaves a block once its keys and values are stored."""
+from lm_eval_adainfer.structure.storing import Stored
 
 
 @dataclass

@@ -36,6 +36,7 @@ from lm_eval_adainfer.prefill.exit_records import record_of_document, record_of_
 from lm_eval_adainfer.prefill.forward import first_not_finite, verify
 from lm_eval_adainfer.prefill.planning import Batch
 from lm_eval_adainfer.prefill.probes import Sharing
+from lm_eval_adainfer.prefill.reading import prepared
 from lm_eval_adainfer.records import ExitRecord
 from lm_eval_adainfer.strategies.base import Schedule
 from lm_eval_adainfer.strategies.fitted import warn_if_foreign
@@ -86,7 +87,9 @@ class AdaInferLM(HFLM):
             least Block Influence, as ``adainfer influence`` wrote them to FILE), a built-in name (``svm``: fitted on
             ``adainfer-demo``), or a stopper file written by ``adainfer fit`` or ``adainfer influence``.
         min_layer: No exit before this block (1 to L; default 1).
-        check_layers: After which blocks the stopper is asked: ``all`` (default), ``every:2``, or a list ``8+12+16``.
+        check_layers: After which blocks the stopper is asked: ``all`` (default with ``reader=head`` and ``tuned``),
+            ``every:2``, or a list ``8+12+16``. With ``copy`` and ``sim``, where asking is dear, the default is those
+            that the stopper's file names, or at most four of the last 40%.
         generation: What ``generate_until`` does: ``early`` (default), where every new token leaves at its own block, or
             ``dense``.
         kv_policy: What a token that goes deeper than its predecessors did finds in the cache: ``recompute`` (default):
@@ -116,7 +119,7 @@ class AdaInferLM(HFLM):
         pretrained: Any = DEMO,
         stopper: Any = "none",
         min_layer: int | str = 1,
-        check_layers: Any = "all",
+        check_layers: Any = None,
         log_features: bool | str = False,
         generation: str = "early",
         kv_policy: str = "recompute",
@@ -165,24 +168,30 @@ class AdaInferLM(HFLM):
         self.anatomy = self._taken_apart()
         self.stopper, self.n_blocks = strategy, self.anatomy.n_blocks
         strategy.bind(self.n_blocks)
-        if strategy.dropped_blocks and (str(min_layer), str(check_layers)) != ("1", "all"):
+        self.reader = self.options.reader
+        if strategy.dropped_blocks and (str(min_layer), str(check_layers)) not in (("1", "None"), ("1", "all")):
             eval_logger.warning(f"min_layer/check_layers: {strategy.kind} asks nothing, so they don't apply")
-            min_layer, check_layers = 1, "all"
-        self.schedule = Schedule(self.n_blocks, strategy, min_layer, check_layers)
+            min_layer, check_layers = 1, None
+        self.schedule = Schedule(self.n_blocks, strategy, min_layer, check_layers, self.reader)
         if strategy.kind != "none" and not strategy.removes_blocks and not self.schedule.blocks:
             eval_logger.warning("check_layers/min_layer: they leave no block to ask the stopper at, so it runs dense")
         warn_if_foreign(strategy, self._model_name(), self.n_blocks, self.anatomy.head_hash())
         if strategy.removes_blocks:
             self._drop_blocks()
-        self.reader = self.options.reader
         if self.reader.maps is not None:
             self.reader.maps.require_model(self.n_blocks, self.anatomy.block_hidden_size, self.anatomy.head_hash())
+        reading = None
+        if self.reader.runs_tokens:
+            with self._autocast():
+                reading = prepared(self.anatomy, self.reader)
         if self.schedule.blocks:
             self.anatomy.keep_head_loaded()
         self.engine = Engine(
-            self.anatomy, strategy, self.schedule, self.softmax_dtype, self.options.log_features, self.reader
+            self.anatomy, strategy, self.schedule, self.softmax_dtype, self.options.log_features, self.reader, reading
         )
-        self.counter = FlopCounter(self.anatomy, strategy)
+        self.counter = FlopCounter(self.anatomy, strategy, self.reader)
+        if reading is not None and reading.storing is not None:
+            self.counter.copied_weights = reading.storing.weights
         self.generation = generation if self.schedule.blocks else "dense"
         if self.options.shortlist and strategy.carries:
             raise AdaInferError(
@@ -448,8 +457,9 @@ class AdaInferLM(HFLM):
         self.batch_sizes: dict[int, int] = {}
         budget = 0 if self.engine.observer is not None else self.options.prefix_cache  # what is observed is run whole
         return planning.plan(
-            self.anatomy, documents, size if fixed is None else fixed, lambda: self._sharing().rule, budget
-        )
+            self.anatomy, documents, size if fixed is None else fixed, lambda: self._sharing().rule, budget,
+            self.schedule.blocks if self.reader.runs_tokens else (),
+        )  # fmt: skip
 
     def _size_at(self, position: int, rows: Sequence[Row]) -> int:
         """The automatic batch size at one of these rows."""
@@ -707,6 +717,7 @@ class AdaInferLM(HFLM):
             "block_tokens_counted": self.engine.block_tokens,
             "block_calls_counted": self.engine.block_calls,
             "head_rows_counted": self.engine.head_rows,
+            **({"copied_tokens_counted": self.engine.copied_tokens} if self.reader.kind == "copy" else {}),
             "generated_tokens_counted": self.generated_tokens,
             "seconds_generating_measured": self.generating_seconds,
         }

@@ -51,6 +51,7 @@ class Document:
         exit_layer: The block it leaves after; None until decided.
         head_rows: Head rows computed for it (checks and scores).
         decisions: Times the stopper was asked for it.
+        reads: (block, tokens of the prompt, positions read) of every time that a row was read after a block.
         decided_by: (depth, tokens) of every row of the passes that decided it before it was scored.
         logged: With ``log_features``: per decider, ``layer`` and feature values.
     """
@@ -60,6 +61,7 @@ class Document:
     exit_layer: int | None = None
     head_rows: int = 0
     decisions: int = 0
+    reads: list[tuple[int, int, int]] = field(default_factory=list)
     decided_by: list[tuple[int, int]] = field(default_factory=list)
     logged: list[dict[str, list[float]]] = field(default_factory=list)
 

@@ -18,8 +18,9 @@ from lm_eval_adainfer.prefill.forward import Forward, padded, run_blocks
 from lm_eval_adainfer.prefill.observing import Observer, run_observed
 from lm_eval_adainfer.prefill.planning import Batch
 from lm_eval_adainfer.prefill.prefixes import Continued, Prefix
+from lm_eval_adainfer.prefill.reading import Reading, Spot
 from lm_eval_adainfer.prefill.rolling import TokenExits
-from lm_eval_adainfer.prefill.scoring import score_points, score_positions
+from lm_eval_adainfer.prefill.scoring import positions_at_once, score_points
 from lm_eval_adainfer.readers.base import HEAD, Reader
 from lm_eval_adainfer.strategies import features
 from lm_eval_adainfer.strategies.asking import Carried, ask
@@ -36,7 +37,10 @@ class _Underway:
     Attributes:
         forward: The way.
         flow: The rows that have not left: (document, row, how many of its first tokens a prefix runs).
+        state: After the block that was run last.
     """
+
+    state: BlockState
 
     def __init__(
         self,
@@ -51,7 +55,8 @@ class _Underway:
         skip = [0] * len(rows) if prefix is None else [prefix.lengths[o] for o in owner]
         self.flow = [(d, row, n) for (d, row), n in zip(rows, skip, strict=True)]
         ids = padded(anatomy, [row.tokens[n:] for _, row, n in self.flow])
-        self.forward = Forward(anatomy, ids, parts, None if prefix is None else Continued(prefix, owner))
+        self.continued = None if prefix is None else Continued(prefix, owner)
+        self.forward = Forward(anatomy, ids, parts, self.continued)
 
 
 class Engine:
@@ -64,12 +69,14 @@ class Engine:
         softmax_dtype: As HFLM's; None keeps the logits' dtype.
         log_features: Record the features after every block up to the exit (diagnostic: not counted as FLOPs).
         reader: How blocks are read.
+        reading: For a reader that lets tokens go on: it, made ready for the model (``reading.prepared``).
 
     Attributes:
         observer: What is shown every block; then documents run dense. None where nothing watches.
         tokens: Tokens of all rows that were run, each counted once.
         block_tokens: Block executions x tokens.
         block_calls: Block executions of batches.
+        copied_tokens: Block executions x tokens that computed keys and values alone.
         head_rows: Head rows computed (checks and scores).
     """
 
@@ -81,6 +88,7 @@ class Engine:
         softmax_dtype: torch.dtype | None = None,
         log_features: bool = False,
         reader: Reader = HEAD,
+        reading: Reading | None = None,
     ):
         self.anatomy, self.stopper, self.schedule, self.reader = anatomy, stopper, schedule, reader
         self.softmax_dtype = softmax_dtype
@@ -89,7 +97,9 @@ class Engine:
         self._parts = features.needed_parts(stopper.features) if self.checked else []
         self._parts += [p for p in features.needed_parts(self.log.names) if p not in self._parts]
         self.observer: Observer | None = None
+        self.reading = reading
         self.head_rows = 0
+        self.copied_tokens = 0
         self.tokens = 0
         self.block_tokens = 0
         self.block_calls = 0
@@ -136,6 +146,7 @@ class Engine:
             document.exit_layer = piece.exit_layer
             document.head_rows += piece.head_rows
             document.decisions += piece.decisions
+            document.reads += piece.reads
             document.logged += piece.logged
 
     @torch.no_grad()
@@ -149,7 +160,8 @@ class Engine:
             for document in batch.documents:
                 self.log.begin(document)
         for k in range(1, n_blocks + 1):
-            states = [batch.forward.advance() for batch in batches]
+            for batch in batches:
+                batch.state = batch.forward.advance()
             self.block_calls += len(batches)
             self.block_tokens += sum(len(row.tokens) - skip for batch in batches for _, row, skip in batch.flow)
             at: dict[Row, Place] = {
@@ -163,12 +175,12 @@ class Engine:
             if k == n_blocks:
                 for document in documents:
                     document.exit_layer = n_blocks
-            if undecided and (k in self.checked or self.log.names):
-                ready = self._check(states, undecided, at, carried)
+            if undecided and (k in self.checked or self._logs(k)):
+                ready = self._check(batches, undecided, at, carried)
             leaving = {d for d in documents if d.exit_layer == k}
             if not leaving:
                 continue
-            self._score(states, [d for d in documents if d in leaving], at, ready)
+            self._score(batches, [d for d in documents if d in leaving], at, ready)
             for batch in batches:
                 keep = [r for r, (d, *_) in enumerate(batch.flow) if d not in leaving]
                 if keep and len(keep) < len(batch.flow):
@@ -181,7 +193,7 @@ class Engine:
 
     def _check(
         self,
-        states: Sequence[BlockState],
+        batches: Sequence[_Underway],
         documents: Sequence[Document],
         at: Mapping[Row, Place],
         carried: Carried,
@@ -190,7 +202,7 @@ class Engine:
         """Ask the stopper for every decider of ``documents``; set ``exit_layer`` of those that stop.
 
         Args:
-            states: Of the batches, after the same block.
+            batches: After the same block.
             documents: Batch by batch.
             at: The rows in flow.
             carried: What the stopper keeps of the deciding rows from block to block.
@@ -199,18 +211,23 @@ class Engine:
         Returns:
             Logits at the decision positions, for scoring to use again.
         """
+        states = [batch.state for batch in batches]
         k, logits = states[0].block, None
         asks = asks and k in self.checked and k < self.anatomy.n_blocks
-        decides = asks and bool(self.stopper.features)
+        decides, logs = asks and bool(self.stopper.features), self._logs(k)
         deciding = [(d, d.rows[i]) for d in documents for i in d.deciders]
         stops: list[bool] = []
-        if deciding and (decides or self.log.names):
+        if deciding and (decides or logs):
             rows = [row for _, row in deciding]
             state = BlockState.at(states, [at[row] for row in rows])
             number = torch.arange(len(rows), device=state.hidden.device)
             points = number, torch.zeros_like(number)
-            if self.log.names:
-                logits = self.anatomy.logits(state.hidden[:, 0])
+            needs_head = logs or features.needs_head(self.stopper.features)
+            if needs_head:
+                read = self._read(batches, k, [(document, row, 1) for document, row in deciding], at, counts=decides)
+                logits = self.anatomy.logits(read)
+            if logs:
+                assert logits is not None
                 self.log.note([(d, j) for d in documents for j in range(len(d.deciders))], state, points, logits)
             if decides:
                 kept = carried.of(rows, state.hidden.device)
@@ -238,7 +255,7 @@ class Engine:
 
     def _score(
         self,
-        states: Sequence[BlockState],
+        batches: Sequence[_Underway],
         documents: Sequence[Document],
         at: Mapping[Row, Place],
         ready: Mapping[Row, Tensor],
@@ -246,17 +263,66 @@ class Engine:
         """Score the rows in flow of these documents; a decision's logits are not computed twice."""
         rows = [(d, row) for d in documents for row in d.rows if row in at]
         known = [row for _, row in rows if row in ready]
-        fresh = [(row, j) for _, row in rows for j in range(row.scored) if j > 0 or row not in ready]
-        for document, row in rows:
-            document.head_rows += row.scored - (row in ready)
-        self.head_rows += len(fresh)
+        fresh = [(d, row) for d, row in rows if row.scored > (row in ready)]
         if known:
             score_points(torch.stack([ready[row] for row in known]), [(row, 0) for row in known], self.softmax_dtype)
-        points = []
-        for row, j in fresh:
+        for document, row in rows:
+            document.head_rows += row.scored - (row in ready)
+        if not fresh:
+            return
+        read = self._read(batches, batches[0].state.block, [(d, row, row.scored) for d, row in fresh], at)
+        points = [(row, j) for _, row in fresh for j in range(row.scored)]
+        new = [n for n, (row, j) in enumerate(points) if j > 0 or row not in ready]
+        self.head_rows += len(new)
+        size = positions_at_once(self.anatomy)
+        for start in range(0, len(new), size):
+            chunk = new[start : start + size]
+            score_points(self.anatomy.logits(read[chunk]), [points[n] for n in chunk], self.softmax_dtype)
+
+    def _logs(self, k: int) -> bool:
+        """Whether features are logged after block k: under a reader that runs tokens only where it is asked."""
+        return bool(self.log.names) and (self.reading is None or k in self.checked or k == self.anatomy.n_blocks)
+
+    def _read(
+        self,
+        batches: Sequence[_Underway],
+        k: int,
+        wanted: Sequence[tuple[Document, Row, int]],
+        at: Mapping[Row, Place],
+        counts: bool = True,
+    ) -> Tensor:
+        """What norm and head read of rows after a block.
+
+        Args:
+            batches: After block k.
+            k: The block.
+            wanted: (document, row, how many positions from the decision on), batch by batch.
+            at: The rows in flow.
+            counts: Whether the documents pay for it.
+
+        Returns:
+            [n, h], one row's positions after the other's.
+        """
+        last = k == self.anatomy.n_blocks
+        if counts and not last:
+            for document, row, positions in wanted:
+                document.reads.append((k, row.decision + 1, positions))
+        if self.reading is None or last:
+            points = [(*at[row][:2], at[row][2] + j) for _, row, positions in wanted for j in range(positions)]
+            hidden = BlockState.at([batch.state for batch in batches], points).hidden[:, 0]
+            return self.reader.translate(k, hidden)
+        spots: dict[int, list[Spot]] = {}
+        for _, row, positions in wanted:
             batch, r, decision = at[row]
-            points.append((batch, r, decision + j, row, j))
-        score_positions(self.anatomy, states, points, self.softmax_dtype)
+            spots.setdefault(batch, []).append(Spot(r, row, row.decision - decision, positions))
+        reading, found = self.reading, []
+        for n, some in spots.items():
+            found.append(reading.read(k, batches[n].state.hidden, batches[n].continued, some))
+        self.block_tokens += reading.block_tokens
+        self.block_calls += reading.block_calls
+        self.copied_tokens += reading.copied_tokens
+        reading.block_tokens = reading.block_calls = reading.copied_tokens = 0
+        return torch.cat(found)
 
     @torch.no_grad()
     def _decide_in_parts(self, document: Document, batch_size: int) -> None:
@@ -276,6 +342,7 @@ class Engine:
             document.logged += probe.logged
             document.decisions += probe.decisions
             document.head_rows += probe.head_rows
+            document.reads += probe.reads
             document.decided_by += [(probe.exit_layer or 0, len(row.tokens)) for row in rows]
         document.exit_layer = candidates[0] if candidates else self.anatomy.n_blocks
         self.log.cut(document, document.exit_layer)  # these passes may have gone deeper than the document does
@@ -288,22 +355,20 @@ class Engine:
         end = self.anatomy.n_blocks if self.log.names else depth
         carried = Carried(self.stopper.carries)
 
-        def after_block(state: BlockState) -> Tensor | None:
+        batch = self._begun([document], None, [])
+        self.tokens += sum(len(row.tokens) for row in document.rows)
+        while batch.forward.block < end:
+            batch.state = batch.forward.advance()
+            k = batch.state.block
             self.block_calls += 1
             self.block_tokens += sum(len(row.tokens) for row in document.rows)
-            asks = state.block in candidates or bool(self.stopper.carries and state.block in self.checked)
-            if asks or self.log.names:
-                self._check([state], [document], at, carried, asks)
-                if document.exit_layer == state.block and state.block in candidates:
-                    found.append(state.block)
+            asks = k in candidates or bool(self.stopper.carries and k in self.checked)
+            if asks or self._logs(k):
+                self._check([batch], [document], at, carried, asks)
+                if document.exit_layer == k and k in candidates:
+                    found.append(k)
                 document.exit_layer = None
-            if state.block < end:
-                return None
-            document.exit_layer = depth  # how deep this pass had to go, for counting
-            return torch.empty(0, dtype=torch.long)
-
-        self.tokens += sum(len(row.tokens) for row in document.rows)
-        run_blocks(self.anatomy, padded(self.anatomy, [row.tokens for row in document.rows]), after_block, self._parts)
+        document.exit_layer = depth  # how deep this pass had to go, for counting
         return found
 
     # ------------------------------------------------------------------ token by token

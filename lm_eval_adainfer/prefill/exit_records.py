@@ -21,12 +21,14 @@ def record_of_document(
     deciders = [document.rows[i] for i in document.deciders] or document.rows
     prompt = sum(row.decision + 1 for row in deciders) / len(deciders)
     scored = sum(row.scored for row in document.rows)
+    run_on = sum((counter.n_blocks - k) * counter.run_on(*read) for k, *read in document.reads)
     return ExitRecord(
         exit_layer=layer,
         n_blocks=counter.n_whole,
         flops_ratio=counter.flops_ratio(layer, prompt),
-        layers_run=layer + sum(depth * tokens for depth, tokens in document.decided_by) / sum(lengths),
+        layers_run=layer + (sum(depth * tokens for depth, tokens in document.decided_by) + run_on) / sum(lengths),
         flops=sum(counter.blocks(layer, s) for s in lengths)
+        + sum(counter.read(*read) for read in document.reads)
         + sum(counter.blocks(depth, tokens) for depth, tokens in document.decided_by)
         + counter.head(document.head_rows)
         + counter.decisions(document.decisions),

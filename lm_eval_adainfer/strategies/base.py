@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lm_eval_adainfer.errors import AdaInferError
-from lm_eval_adainfer.readers.base import Reader
+from lm_eval_adainfer.readers.base import HEAD, Reader, default_blocks
 from lm_eval_adainfer.strategies.features import PAST, Observation, Recorded, needs_past, remember
 
 
@@ -110,7 +110,9 @@ class Schedule:
         n_blocks: L.
         stopper: The strategy.
         min_layer: No exit before this block (1 to L).
-        check_layers: ``all``, ``every:2`` (blocks 2, 4, ...), a list like ``8+12+16``, or a sequence of ints.
+        check_layers: ``all``, ``every:2`` (blocks 2, 4, ...), a list like ``8+12+16``, or a sequence of ints. None: all
+            blocks, but under a reader that runs tokens those that the stopper's file names, or ``default_blocks``.
+        reader: How blocks are read.
 
     Raises:
         AdaInferError: Where an argument is out of range, or leaves ``fixed:N`` unchecked.
@@ -119,9 +121,14 @@ class Schedule:
         blocks: The checked blocks, in order; block L is never checked, because the forward ends there anyway.
     """
 
-    def __init__(self, n_blocks: int, stopper: Stopper, min_layer: Any = 1, check_layers: Any = "all"):
+    def __init__(
+        self, n_blocks: int, stopper: Stopper, min_layer: Any = 1, check_layers: Any = None, reader: Reader = HEAD
+    ):
         stopper.bind(n_blocks)
         self.min_layer = _block_number("min_layer", min_layer, n_blocks)
+        if check_layers is None:
+            placed = reader.runs_tokens and bool(stopper.features)  # a stopper that asks nothing costs nothing to ask
+            check_layers = (stopper.info.get("check_layers") or default_blocks(n_blocks)) if placed else "all"
         asked = _parse_check_layers(check_layers, n_blocks)
         wanted = [k for k in range(1, n_blocks) if stopper.wants(k)]
         self.blocks = tuple(k for k in wanted if k in asked and k >= self.min_layer)

@@ -124,3 +124,52 @@ def slow_features(model, family, context):
         found["cos_attn"].append(cosine(seen["attn"][k], seen["attn"][k - 1]) if k else 0.0)
         found["cos_mlp"].append(cosine(seen["mlp"][k], seen["mlp"][k - 1]) if k else 0.0)
     return found
+
+
+def read_logits(model, blocks, reader, ids, prompt, k):
+    """[len(ids) - prompt + 1, V] logits at the prompt's last token and behind it, read after block k.
+
+    ``reader`` is ``head``, ``copy:W`` or ``sim:W``, as ``docs/readers.md`` defines them, for one row of token ids whose
+    first ``prompt`` are the prompt: one plain forward after the other, and hooks that put states in their places.
+    """
+    kind, _, window = reader.partition(":")
+    window, n_blocks = int(window or 1), len(blocks)
+    if kind == "head" or k == n_blocks:
+        return logits_after_block(model, blocks, ids, k)[prompt - 1 :]
+    away = max(0, prompt - window)
+    left = states_after_blocks(model, blocks, ids)[k - 1]
+    run = list(range(len(ids)))
+    if kind == "sim" and away:
+        run = [0, *range(away, len(ids))]
+    handles = []
+
+    def put(n):
+        def hook(module, args, out):
+            hidden = (out if isinstance(out, torch.Tensor) else out[0]).clone()
+            if n == k:
+                hidden[0] = left[run]
+            elif kind == "copy":
+                hidden[0, :away] = left[:away]
+            return hidden if isinstance(out, torch.Tensor) else (hidden, *out[1:])
+
+        return hook
+
+    for n in range(k, n_blocks + 1):
+        handles.append(blocks[n - 1].register_forward_hook(put(n)))
+    given = {"input_ids": torch.tensor([[ids[t] for t in run]])}
+    if kind == "sim":
+        given |= {"position_ids": torch.tensor([run]), "attention_mask": torch.ones(1, len(run), dtype=torch.long)}
+    with torch.no_grad():
+        logits = model(**given, use_cache=False).logits[0]
+    for handle in handles:
+        handle.remove()
+    return logits[-(len(ids) - prompt + 1) :]
+
+
+def read_score(model, blocks, reader, context, continuation, k, window):
+    """:func:`score` under a reader."""
+    tokens = (context + continuation)[-(window + 1) :][:-1]
+    logits = read_logits(model, blocks, reader, tokens, len(tokens) - len(continuation) + 1, k)
+    logprobs, top = logits.log_softmax(-1), logits.argmax(-1).tolist()
+    total = sum(logprobs[j, token].item() for j, token in enumerate(continuation))
+    return total, top == continuation, top[0] == continuation[0]
