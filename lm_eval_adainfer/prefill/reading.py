@@ -304,9 +304,12 @@ def _unsupported(anatomy: Anatomy, reader: Reader, why: str) -> UnsupportedModel
     return UnsupportedModelError(f"reader: {anatomy.name} can't be read by {reader.kind} ({why}); use head or tuned")
 
 
-def _off_by(anatomy: Anatomy, reader: Reader, storing: Storing | None) -> float:
-    """How far what is read of three rows together is from the rows alone, every later block run on all tokens."""
-    ids, worst = anatomy.probe_ids(3).tolist(), 0.0
+def _off_by(anatomy: Anatomy, reader: Reader, storing: Storing | None) -> tuple[float, float]:
+    """How far what is read of three rows together is from the rows alone, every later block run on all tokens.
+
+    And how far these are from the same rows with more tokens behind them, which is rounding.
+    """
+    ids, worst, own = anatomy.probe_ids(3).tolist(), 0.0, 0.0
     rows = [Row(tokens[:n], scored) for tokens, n, scored in zip(ids, (5, 4, 2), (2, 1, 1), strict=True)]
     reading = Reading(anatomy, Reader(reader.kind, min(reader.window, 2)), storing)
     for k in sorted({1, max(1, anatomy.n_blocks // 2), max(1, anatomy.n_blocks - 1)}):
@@ -316,9 +319,13 @@ def _off_by(anatomy: Anatomy, reader: Reader, storing: Storing | None) -> float:
         for _ in range(k):
             forward.advance()
         found = reading.read(k, forward.hidden, None, [Spot(r, row, 0, row.scored) for r, row in enumerate(rows)])
-        expected = torch.cat([slowly(anatomy, reading.reader, k, row) for row in rows])
-        worst = max(worst, hidden_distance(found, expected.to(found.device)))
-    return worst
+        expected = torch.cat([slowly(anatomy, reading.reader, k, row) for row in rows]).to(found.device)
+        worst = max(worst, hidden_distance(found, expected))
+        for more in ([5], [5, 6, 7]):
+            longer = [Row([*row.tokens, *more], row.scored + len(more)) for row in rows]
+            same = [slowly(anatomy, reading.reader, k, row)[: -len(more)] for row in longer]
+            own = max(own, hidden_distance(torch.cat(same).to(found.device), expected))
+    return worst, own
 
 
 def slowly(anatomy: Anatomy, reader: Reader, k: int, row: Row) -> Tensor:

@@ -27,7 +27,7 @@ class Storing:
 
     Attributes:
         idle: Per block, its linear maps that run before these are stored and that they do not depend on (queries), each
-            with the width of its output.
+            with the width of what stands in for its output.
         weights: Per block, weights of the other linear maps that a token meets until then.
     """
 
@@ -99,7 +99,9 @@ def watch_storing(anatomy: Anatomy) -> Storing:
             likely = [found for found in before if _stores(block, args, kwargs, cache, [found], expected)]
             if len(likely) > 1 and not _stores(block, args, kwargs, cache, likely, expected):
                 likely = []
-        idle.append(likely)
+        # what nobody reads may as well have a single head, where the block does not mind
+        narrow = [(module, expected[0].shape[-1]) for module, _ in likely]
+        idle.append(narrow if narrow and _stores(block, args, kwargs, cache, narrow, expected) else likely)
     weights = [
         sum(linear_size(module) for module, _ in before) - sum(linear_size(module) for module, _ in some)
         for before, some in zip(cache.before, idle, strict=True)
