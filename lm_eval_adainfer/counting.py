@@ -66,7 +66,11 @@ class FlopCounter:
         away = prompt + positions - 1 - run  # tokens of which keys and values alone are made
         pairs = sum(range(away + 1, away + run + 1))
         whole = self.blocks(self.n_blocks, run, pairs) - self.blocks(k, run, pairs)
-        return whole + 2.0 * sum(self.copied_weights[k:]) * away
+        return whole + self.copied(k, away)
+
+    def copied(self, k: int, tokens: int) -> float:
+        """Keys and values of all blocks behind k alone: 2 x the weights that they need x tokens."""
+        return 2.0 * sum(self.copied_weights[k:]) * tokens
 
     def run_on(self, prompt: int, positions: int) -> int:
         """Tokens of a row that run through the later blocks when it is read at so many positions."""

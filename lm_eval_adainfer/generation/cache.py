@@ -106,6 +106,13 @@ class SlotCache(DynamicCache):
             raise Stored
         return tuple(found)
 
+    def put(self, layer: int, n_rows: int, row: int, slots: Tensor, pair: tuple[Tensor, ...]) -> None:
+        """Write one row's keys and values ([heads, n, d]) into some slots of a layer."""
+        for store, new in zip((self.keys, self.values), pair, strict=True):
+            if layer not in store:
+                store[layer] = new.new_zeros(n_rows, new.shape[0], self.capacity, new.shape[-1])
+            store[layer][row, :, slots.to(new.device)] = new
+
     def keep_rows(self, rows: Tensor) -> None:
         """Forget finished rows."""
         for store in (self.keys, self.values):

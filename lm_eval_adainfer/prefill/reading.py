@@ -9,7 +9,7 @@ the tokens of a continuation, runs on behind them. What prompts share is copied 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -81,7 +81,14 @@ class Reading:
         self.block_tokens = self.copied_tokens = self.block_calls = 0
 
     @torch.no_grad()
-    def read(self, k: int, hidden: Tensor, continued: Continued | None, spots: Sequence[Spot]) -> Tensor:
+    def read(
+        self,
+        k: int,
+        hidden: Tensor,
+        continued: Continued | None,
+        spots: Sequence[Spot],
+        store: dict[int, Pair] | None = None,
+    ) -> Tensor:
         """Read rows of a batch after block k.
 
         Args:
@@ -89,6 +96,9 @@ class Reading:
             hidden: [rows, S, h], the states of the rows in flow after it.
             continued: What the rows continue; its prefix has kept its states after block k.
             spots: Which rows to read, and where.
+            store: Where to put the later blocks' keys and values, by layer: [spots, heads, slots, d]. With ``copy``
+                these are all tokens' up to the last read, with padding in front to the longest row in front of its
+                window; with ``sim`` those of the tokens that run on alone.
 
         Returns:
             [n, h], the states after block L at the positions of all spots, one spot's after the other's: what norm and
@@ -101,14 +111,17 @@ class Reading:
         length = torch.tensor([len(some) for some in run])
         states = _gathered(k, hidden, continued, spots, run)
         if copies:
-            forward, past = self._among_copies(k, hidden, continued, spots, run, ids)
+            forward, past = self._among_copies(k, hidden, continued, spots, run, ids, store)
         else:
             places = torch.zeros_like(ids)
             for r, some in enumerate(run):
                 places[r, : len(some)] = torch.tensor(some)
                 places[r, len(some) :] = some[-1]
             # with a mask the model does not take gaps between positions for the borders of packed texts
-            given = {"use_cache": False, "position_ids": places, "attention_mask": torch.ones_like(ids)}
+            given: dict[str, Any] = {"position_ids": places, "attention_mask": torch.ones_like(ids)}
+            given |= {"use_cache": store is not None}
+            if store is not None:
+                given["past_key_values"] = ContinuedCache(None, store=store)
             forward, past = Forward(self.anatomy, ids, rule=BatchRule(), given=given), None
         forward.go_on_from(k, states)
         for j in range(k + 1, self.anatomy.n_blocks + 1):
@@ -138,10 +151,11 @@ class Reading:
         spots: Sequence[Spot],
         run: Sequence[Sequence[int]],
         ids: Tensor,
+        store: dict[int, Pair] | None,
     ) -> tuple[Forward, _Copied]:
         """The forward of the tokens that run on, behind the copies that they see."""
         past = _Copied(self, k, hidden, continued, spots, [some[0] for some in run])
-        cache = ContinuedCache(past.source if past.source.width else None)
+        cache = ContinuedCache(past.source if past.source.width else None, store=store)
         given: dict[str, Any] = {"past_key_values": cache, "use_cache": True}
         before = torch.tensor(past.lengths)[:, None]
         if min(past.lengths) < past.source.width:
@@ -228,6 +242,31 @@ class _Copied:
         whole = whole.expand(len(self.lengths), -1, -1, -1)
         index = self.slots.to(whole.device)[:, None, :, None].expand(-1, whole.shape[1], -1, whole.shape[-1])
         return whole.gather(2, index)
+
+
+def copies(
+    anatomy: Anatomy, storing: Storing, k: int, hidden: Tensor, spots: Sequence[Spot]
+) -> Iterator[dict[int, Pair]]:
+    """What later blocks store of whole prompts that go no further than block k, by layer, padding in front.
+
+    Args:
+        anatomy: The model.
+        storing: What blocks have to compute for that.
+        k: The block.
+        hidden: [rows, S, h], the states of the rows in flow after it.
+        spots: The rows.
+    """
+    lengths = [spot.row.decision + 1 for spot in spots]
+    whole = _Copied(Reading(anatomy, Reader("copy", 1), storing), k, hidden, None, spots, lengths)
+    for j in range(k + 1, anatomy.n_blocks + 1):
+        whole.provide(j)
+        (layer,) = whole.store
+        yield {layer: whole.source.stored[layer]}
+
+
+def tokens_that_run(reader: Reader, row: Row) -> list[int]:
+    """Which tokens of a prompt run on where it is read at its last one."""
+    return _tokens(reader, Spot(0, row, 0))
 
 
 def _copied(prefix: Prefix) -> int:
