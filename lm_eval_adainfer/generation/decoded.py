@@ -23,6 +23,7 @@ class Decoded:
         head_rows: Head rows computed, for checks and for choices of tokens.
         screened: Logits computed of candidates alone.
         decisions: How often the stopper was asked.
+        reading: Floating-point operations of the reader's maps.
         finite: Whether the logits of all its tokens were finite.
     """
 
@@ -34,6 +35,7 @@ class Decoded:
     head_rows: int = 0
     screened: int = 0
     decisions: int = 0
+    reading: int = 0
     finite: bool = True
 
     @property
@@ -74,6 +76,7 @@ def record_of(decoded: Decoded, prompt_tokens: int, counter: FlopCounter, finger
         + counter.head(decoded.head_rows)
         + counter.screened(decoded.screened)
         + counter.decisions(decoded.decisions)
+        + decoded.reading
     )
     return ExitRecord(
         exit_layer=layer,

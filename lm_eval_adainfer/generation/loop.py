@@ -15,6 +15,7 @@ from lm_eval_adainfer.errors import AdaInferError, UnsupportedModelError
 from lm_eval_adainfer.generation.decoded import Decoded
 from lm_eval_adainfer.generation.decoder import Decoder
 from lm_eval_adainfer.generation.settings import Settings
+from lm_eval_adainfer.readers.base import HEAD, Reader
 from lm_eval_adainfer.strategies.base import Schedule, Stopper
 from lm_eval_adainfer.structure.anatomy import Anatomy
 from lm_eval_adainfer.structure.windows import Windows
@@ -71,6 +72,7 @@ def decode(
     seeds: Seeds,
     kv_policy: str = "recompute",
     shortlist: int = 0,
+    reader: Reader = HEAD,
 ) -> list[Decoded]:
     """Generate with early exit.
 
@@ -89,6 +91,7 @@ def decode(
         seeds: Where rows that sample get their generators.
         kv_policy: As :class:`Decoder`'s.
         shortlist: As :class:`Decoder`'s.
+        reader: As :class:`Decoder`'s.
 
     Raises:
         UnsupportedModelError: On texts that are longer than the model's rotary embeddings allow.
@@ -107,7 +110,7 @@ def decode(
     most_seconds, start = settings.config.max_time, time.time()
 
     texts = [prompt.tolist() for prompt in prompts]
-    decoder = Decoder(anatomy, stopper, schedule, windows, texts, max(limits), kv_policy, shortlist)
+    decoder = Decoder(anatomy, stopper, schedule, windows, texts, max(limits), kv_policy, shortlist, reader)
     state = decoder.state
     generators = [seeds.generator(text, context.device) for text in texts] if samples else []
     with decoder.attached():

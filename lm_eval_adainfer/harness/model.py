@@ -41,6 +41,7 @@ from lm_eval_adainfer.strategies.base import Schedule
 from lm_eval_adainfer.strategies.fitted import warn_if_foreign
 from lm_eval_adainfer.structure import removal, unwrapping, wrappers
 from lm_eval_adainfer.structure.anatomy import Anatomy
+from lm_eval_adainfer.structure.hashes import signs_hash
 from lm_eval_adainfer.structure.weights import input_device
 from lm_eval_adainfer.structure.windows import Windows
 
@@ -172,11 +173,12 @@ class AdaInferLM(HFLM):
         if strategy.kind != "none" and not strategy.removes_blocks and not self.schedule.blocks:
             eval_logger.warning("check_layers/min_layer: they leave no block to ask the stopper at, so it runs dense")
         warn_if_foreign(strategy, self._model_name(), self.n_blocks, self.anatomy.head_hash())
-        if strategy.removes_blocks:
-            self._drop_blocks()
         self.reader = self.options.reader
         if self.reader.maps is not None:
-            self.reader.maps.require_model(self.n_blocks, self.anatomy.block_hidden_size, self.anatomy.head_hash())
+            width, signs = self.anatomy.block_hidden_size, signs_hash(self.anatomy.model)
+            self.reader.maps.require_model(self.n_blocks, width, self.anatomy.head_hash(), signs)
+        if strategy.removes_blocks:
+            self._drop_blocks()
         if self.schedule.blocks:
             self.anatomy.keep_head_loaded()
         self.engine = Engine(
@@ -467,7 +469,16 @@ class AdaInferLM(HFLM):
     # ------------------------------------------------------------------ rolling and generation
     @_identified
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[Any]:
-        """As HFLM's, every token scored at its own exit block; the saving is counted as if it had been run."""
+        """As HFLM's, every token scored at its own exit block; the saving is counted as if it had been run.
+
+        Raises:
+            AdaInferError: Under ``copy`` and ``sim``, which read a prompt and not each of its tokens.
+        """
+        if self.reader.runs_tokens:
+            raise AdaInferError(
+                f"reader: {self.reader.name} reads the end of a prompt, and loglikelihood_rolling scores every token "
+                "of a text; give reader=head or reader=tuned:FILE"
+            )
         texts: list[list[Row]] = [[] for _ in requests]  # their windows
         for n, (text,) in enumerate([r.args for r in requests]):
             pairs = utils.get_rolling_token_windows(
@@ -509,7 +520,7 @@ class AdaInferLM(HFLM):
             if any(math.isnan(answer.logprob) for answer in row.answers):
                 self._warn_not_finite(row.tokens)
         logprob = sum(answer.logprob for row, _ in parts for answer in row.answers)
-        record = record_of_windows(parts, self.counter, self.stopper, self.schedule, self.fingerprint)
+        record = record_of_windows(parts, self.counter, self.stopper, self.schedule, self.fingerprint, self.reader)
         return Rolling(logprob, record)
 
     @_identified
@@ -635,7 +646,7 @@ class AdaInferLM(HFLM):
             rows = decode(
                 self.anatomy, self.stopper, self.schedule, self._windows, settings, context, mask, max_new,
                 self._max_length_asked, self.tokenizer, stop, self._seeds, self.options.kv_policy,
-                self.options.shortlist,
+                self.options.shortlist, self.reader,
             )  # fmt: skip
         for row, prompt, slots in zip(rows, mask.sum(-1).tolist(), context.tolist(), strict=True):
             if not row.finite:
