@@ -28,8 +28,8 @@ def add_parser(kinds: Any) -> None:
         "--text", nargs="+", metavar="FILE", help="instead of traces: .txt files, or .jsonl with a text in each line"
     )
     parser.add_argument("--examples", type=int, default=4096, help="use at most so many positions or decisions")
-    parser.add_argument("--epochs", type=int, default=1, help="how often the KL sees each example; 0: least squares alone")
-    parser.add_argument("--learning-rate", type=float, default=0.1, help="of the KL, relative to what states vary by")
+    parser.add_argument("--epochs", type=int, default=1, help="how often KL sees an example; 0: least squares alone")
+    parser.add_argument("--learning-rate", type=float, default=0.1, help="of the KL, in units of what states vary by")
     parser.add_argument(
         "--rank",
         type=int,

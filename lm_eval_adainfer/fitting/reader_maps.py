@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 
 WIDEST_WHOLE = 1024  # wider blocks get narrow matrices of NARROW rows, unless rank says otherwise
 NARROW = 128
-_SHRINK = 0.1  # towards the identity, in units of the median direction's sum of squares
+_SHRINKS = (0.1, 0.01, 0.001)  # towards the identity, in units of the median direction's sum of squares
+_JUDGES = 256  # examples that choose one of them, a quarter at most
 _LEAST_SPREAD = 0.01  # of the average, which what a direction varies by is taken for at least
 _BIAS = 0.02  # its share of the learning rate
 _WARM_UP = 0.05  # of the steps, after which the learning rate falls to 0 along a line
@@ -104,7 +105,7 @@ def block_map(
         ``agreement_after`` and ``kept`` (which of the three).
     """
     n, rank = len(x) - n_held, how.rank_for(x.shape[1])
-    squares = least_squares(x[:n], last[:n], rank)
+    squares = least_squares(x[:n], last[:n], rank, _chosen_shrink(lm, x[:n], last[:n], rank))
     found = {"identity": {name: np.zeros_like(array) for name, array in squares.items()}, "least squares": squares}
     if how.epochs:
         found["kl"] = _refined(lm, squares, x[:n], last[:n], block, how)
@@ -120,7 +121,14 @@ def block_map(
     return found[best], figures
 
 
-def least_squares(x: Tensor, last: Tensor, rank: int = 0) -> dict[str, np.ndarray]:
+def _chosen_shrink(lm: AdaInferLM, x: Tensor, last: Tensor, rank: int) -> float:
+    """The one with which a map of the first examples reads the last ones best."""
+    n = len(x) - max(1, min(_JUDGES, len(x) // 4))
+    kl = {s: _held_out(lm, least_squares(x[:n], last[:n], rank, s), x[n:], last[n:]).kl for s in _SHRINKS}
+    return min(kl, key=lambda shrink: kl[shrink])
+
+
+def least_squares(x: Tensor, last: Tensor, rank: int = 0, shrink: float = 0.1) -> dict[str, np.ndarray]:
     """The map x + W x + b closest to the final states, shrunk to the identity (W = 0).
 
     Narrow matrices span what the whole one moves states along most.
@@ -129,13 +137,14 @@ def least_squares(x: Tensor, last: Tensor, rank: int = 0) -> dict[str, np.ndarra
         x: [n, h] states.
         last: [n, h] final states.
         rank: 0 for a whole matrix.
+        shrink: How much a move costs, in units of the median direction's sum of squares.
     """
     mean, mean_last = x.double().mean(0), last.double().mean(0)
     inner = x - mean
     wanted = last - mean_last - inner
     gram = inner.T @ inner
-    shrink = _SHRINK * gram.diagonal().median().clamp(min=1e-6)
-    moved = torch.linalg.solve(gram + shrink * torch.eye(len(gram), dtype=gram.dtype), inner.T @ wanted)  # [h, h]
+    cost = shrink * gram.diagonal().median().clamp(min=1e-6) * torch.eye(len(gram), dtype=gram.dtype)
+    moved = torch.linalg.solve(gram + cost, inner.T @ wanted)  # [h, h]
     if rank:
         fitted = moved.T @ gram @ moved
         along = torch.linalg.eigh(fitted).eigenvectors[:, -rank:]  # [h, r]
