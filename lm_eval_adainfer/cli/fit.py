@@ -1,11 +1,11 @@
-"""``adainfer fit KIND``: fit a stopper on traces, whichever kind it is."""
+"""``adainfer fit KIND``: fit a stopper on traces, whichever kind it is, or a reader."""
 
 from __future__ import annotations
 
 import argparse
 from typing import Any
 
-from lm_eval_adainfer.cli import options
+from lm_eval_adainfer.cli import fit_reader, options
 
 _CLASSIFIERS = {
     "logistic": "logistic regression",
@@ -18,15 +18,16 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     """Add the command to ``adainfer``'s, with a subcommand per kind."""
     parser: argparse.ArgumentParser = commands.add_parser(
         "fit",
-        help="fit a stopper on traces",
+        help="fit a stopper on traces, or a reader",
         description="Fit a stopper on what adainfer trace recorded; `adainfer fit KIND --help` explains each kind. The "
-        "file goes into stopper= of lm_eval --model adainfer.",
+        "file goes into stopper= of lm_eval --model adainfer. The kind reader makes a file for reader=tuned:FILE.",
     )
     kinds = parser.add_subparsers(dest="kind", required=True, metavar="KIND")
     _add_svm(kinds)
     _add_crf(kinds)
     for kind, name in _CLASSIFIERS.items():
         _add_classifier(kinds, kind, name)
+    fit_reader.add_parser(kinds)
     return parser
 
 
@@ -119,6 +120,9 @@ def _add_classifier(kinds: Any, kind: str, name: str) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Fit the stopper, save it, and print what it was fitted on."""
+    if arguments.kind == "reader":
+        fit_reader.run(arguments)
+        return
     from lm_eval_adainfer.fitting import fit
     from lm_eval_adainfer.strategies import files
 

@@ -26,6 +26,7 @@ class Decoded:
         prompt_exit: The block after which the prompt left, where that was decided on its own (``prompts``).
         reads: (block, tokens of the prompt, positions read) of every time that the prompt was read after a block.
         copied_prompt: Tokens of the prompt whose keys and values in later blocks were copied besides.
+        reading: Floating-point operations of the reader's maps, and of decisions about the prompt.
         finite: Whether the logits of all its tokens were finite.
     """
 
@@ -40,6 +41,7 @@ class Decoded:
     prompt_exit: int | None = None
     reads: list[tuple[int, int, int]] = field(default_factory=list)
     copied_prompt: int = 0
+    reading: int = 0
     finite: bool = True
 
     @property
@@ -83,6 +85,7 @@ def record_of(decoded: Decoded, prompt_tokens: int, counter: FlopCounter, finger
         + counter.head(decoded.head_rows)
         + counter.screened(decoded.screened)
         + counter.decisions(decoded.decisions)
+        + decoded.reading
     )
     return ExitRecord(
         exit_layer=layer,

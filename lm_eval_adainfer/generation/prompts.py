@@ -124,7 +124,7 @@ class _Run:
             stops = ask(self.stopper, self.anatomy, after, points, kept, logits).stops
             self.carried.keep(self.flow, kept)
             for r in self.flow:
-                self.state.results[r].decisions += 1
+                self.state.results[r].reading += self.stopper.flops
             leaving = [n for n in asked if stops[n]]
         if not leaving:
             return set()

@@ -25,6 +25,7 @@ from lm_eval_adainfer.errors import AdaInferError, UnsupportedModelError, report
 from lm_eval_adainfer.generation.decoded import record_of
 from lm_eval_adainfer.generation.loop import Seeds, Stop, decode
 from lm_eval_adainfer.generation.probes import prepare
+from lm_eval_adainfer.generation.prompts import PromptExits
 from lm_eval_adainfer.generation.settings import Settings, check_checkpoint
 from lm_eval_adainfer.harness import answer_cache, arguments, identity, metrics, run_record
 from lm_eval_adainfer.harness.answers import LogLikelihood, Rolling, Text
@@ -37,11 +38,14 @@ from lm_eval_adainfer.prefill.forward import first_not_finite, verify
 from lm_eval_adainfer.prefill.planning import Batch
 from lm_eval_adainfer.prefill.probes import Sharing
 from lm_eval_adainfer.prefill.reading import prepared
+from lm_eval_adainfer.readers.base import HEAD
 from lm_eval_adainfer.records import ExitRecord
 from lm_eval_adainfer.strategies.base import Schedule
 from lm_eval_adainfer.strategies.fitted import warn_if_foreign
 from lm_eval_adainfer.structure import removal, unwrapping, wrappers
 from lm_eval_adainfer.structure.anatomy import Anatomy
+from lm_eval_adainfer.structure.hashes import signs_hash
+from lm_eval_adainfer.structure.storing import watch_storing
 from lm_eval_adainfer.structure.weights import input_device
 from lm_eval_adainfer.structure.windows import Windows
 
@@ -94,7 +98,8 @@ class AdaInferLM(HFLM):
             ``dense``.
         kv_policy: What a token that goes deeper than its predecessors did finds in the cache: ``recompute`` (default):
             their blocks are run first, so that it sees exactly the dense model's cache; ``propagate``: their exit
-            states are projected into it (CALM's state copy; approximate, cheaper).
+            states are projected into it (CALM's state copy; approximate, cheaper). With ``reader=copy`` or ``sim`` it
+            is ``propagate``, for the prompt as well.
         head_check: How ``generate_until`` asks the stopper: ``exact`` (default): from the full vocabulary at every
             checked block; ``shortlist`` (or ``shortlist:64``, the number of candidates): from the top tokens of the
             token's previous full check, confirmed by the full vocabulary before it leaves: never sooner than ``exact``.
@@ -105,6 +110,9 @@ class AdaInferLM(HFLM):
             (the prompt's last 1 or 32 tokens run on through the later blocks, the others' keys and values are made
             from their states here), ``sim`` or ``sim:32`` (the first and the last 1 or 32 tokens run on, and see each
             other alone), ``tuned:FILE`` (affine maps written by ``adainfer fit reader``). A stopper file names its own.
+        token_stopper: With ``reader=copy`` or ``sim``, whose ``stopper`` decides how deep the prompt goes: when new
+            tokens stop in ``generate_until`` (``none`` by default; anything that ``stopper`` takes, read by ``head`` or
+            a file's own ``tuned`` reader).
         log_features: Put the features after every block up to the exit into the samples (``--log_samples``);
             default False.
 
@@ -122,15 +130,18 @@ class AdaInferLM(HFLM):
         check_layers: Any = None,
         log_features: bool | str = False,
         generation: str = "early",
-        kv_policy: str = "recompute",
+        kv_policy: str | None = None,
         head_check: str = "exact",
         prefix_cache: int | str = 4096,
         reader: Any = None,
+        token_stopper: Any = None,
         **kwargs: Any,
     ) -> None:
         report_errors_in_one_sentence()
         # before the weights are loaded: a wrong argument should fail at once
-        self.options = Options.read(stopper, log_features, generation, kv_policy, head_check, prefix_cache, reader)
+        self.options = Options.read(
+            stopper, log_features, generation, kv_policy, head_check, prefix_cache, reader, token_stopper
+        )
         strategy = self.options.stopper
         check_stock(kwargs)
         if isinstance(pretrained, os.PathLike):  # which HFLM would take for a model object
@@ -176,27 +187,36 @@ class AdaInferLM(HFLM):
         if strategy.kind != "none" and not strategy.removes_blocks and not self.schedule.blocks:
             eval_logger.warning("check_layers/min_layer: they leave no block to ask the stopper at, so it runs dense")
         warn_if_foreign(strategy, self._model_name(), self.n_blocks, self.anatomy.head_hash())
+        if self.reader.maps is not None:
+            width, signs = self.anatomy.block_hidden_size, signs_hash(self.anatomy.model)
+            self.reader.maps.require_model(self.n_blocks, width, self.anatomy.head_hash(), signs)
         if strategy.removes_blocks:
             self._drop_blocks()
-        if self.reader.maps is not None:
-            self.reader.maps.require_model(self.n_blocks, self.anatomy.block_hidden_size, self.anatomy.head_hash())
         reading = None
         if self.reader.runs_tokens:
             with self._autocast():
                 reading = prepared(self.anatomy, self.reader)
-        if self.schedule.blocks:
+        # what new tokens are asked: with a reader that reads prompts, a strategy of their own
+        self.token_stopper, self.token_schedule, self.token_reader = strategy, self.schedule, self.reader
+        if self.reader.runs_tokens:
+            self.token_stopper = self.options.token_stopper
+            self.token_reader = self.token_stopper.reader or HEAD
+            self.token_schedule = Schedule(self.n_blocks, self.token_stopper, reader=self.token_reader)
+        if self.schedule.blocks or self.token_schedule.blocks:
             self.anatomy.keep_head_loaded()
         self.engine = Engine(
             self.anatomy, strategy, self.schedule, self.softmax_dtype, self.options.log_features, self.reader, reading
         )
         self.counter = FlopCounter(self.anatomy, strategy, self.reader)
+        self.token_counter = FlopCounter(self.anatomy, self.token_stopper, self.reader)
         if reading is not None and reading.storing is not None:
-            self.counter.copied_weights = reading.storing.weights
-        self.generation = generation if self.schedule.blocks else "dense"
-        if self.options.shortlist and strategy.carries:
+            self.counter.copied_weights = self.token_counter.copied_weights = reading.storing.weights
+        self.generation = generation if self.schedule.blocks or self.token_schedule.blocks else "dense"
+        if self.options.shortlist and self.token_stopper.carries:
             raise AdaInferError(
-                f"head_check: shortlist needs a stopper that decides from one block alone, which {strategy.kind} with "
-                f"{', '.join(strategy.features)} does not; use head_check=exact"
+                f"head_check: shortlist needs a stopper that decides from one block alone, which "
+                f"{self.token_stopper.kind} with {', '.join(self.token_stopper.features)} does not; use "
+                "head_check=exact"
             )
         if self.options.shortlist:
             self.anatomy.require_candidates()
@@ -218,6 +238,7 @@ class AdaInferLM(HFLM):
         self._warned_not_finite = False
         self._found_sharing: Sharing | None = None  # found out when something is first shared
         self._windows: Windows | None = None  # watched when generation first exits early
+        self._prompt_exits: PromptExits | None = None  # made then, for a reader that reads prompts
         metrics.install()
 
     # ------------------------------------------------------------------ set-up
@@ -477,7 +498,16 @@ class AdaInferLM(HFLM):
     # ------------------------------------------------------------------ rolling and generation
     @_identified
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[Any]:
-        """As HFLM's, every token scored at its own exit block; the saving is counted as if it had been run."""
+        """As HFLM's, every token scored at its own exit block; the saving is counted as if it had been run.
+
+        Raises:
+            AdaInferError: Under ``copy`` and ``sim``, which read a prompt and not each of its tokens.
+        """
+        if self.reader.runs_tokens:
+            raise AdaInferError(
+                f"reader: {self.reader.name} reads the end of a prompt, and loglikelihood_rolling scores every token "
+                "of a text; give reader=head or reader=tuned:FILE"
+            )
         texts: list[list[Row]] = [[] for _ in requests]  # their windows
         for n, (text,) in enumerate([r.args for r in requests]):
             pairs = utils.get_rolling_token_windows(
@@ -519,7 +549,7 @@ class AdaInferLM(HFLM):
             if any(math.isnan(answer.logprob) for answer in row.answers):
                 self._warn_not_finite(row.tokens)
         logprob = sum(answer.logprob for row, _ in parts for answer in row.answers)
-        record = record_of_windows(parts, self.counter, self.stopper, self.schedule, self.fingerprint)
+        record = record_of_windows(parts, self.counter, self.stopper, self.schedule, self.fingerprint, self.reader)
         return Rolling(logprob, record)
 
     @_identified
@@ -550,7 +580,11 @@ class AdaInferLM(HFLM):
                 self._windows = prepare(self.anatomy)
             if self._windows.missed:
                 eval_logger.warning(f"generation: tokens are laid out {self._windows.layout} ({self._windows.missed})")
-            self.counter.stored_weights = self._windows.stored_weights
+            self.token_counter.stored_weights = self._windows.stored_weights
+            if (reading := self.engine.reading) is not None:
+                storing = reading.storing or watch_storing(self.anatomy)
+                self.token_counter.copied_weights = storing.weights
+                self._prompt_exits = PromptExits(self.stopper, self.schedule, reading, storing)
         if requests and not early and self.schedule.blocks:
             eval_logger.warning("generation=dense: generate_until does not exit early (exit_layer = L)")
         self._generated.clear()
@@ -643,14 +677,14 @@ class AdaInferLM(HFLM):
         assert self._windows is not None
         with self._autocast():
             rows = decode(
-                self.anatomy, self.stopper, self.schedule, self._windows, settings, context, mask, max_new,
+                self.anatomy, self.token_stopper, self.token_schedule, self._windows, settings, context, mask, max_new,
                 self._max_length_asked, self.tokenizer, stop, self._seeds, self.options.kv_policy,
-                self.options.shortlist,
+                self.options.shortlist, self.token_reader, self._prompt_exits,
             )  # fmt: skip
         for row, prompt, slots in zip(rows, mask.sum(-1).tolist(), context.tolist(), strict=True):
             if not row.finite:
                 self._warn_not_finite([*slots[len(slots) - int(prompt) :], *row.tokens[:-1]])
-            self._exit_records.append(record_of(row, int(prompt), self.counter, self.fingerprint))
+            self._exit_records.append(record_of(row, int(prompt), self.token_counter, self.fingerprint))
             self.engine.head_rows += row.head_rows
             self.engine.block_tokens += row.executed
             self.engine.tokens += int(prompt) + len(row.tokens) - 1

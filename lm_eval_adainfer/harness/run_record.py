@@ -27,6 +27,7 @@ def of(lm: Any, sharing: Sharing | None, windows: Windows | None) -> dict[str, A
     policy, candidates = lm.options.kv_policy, lm.options.shortlist
     how = {
         "kv_policy": policy + ("" if KV_POLICIES[policy].exact else " (approximate)"),
+        **({"token_stopper": lm.token_stopper.describe()} if lm.reader.runs_tokens else {}),
         "head_check": f"shortlist:{candidates}" if candidates else "exact",
     }
     return {

@@ -382,7 +382,7 @@ class Engine:
         Returns:
             Per row, the exit block of every scored position.
         """
-        run = TokenExits(self.anatomy, self.stopper, self.checked, self.softmax_dtype, rows)
+        run = TokenExits(self.anatomy, self.stopper, self.checked, self.softmax_dtype, rows, self.reader)
         run_blocks(self.anatomy, padded(self.anatomy, [row.tokens for row in rows]), run.after_block, self._parts)
         self.tokens += sum(len(row.tokens) for row in rows)
         self.block_calls += run.block_calls

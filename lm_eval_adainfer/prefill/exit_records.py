@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from lm_eval_adainfer.counting import FlopCounter
 from lm_eval_adainfer.prefill.documents import Document, Row
+from lm_eval_adainfer.readers.base import HEAD, Reader
 from lm_eval_adainfer.records import ExitRecord
 from lm_eval_adainfer.strategies import features
 from lm_eval_adainfer.strategies.base import Schedule, Stopper
@@ -44,6 +45,7 @@ def record_of_windows(
     stopper: Stopper,
     schedule: Schedule,
     fingerprint: str,
+    reader: Reader = HEAD,
 ) -> ExitRecord:
     """The exit record of a text made of windows, each with its scored tokens' exits; counted as if run.
 
@@ -61,6 +63,9 @@ def record_of_windows(
         if features.needs_head(stopper.features):  # the exit's own check is its score
             flops += counter.head(checks)
         flops += counter.head(row.scored) + (counter.decisions(asked) if stopper.features else 0.0)
+        for depth in exits:  # a translated position is read once, for the check and the score
+            read = {k for k in schedule.blocks if k < depth} if features.needs_head(stopper.features) else set()
+            flops += sum(map(reader.flops, {*read, depth} - {counter.n_blocks}))
         eq2 += sum(counter.flops_ratio(depth, row.decision + j + 1) for j, depth in enumerate(exits))
         layers += exits
     mean = sum(layers) / len(layers)
