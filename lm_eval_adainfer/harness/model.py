@@ -187,9 +187,10 @@ class AdaInferLM(HFLM):
         if strategy.kind != "none" and not strategy.removes_blocks and not self.schedule.blocks:
             eval_logger.warning("check_layers/min_layer: they leave no block to ask the stopper at, so it runs dense")
         warn_if_foreign(strategy, self._model_name(), self.n_blocks, self.anatomy.head_hash())
-        if self.reader.maps is not None:
-            width, signs = self.anatomy.block_hidden_size, signs_hash(self.anatomy.model)
-            self.reader.maps.require_model(self.n_blocks, width, self.anatomy.head_hash(), signs)
+        for reader in (self.reader, self.options.token_stopper.reader):
+            if reader is not None and reader.maps is not None:
+                width, signs = self.anatomy.block_hidden_size, signs_hash(self.anatomy.model)
+                reader.maps.require_model(self.n_blocks, width, self.anatomy.head_hash(), signs)
         if strategy.removes_blocks:
             self._drop_blocks()
         reading = None
