@@ -22,7 +22,7 @@ from lm_eval_adainfer.prefill.rolling import TokenExits
 from lm_eval_adainfer.prefill.scoring import score_points, score_positions
 from lm_eval_adainfer.readers.base import HEAD, Reader
 from lm_eval_adainfer.strategies import features
-from lm_eval_adainfer.strategies.asking import Carried, ask
+from lm_eval_adainfer.strategies.asking import Carried, ask, reads_head
 from lm_eval_adainfer.strategies.base import Schedule, Stopper
 from lm_eval_adainfer.structure.anatomy import Anatomy
 from lm_eval_adainfer.structure.state import BlockState
@@ -135,6 +135,7 @@ class Engine:
             self._run([self._begun([piece], batch.prefix, [batch.owner[i] for i in part])])
             document.exit_layer = piece.exit_layer
             document.head_rows += piece.head_rows
+            document.choice_rows += piece.choice_rows
             document.decisions += piece.decisions
             document.logged += piece.logged
 
@@ -214,7 +215,8 @@ class Engine:
                 self.log.note([(d, j) for d in documents for j in range(len(d.deciders))], state, points, logits)
             if decides:
                 kept = carried.of(rows, state.hidden.device)
-                stops, logits = ask(self.stopper, self.anatomy, state, points, kept, logits)
+                choices = [row.choices or () for row in rows]
+                stops, logits = ask(self.stopper, self.anatomy, state, points, kept, logits, choices=choices)
                 carried.keep(rows, kept)
         if not asks:
             return {}
@@ -222,12 +224,14 @@ class Engine:
             for document in documents:
                 document.exit_layer = k
             return {}
-        needs_head = features.needs_head(self.stopper.features)
+        needs_head = reads_head(self.stopper, self.anatomy)
+        needs_choices = features.needs_choices(self.stopper.features) and not needs_head
         verdict: dict[Document, bool] = {}
-        for (document, _), stop in zip(deciding, stops, strict=True):
+        for (document, row), stop in zip(deciding, stops, strict=True):
             verdict[document] = verdict.get(document, True) and stop
             document.decisions += 1
             document.head_rows += needs_head
+            document.choice_rows += needs_choices * len(row.choices or ())
         self.head_rows += len(deciding) * needs_head
         for document, stop in verdict.items():
             if stop:
@@ -269,13 +273,14 @@ class Engine:
             if not candidates and not self.log.names:
                 break
             rows = [document.rows[i] for i in document.deciders[start : start + batch_size]]
-            rows = [Row(row.tokens[: row.decision + 1], 1) for row in rows]  # the decision reads nothing behind it
+            rows = [Row(row.tokens[: row.decision + 1], 1, choices=row.choices) for row in rows]  # nothing behind it
             probe = Document(rows, list(range(len(rows))))
             self.log.begin(probe)
             candidates = self._stopping_blocks(probe, candidates)
             document.logged += probe.logged
             document.decisions += probe.decisions
             document.head_rows += probe.head_rows
+            document.choice_rows += probe.choice_rows
             document.decided_by += [(probe.exit_layer or 0, len(row.tokens)) for row in rows]
         document.exit_layer = candidates[0] if candidates else self.anatomy.n_blocks
         self.log.cut(document, document.exit_layer)  # these passes may have gone deeper than the document does
