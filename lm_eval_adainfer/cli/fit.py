@@ -51,7 +51,8 @@ def _add_svm(kinds: Any) -> None:
         "--features",
         default="gap,top_prob",
         help="separated by commas, of gap, top_prob, entropy, cos_attn, cos_mlp, cos_hidden, depth, agreement, "
-        "top_prob_change",
+        "top_prob_change; and, where choices have one token each, of choice_gap, choice_top_prob, choice_entropy, "
+        "choice_agreement",
     )
     parser.add_argument(
         "--max_examples", type=int, default=5000, help="SVC is quadratic: use at most so many (instance, block) pairs"

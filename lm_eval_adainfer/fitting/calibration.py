@@ -23,7 +23,7 @@ from scipy.stats import binom
 
 from lm_eval_adainfer.errors import AdaInferError
 from lm_eval_adainfer.strategies.base import Schedule, Stopper
-from lm_eval_adainfer.strategies.features import needs_past
+from lm_eval_adainfer.strategies.features import needs_recorded
 from lm_eval_adainfer.traces.documents import TracedDocuments, exits, read
 from lm_eval_adainfer.traces.file import require_finite
 from lm_eval_adainfer.traces.margins import margins
@@ -213,7 +213,7 @@ class _Part:
 def _read(files: Sequence[Path], stopper: Stopper, loss: str, check_layers: Any) -> tuple[list[_Part], int]:
     parts: list[_Part] = []
     tried: set[tuple[str, str]] = set()
-    used = {*stopper.features, *(["top_prob"] if needs_past(stopper.features) else [])}
+    used = needs_recorded(stopper.features)
     for found in read(files):
         meta = found.meta
         if (meta["task"], meta["split"]) in tried:
@@ -222,7 +222,8 @@ def _read(files: Sequence[Path], stopper: Stopper, loss: str, check_layers: Any)
             )
         tried.add((meta["task"], meta["split"]))
         columns = [i for i, name in enumerate(meta["features"]) if name in used]
-        require_finite(found.path, found.arrays["features"][:, :, columns])
+        names = [meta["features"][i] for i in columns]
+        require_finite(found.path, found.arrays["features"][:, :, columns], names)
         if loss == "gold" and (found.gold < 0).any():
             raise AdaInferError(f"loss: {found.path} has documents without a gold answer; give --loss agreement")
         blocks = Schedule(meta["n_blocks"], stopper, check_layers=check_layers).blocks

@@ -41,13 +41,15 @@ class _Instances:
     block_cost: np.ndarray  # [N, L + 1], of blocks 1..k
     check_cost: float
     head_cost: float
+    check_is_head: bool  # whether a check reads the whole head, so that the one at the exit is the answer's
 
 
 def choose(files: Sequence[Path], stopper: Stopper, count: int | None = None) -> tuple[list[float], Choice, Choice]:
     """Choose blocks greedily: always the one that saves most, until none saves or ``count`` are chosen.
 
     The cost of a decision are the linear maps of the blocks that it runs (its prompt's tokens, or one token where text
-    is being generated; fills of skipped cache entries are not simulated) and hV for every check that reads the head.
+    is being generated; fills of skipped cache entries are not simulated) and hV for every check that reads the head, or
+    hC for one that reads C choices alone.
 
     Args:
         files: Trace files of one model.
@@ -92,16 +94,20 @@ def _read(files: Sequence[Path], stopper: Stopper) -> _Instances:
         tokens = np.where(arrays["position"] > 0, 1, arrays["prompt_tokens"]).astype(np.float64)
         weights = np.concatenate([[0.0], np.cumsum(meta["block_weights"], dtype=np.float64)])
         head = float(meta["hidden_size"] * meta["vocab_size"])
-        check = head if features.needs_head(stopper.features) else 0.0
+        is_head = features.needs_head(stopper.features)
+        check = head if is_head else 0.0
+        if features.needs_choices(stopper.features) and not is_head:
+            check = meta["hidden_size"] * float((arrays["request"] >= 0).sum(axis=1).mean())
         parts.append(
-            _Instances(stops, top == top[:, -1:], tokens[:, None] * weights, check, head)
+            _Instances(stops, top == top[:, -1:], tokens[:, None] * weights, check, head, is_head)
         )
     return _Instances(
         np.concatenate([p.stops for p in parts]),
         np.concatenate([p.agrees for p in parts]),
         np.concatenate([p.block_cost for p in parts]),
-        parts[0].check_cost,
+        float(np.average([p.check_cost for p in parts], weights=[len(p.stops) for p in parts])),
         parts[0].head_cost,
+        parts[0].check_is_head,
     )
 
 
@@ -126,7 +132,7 @@ def _cost(data: _Instances, exits: np.ndarray, blocks: Sequence[int]) -> float:
     """Mean multiplications of a decision; a check at the exit is the token's own head."""
     n, n_blocks = data.stops.shape
     checks = _checks(exits, blocks, n_blocks)
-    final = data.head_cost * ((exits == n_blocks) | (data.check_cost == 0))
+    final = data.head_cost * ((exits == n_blocks) | (not data.check_is_head))
     return float((data.block_cost[np.arange(n), exits] + data.check_cost * checks + final).mean())
 
 

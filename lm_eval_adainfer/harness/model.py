@@ -40,6 +40,7 @@ from lm_eval_adainfer.prefill.probes import Sharing
 from lm_eval_adainfer.prefill.reading import prepared
 from lm_eval_adainfer.readers.base import HEAD
 from lm_eval_adainfer.records import ExitRecord
+from lm_eval_adainfer.strategies import features
 from lm_eval_adainfer.strategies.base import Schedule
 from lm_eval_adainfer.strategies.fitted import warn_if_foreign
 from lm_eval_adainfer.structure import removal, unwrapping, wrappers
@@ -86,10 +87,12 @@ class AdaInferLM(HFLM):
         pretrained: As HFLM's; ``adainfer-demo`` is the small model that ships with the package.
         stopper: When to stop. ``none`` (dense, the default), ``gap`` or ``gap:0.8`` (P(top 1) - P(top 2) exceeds
             it; also ``softmax:0.9``), ``saturation:0.98`` (the hidden state's cosine with the block before exceeds
-            it), ``patience:3`` (the top token of 3 asked blocks in a row is the same), ``fixed:24`` (always after
-            block 24), ``shortgpt:last5`` (without the last 5 blocks), ``shortgpt:bi:8:FILE`` (without the 8 blocks of
-            least Block Influence, as ``adainfer influence`` wrote them to FILE), a built-in name (``svm``: fitted on
-            ``adainfer-demo``), or a stopper file written by ``adainfer fit`` or ``adainfer influence``.
+            it), ``patience:3`` (the top token of 3 asked blocks in a row is the same), ``choice_gap:0.5`` (the gap
+            among choices of one token each exceeds it; ``choice_gap:0.5:3``: after 3 asked blocks in a row),
+            ``fixed:24`` (always after block 24), ``shortgpt:last5`` (without the last 5 blocks), ``shortgpt:bi:8:FILE``
+            (without the 8 blocks of least Block Influence, as ``adainfer influence`` wrote them to FILE), a built-in
+            name (``svm``: fitted on ``adainfer-demo``), or a stopper file written by ``adainfer fit`` or ``adainfer
+            influence``.
         min_layer: No exit before this block (1 to L; default 1).
         check_layers: After which blocks the stopper is asked: ``all`` (default with ``reader=head`` and ``tuned``),
             ``every:2``, or a list ``8+12+16``. With ``copy`` and ``sim``, where asking is dear, the default is those
@@ -221,6 +224,9 @@ class AdaInferLM(HFLM):
             )
         if self.options.shortlist:
             self.anatomy.require_candidates()
+        if features.needs_choices(strategy.features):
+            with self._autocast():
+                _ = self.anatomy.reads_few_tokens  # it takes forwards of its own: now, and not in a run
         self._identified = ""  # the fingerprint, for the length of a run
         if any(weight.device.type == "meta" for weight in self.model.parameters()):
             self.anatomy.weights_hash(self.model)  # it reads offloaded weights once: now, and not in a run
@@ -237,6 +243,7 @@ class AdaInferLM(HFLM):
         self.run_totals: dict[str, Any] = {}
         self._document_keys: list[Any] = []
         self._warned_not_finite = False
+        self._warned_without_choices: set[str] = set()
         self._found_sharing: Sharing | None = None  # found out when something is first shared
         self._windows: Windows | None = None  # watched when generation first exits early
         self._prompt_exits: PromptExits | None = None  # made then, for a reader that reads prompts
@@ -362,6 +369,17 @@ class AdaInferLM(HFLM):
             "maybe others) runs all blocks and has NaN scores; another dtype may help"
         )
 
+    def _warn_without_choices(self, without: int, total: int, what: str) -> None:
+        """Say once where the stopper reads choices that some documents, or texts, do not have."""
+        named = [name for name in self.stopper.features if features.FEATURES[name].choices]
+        if not named or not without or not self.schedule.blocks or what in self._warned_without_choices:
+            return
+        self._warned_without_choices.add(what)
+        eval_logger.warning(
+            f"stopper: it reads {', '.join(named)}, which {without} of {total} {what} do not have (it takes two or "
+            "more choices of one token each); they run dense"
+        )
+
     # ------------------------------------------------------------------ loglikelihood
     @_identified
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[Any]:
@@ -387,6 +405,8 @@ class AdaInferLM(HFLM):
     ) -> list[Any]:
         keys = self._document_keys or [(None, tuple(r[1])) for r in requests]
         documents = self.documents(requests, keys)
+        if self.engine.observer is None:
+            self._warn_without_choices(sum(not d.has_choices for d in documents), len(documents), "documents")
         results: list[LogLikelihood | None] = [None] * len(requests)
         progress = tqdm(
             total=len(requests),
@@ -509,6 +529,7 @@ class AdaInferLM(HFLM):
                 f"reader: {self.reader.name} reads the end of a prompt, and loglikelihood_rolling scores every token "
                 "of a text; give reader=head or reader=tuned:FILE"
             )
+        self._warn_without_choices(len(requests), len(requests), "texts")
         texts: list[list[Row]] = [[] for _ in requests]  # their windows
         for n, (text,) in enumerate([r.args for r in requests]):
             pairs = utils.get_rolling_token_windows(
@@ -575,6 +596,8 @@ class AdaInferLM(HFLM):
                     f"give 1 to {self.max_length - 1}, or a larger max_length"
                 )
         self._check_settings(requests, early)
+        if early:
+            self._warn_without_choices(len(requests), len(requests), "texts")
         if requests and early and self._windows is None:
             with self._autocast():
                 wrappers.require_same_generation(self.anatomy)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,12 +24,24 @@ from lm_eval_adainfer.prefill.rolling import TokenExits
 from lm_eval_adainfer.prefill.scoring import positions_at_once, score_points
 from lm_eval_adainfer.readers.base import HEAD, Reader
 from lm_eval_adainfer.strategies import features
-from lm_eval_adainfer.strategies.asking import Carried, ask
+from lm_eval_adainfer.strategies.asking import Carried, ask, reads_head
 from lm_eval_adainfer.strategies.base import Schedule, Stopper
 from lm_eval_adainfer.structure.anatomy import Anatomy
 from lm_eval_adainfer.structure.state import BlockState
 
 Place = tuple[int, int, int]  # of a row in flow: its batch, its number among the batch's rows, where it decides there
+
+
+class _Read(NamedTuple):
+    """What a check has read at rows' decision positions.
+
+    Attributes:
+        logits: Row -> [V].
+        states: Row -> [h], what norm and head read.
+    """
+
+    logits: dict[Row, Tensor]
+    states: dict[Row, Tensor]
 
 
 class _Underway:
@@ -145,6 +158,7 @@ class Engine:
             self._run([self._begun([piece], batch.prefix, [batch.owner[i] for i in part])])
             document.exit_layer = piece.exit_layer
             document.head_rows += piece.head_rows
+            document.choice_rows += piece.choice_rows
             document.decisions += piece.decisions
             document.reads += piece.reads
             document.logged += piece.logged
@@ -170,7 +184,7 @@ class Engine:
                 for r, (_, row, skip) in enumerate(batch.flow)
             }
             documents = list(dict.fromkeys(d for batch in batches for d, *_ in batch.flow))
-            ready: dict[Row, Tensor] = {}  # logits at its decision position
+            ready = _Read({}, {})
             undecided = [d for d in documents if d.exit_layer is None or (self.log.names and k == n_blocks)]
             if k == n_blocks:
                 for document in documents:
@@ -198,7 +212,7 @@ class Engine:
         at: Mapping[Row, Place],
         carried: Carried,
         asks: bool = True,
-    ) -> dict[Row, Tensor]:
+    ) -> _Read:
         """Ask the stopper for every decider of ``documents``; set ``exit_layer`` of those that stop.
 
         Args:
@@ -209,7 +223,7 @@ class Engine:
             asks: Else features are only logged.
 
         Returns:
-            Logits at the decision positions, for scoring to use again.
+            What was read at the decision positions, for scoring to use again.
         """
         states = [batch.state for batch in batches]
         k, logits = states[0].block, None
@@ -217,62 +231,74 @@ class Engine:
         decides, logs = asks and bool(self.stopper.features), self._logs(k)
         deciding = [(d, d.rows[i]) for d in documents for i in d.deciders]
         stops: list[bool] = []
+        needs_head = reads_head(self.stopper, self.anatomy)
+        needs_choices = features.needs_choices(self.stopper.features) and not needs_head
+        read: Tensor | None = None
         if deciding and (decides or logs):
             rows = [row for _, row in deciding]
             state = BlockState.at(states, [at[row] for row in rows])
             number = torch.arange(len(rows), device=state.hidden.device)
             points = number, torch.zeros_like(number)
-            needs_head = logs or features.needs_head(self.stopper.features)
-            if needs_head:
+            if logs or needs_head or needs_choices:
                 read = self._read(batches, k, [(document, row, 1) for document, row in deciding], at, counts=decides)
-                logits = self.anatomy.logits(read)
             if logs:
-                assert logits is not None
+                assert read is not None
+                logits = self.anatomy.logits(read)
                 self.log.note([(d, j) for d in documents for j in range(len(d.deciders))], state, points, logits)
             if decides:
                 kept = carried.of(rows, state.hidden.device)
-                stops, logits = ask(self.stopper, self.anatomy, state, points, kept, logits)
+                choices = [row.choices or () for row in rows]
+                stops, logits = ask(self.stopper, self.anatomy, state, points, kept, logits, choices=choices, read=read)
                 carried.keep(rows, kept)
         if not asks:
-            return {}
+            return _Read({}, {})
         if not decides:  # fixed:N asks nothing, so documents without a decision follow it too
             for document in documents:
                 document.exit_layer = k
-            return {}
-        needs_head = features.needs_head(self.stopper.features)
+            return _Read({}, {})
         verdict: dict[Document, bool] = {}
-        for (document, _), stop in zip(deciding, stops, strict=True):
+        for (document, row), stop in zip(deciding, stops, strict=True):
             verdict[document] = verdict.get(document, True) and stop
             document.decisions += 1
             document.head_rows += needs_head
+            document.choice_rows += needs_choices * len(row.choices or ())
         self.head_rows += len(deciding) * needs_head
         for document, stop in verdict.items():
             if stop:
                 document.exit_layer = k
-        if not needs_head or logits is None:
-            return {}
-        return {row: logits[n] for n, (_, row) in enumerate(deciding)}
+        rows = [row for _, row in deciding]
+        return _Read(
+            {row: logits[n] for n, row in enumerate(rows)} if needs_head and logits is not None else {},
+            {row: read[n] for n, row in enumerate(rows)} if read is not None else {},
+        )
 
     def _score(
         self,
         batches: Sequence[_Underway],
         documents: Sequence[Document],
         at: Mapping[Row, Place],
-        ready: Mapping[Row, Tensor],
+        ready: _Read,
     ) -> None:
-        """Score the rows in flow of these documents; a decision's logits are not computed twice."""
+        """Score the rows in flow of these documents; what a decision has read and computed is not done twice."""
         rows = [(d, row) for d in documents for row in d.rows if row in at]
-        known = [row for _, row in rows if row in ready]
-        fresh = [(d, row) for d, row in rows if row.scored > (row in ready)]
+        known = [row for _, row in rows if row in ready.logits]
         if known:
-            score_points(torch.stack([ready[row] for row in known]), [(row, 0) for row in known], self.softmax_dtype)
+            logits = torch.stack([ready.logits[row] for row in known])
+            score_points(logits, [(row, 0) for row in known], self.softmax_dtype)
         for document, row in rows:
-            document.head_rows += row.scored - (row in ready)
-        if not fresh:
+            document.head_rows += row.scored - (row in ready.logits)
+        points, parts = [], []
+        there = [row for _, row in rows if row.scored == 1 and row in ready.states and row not in ready.logits]
+        if there:
+            points, parts = [(row, 0) for row in there], [torch.stack([ready.states[row] for row in there])]
+        fresh = [(d, row) for d, row in rows if row.scored > 1 or row not in ready.states]
+        if fresh:
+            points += [(row, j) for _, row in fresh for j in range(row.scored)]
+            parts.append(self._read(batches, batches[0].state.block, [(d, row, row.scored) for d, row in fresh], at))
+        new = [n for n, (row, j) in enumerate(points) if j > 0 or row not in ready.logits]
+        if not new:
             return
-        read = self._read(batches, batches[0].state.block, [(d, row, row.scored) for d, row in fresh], at)
-        points = [(row, j) for _, row in fresh for j in range(row.scored)]
-        new = [n for n, (row, j) in enumerate(points) if j > 0 or row not in ready]
+        read = torch.cat(parts)
         self.head_rows += len(new)
         size = positions_at_once(self.anatomy)
         for start in range(0, len(new), size):
@@ -335,7 +361,7 @@ class Engine:
             if not candidates and not self.log.names:
                 break
             rows = [document.rows[i] for i in document.deciders[start : start + batch_size]]
-            rows = [Row(row.tokens[: row.decision + 1], 1) for row in rows]  # the decision reads nothing behind it
+            rows = [Row(row.tokens[: row.decision + 1], 1, choices=row.choices) for row in rows]  # nothing behind it
             probe = Document(rows, list(range(len(rows))))
             self.log.begin(probe)
             candidates = self._stopping_blocks(probe, candidates)
@@ -343,6 +369,7 @@ class Engine:
             document.decisions += probe.decisions
             document.head_rows += probe.head_rows
             document.reads += probe.reads
+            document.choice_rows += probe.choice_rows
             document.decided_by += [(probe.exit_layer or 0, len(row.tokens)) for row in rows]
         document.exit_layer = candidates[0] if candidates else self.anatomy.n_blocks
         self.log.cut(document, document.exit_layer)  # these passes may have gone deeper than the document does

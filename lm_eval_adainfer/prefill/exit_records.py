@@ -32,6 +32,7 @@ def record_of_document(
         + sum(counter.read(*read) for read in document.reads)
         + sum(counter.blocks(depth, tokens) for depth, tokens in document.decided_by)
         + counter.head(document.head_rows)
+        + counter.screened(document.choice_rows)
         + counter.decisions(document.decisions),
         flops_dense=sum(counter.dense(s) for s in lengths) + counter.head(scored),
         fingerprint=fingerprint,

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lm_eval_adainfer.errors import AdaInferError
 from lm_eval_adainfer.readers.base import HEAD, Reader, default_blocks
-from lm_eval_adainfer.strategies.features import PAST, Observation, Recorded, needs_past, remember
+from lm_eval_adainfer.strategies.features import Observation, Recorded, past_width, remember
 
 
 class Stopper(ABC):
@@ -55,20 +55,19 @@ class Stopper(ABC):
     @property
     def carries(self) -> int:
         """Numbers kept per decision from one asked block to the next: the features' and the strategy's own."""
-        return (PAST if needs_past(self.features) else 0) + self.memory
+        return past_width(self.features) + self.memory
 
     def ask(self, seen: Observation | Recorded, values: Tensor, carried: Tensor | None) -> Tensor:
         """:meth:`margin`, with what is carried from block to block; never positive where a feature is not finite.
 
         Args:
-            seen: What is seen after the block; its ``past`` is a view of ``carried``.
+            seen: What is seen after the block; its pasts are views of ``carried``.
             values: The features there.
             carried: [n, self.carries] float32, changed in place; None where nothing is.
         """
         memory = None if carried is None or not self.memory else carried[:, carried.shape[1] - self.memory :]
         margins = self.margin(seen.block, values, memory)
-        if seen.past is not None:
-            remember(seen)
+        remember(seen)
         return margins.masked_fill(~values.isfinite().all(dim=-1).to(margins.device), -torch.inf)
 
     def wants(self, block: int) -> bool:

@@ -318,6 +318,16 @@ class Anatomy:
                 hook.pre_forward(module)
                 hook.offload = False
 
+    @cached_property
+    def reads_few_tokens(self) -> bool:
+        """Whether :meth:`logits` of a few candidates alone are those of the full head; found out when first asked."""
+        try:
+            with torch.no_grad():
+                self.require_candidates()
+        except UnsupportedModelError:
+            return False
+        return True
+
     def require_candidates(self) -> None:
         """Check that logits of a few candidates alone are those of the full head.
 

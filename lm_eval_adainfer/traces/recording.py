@@ -38,7 +38,7 @@ from lm_eval_adainfer.strategies.features import Observation
 from lm_eval_adainfer.structure.anatomy import Anatomy
 from lm_eval_adainfer.structure.state import BlockState
 from lm_eval_adainfer.tasks.qa import stable_hash
-from lm_eval_adainfer.traces.file import OUTPUT_TYPES, VERSION, read
+from lm_eval_adainfer.traces.file import OUTPUT_TYPES, VERSION, not_finite, read
 from lm_eval_adainfer.traces.splits import SPLITS, documents_of
 
 if TYPE_CHECKING:
@@ -65,7 +65,8 @@ class Recorder:
             device = state.hidden.device
             at = torch.tensor([r for r, _, _ in deciding], device=device)
             positions = torch.tensor([row.decision for _, _, row in deciding], device=device)
-            values, tops = _read(self.anatomy, self.names, state, at, positions)
+            choices = [row.choices or () for _, _, row in deciding]
+            values, tops = _read(self.anatomy, self.names, state, at, positions, choices)
             for (_, document, row), value, top in zip(deciding, values, tops, strict=True):
                 record = self._record(document)
                 record["features"][row.context].append(value)
@@ -148,11 +149,20 @@ class TextRecorder:
 
 
 def _read(
-    anatomy: Anatomy, names: Sequence[str], state: BlockState, rows: Tensor, positions: Tensor
+    anatomy: Anatomy,
+    names: Sequence[str],
+    state: BlockState,
+    rows: Tensor,
+    positions: Tensor,
+    choices: Sequence[Sequence[int]] | None = None,
 ) -> tuple[list[list[float]], list[int]]:
-    """The features and the top tokens at some positions ([n] rows of the state and places in them) after a block."""
+    """The features and the top tokens at some positions ([n] rows of the state and places in them) after a block.
+
+    ``choices`` are the tokens of their choices, where they have any.
+    """
     logits = anatomy.logits(state.hidden[rows, positions])
-    values = features.compute(names, Observation(state, rows, positions, logits)).tolist()
+    of_choices = features.choices_of(logits, choices or [()] * len(rows))
+    values = features.compute(names, Observation(state, rows, positions, logits, choices=of_choices)).tolist()
     return values, logits.argmax(-1).tolist()
 
 
@@ -298,7 +308,7 @@ def _in_parts(
                 progress.update(len(chosen))
             if len(found["top_token"]):
                 parts.append(found)
-                odd = ~np.isfinite(found["features"]).all(axis=(0, 2))
+                odd = not_finite(found["features"], available_features(lm.anatomy)).any(axis=(0, 2))
                 if odd.any() and not warned:
                     warned = True
                     _logger.warning(

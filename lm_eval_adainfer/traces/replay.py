@@ -43,7 +43,7 @@ def load(files: Sequence[str | Path], split: str | None = None) -> list[TracedDo
     traces: list[TracedDocuments] = []
     seen: dict[tuple[str, int, str], Path] = {}
     for trace in documents.read(files):
-        require_finite(trace.path, trace.arrays["features"])
+        require_finite(trace.path, trace.arrays["features"], trace.meta["features"])
         trace.require_scores()
         if trace.setting in seen:
             raise AdaInferError(
@@ -173,7 +173,7 @@ def replay(
 
 def _quantiles(found: Any) -> list[float]:
     """Thresholds from the strictest (never) to the loosest (always), the strategy's own among them."""
-    everything = np.concatenate([m[~np.isnan(m)] for m in found])
+    everything = np.concatenate([m[np.isfinite(m)] for m in found])  # where none has choices, none of the choices stops
     if len(everything) == 0:
         return [0.0]
     cuts = np.quantile(everything, np.linspace(1, 0, SWEEP_POINTS))
