@@ -6,13 +6,18 @@ import random
 
 import pytest
 import torch
-from helpers.models import FAMILIES, make_model
+from helpers.models import FAMILIES, byte_tokenizer, make_model
 from helpers.reference import read_score
 from helpers.stoppers import ScriptedByState
 from helpers.tasks import instance
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from lm_eval_adainfer.errors import AdaInferError
 from lm_eval_adainfer.harness.model import AdaInferLM
+from lm_eval_adainfer.prefill.documents import Row
+from lm_eval_adainfer.prefill.forward import Forward, padded
+from lm_eval_adainfer.prefill.reading import Spot
 
 READERS = ("copy:1", "copy:3", "sim:1", "sim:3")
 NO_COPY, NO_SIM = {"mamba"}, {"bloom", "mpt", "mamba"}  # no plain cache; no position ids (alibi)
@@ -154,3 +159,91 @@ def test_coarse_dtypes_answer_as_float32_to_their_rounding(reader, dtype, tokeni
 def test_families_that_cannot_be_read_so_are_refused(family, reader, tokenizer):
     with pytest.raises(AdaInferError, match=rf"^reader: \w+ can't be read by {reader[:3]}.*; use head or tuned$"):
         lm_of(make_model(family, vocab_size=257), tokenizer, stopper="gap:0.8", reader=reader)
+
+
+def test_checks_that_cost_more_than_a_tenth_of_the_dense_work_are_warned_of(tokenizer, caplog):
+    model, requests = make_model("llama", vocab_size=257), asked()
+    for options, warned in (({"reader": "copy", "check_layers": "all"}, True), ({"check_layers": "all"}, False)):
+        lm = lm_of(model, tokenizer, stopper="gap:1.0", **options)
+        caplog.clear()
+        for _ in range(2):
+            lm.loglikelihood(requests, True)
+        said = [r.getMessage() for r in caplog.records if r.getMessage().startswith("check_layers: asking under")]
+        assert len(said) == warned
+        # the figure is what such a run is counted to cost, dense work not included
+        if warned:
+            more = lm.loglikelihood(requests, True)[0].exit_record
+            assert "after block 1, 2, 3, 4 costs" in said[0] and more.flops_ratio_total > 1.1
+
+
+def test_asked_blocks_are_placed_late_where_nobody_names_them(tokenizer):
+    model = make_model("llama", vocab_size=257, num_hidden_layers=20)
+    blocks = {
+        name: lm_of(model, tokenizer, **options).schedule.blocks
+        for name, options in {
+            "copy": {"stopper": "gap:0.8", "reader": "copy"},
+            "sim": {"stopper": "gap:0.8", "reader": "sim:4", "min_layer": 16},
+            "named": {"stopper": "gap:0.8", "reader": "copy", "check_layers": "4+9"},
+            "all": {"stopper": "gap:0.8", "reader": "copy", "check_layers": "all"},
+            "head": {"stopper": "gap:0.8"},
+            "fixed": {"stopper": "fixed:3", "reader": "copy"},
+        }.items()
+    }
+    assert blocks["copy"] == (13, 15, 17, 19) and blocks["sim"] == (17, 19)
+    assert blocks["named"] == (4, 9) and blocks["fixed"] == (3,)
+    assert blocks["all"] == blocks["head"] == tuple(range(1, 20))
+
+
+@settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    reader=st.sampled_from(["copy:1", "copy:3", "copy:9", "sim:1", "sim:3", "sim:9"]),
+    k=st.integers(1, 4),
+    prompt=st.integers(1, 20),
+    positions=st.integers(1, 5),
+)
+def test_what_a_reading_costs_is_what_hooks_count(reader, k, prompt, positions, counted_lm):
+    """FLOPs of linear maps and of attention, of one row that is read at some positions."""
+    lm = counted_lm(reader)
+    reading, row = lm.engine.reading, Row(list(range(5, 5 + prompt + positions - 1)), positions)
+    forward = Forward(lm.anatomy, padded(lm.anatomy, [row.tokens]))
+    for _ in range(k):
+        forward.advance()
+    spent, pairs, handles = 0, [], []
+
+    def linear(module, args, output):
+        nonlocal spent
+        spent += 2 * module.weight.numel() * args[0].shape[:-1].numel()
+
+    for block in lm.anatomy.blocks:
+        handles += [m.register_forward_hook(linear) for m in block.modules() if isinstance(m, torch.nn.Linear)]
+        handles.append(block.self_attn.o_proj.register_forward_hook(lambda m, args, out: pairs.append(args[0].shape[1])))
+    idle = {id(module) for some in (reading.storing.idle if reading.storing else []) for module, _ in some}
+    before, tokens = spent, 0
+    reading.read(k, forward.hidden, None, [Spot(0, row, 0, positions)])
+    for handle in handles:
+        handle.remove()
+    # a stand-in for an idle map is called with the tokens that are only stored, and computes nothing
+    tokens = max(0, prompt - reading.reader.window) if reader.startswith("copy") else 0
+    nothing = sum(2 * m.weight.numel() * tokens for b in lm.anatomy.blocks[k:] for m in b.modules() if id(m) in idle)
+    queries = sum(pairs)
+    assert queries == (lm.n_blocks - k) * lm.counter.run_on(prompt, positions)
+    run = lm.counter.run_on(prompt, positions)
+    first = prompt + positions - 1 - run if reader.startswith("copy") else 0
+    attended = (lm.n_blocks - k) * sum(first + n + 1 for n in range(run)) * 4 * 32
+    assert lm.counter.read(k, prompt, positions) == spent - before - nothing + attended
+
+
+@pytest.fixture(scope="module")
+def counted_lm():
+    """An early-exit model per reader, made once."""
+    made = {}
+
+    def of(reader):
+        if reader not in made:
+            made[reader] = AdaInferLM(
+                pretrained=make_model("llama", vocab_size=257), tokenizer=byte_tokenizer(), stopper="gap:0.8",
+                reader=reader, max_length=64,
+            )  # fmt: skip
+        return made[reader]
+
+    return of

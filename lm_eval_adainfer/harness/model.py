@@ -33,7 +33,7 @@ from lm_eval_adainfer.harness.options import Options, check_stock
 from lm_eval_adainfer.prefill import planning, probes
 from lm_eval_adainfer.prefill.documents import Answer, Document, Row
 from lm_eval_adainfer.prefill.engine import Engine
-from lm_eval_adainfer.prefill.exit_records import record_of_document, record_of_windows
+from lm_eval_adainfer.prefill.exit_records import record_of_document, record_of_windows, share_of_checks
 from lm_eval_adainfer.prefill.forward import first_not_finite, verify
 from lm_eval_adainfer.prefill.planning import Batch
 from lm_eval_adainfer.prefill.probes import Sharing
@@ -56,6 +56,7 @@ if TYPE_CHECKING:
 eval_logger = logging.getLogger(__name__)
 
 DEMO = "adainfer-demo"
+_DEAR = 0.1  # of the dense work: checks that cost more are warned of
 
 TokenRequest = tuple["tuple[str, str] | None", list[int], list[int]]
 
@@ -243,6 +244,7 @@ class AdaInferLM(HFLM):
         self.run_totals: dict[str, Any] = {}
         self._document_keys: list[Any] = []
         self._warned_not_finite = False
+        self._warned_of_dear_checks = False
         self._warned_without_choices: set[str] = set()
         self._found_sharing: Sharing | None = None  # found out when something is first shared
         self._windows: Windows | None = None  # watched when generation first exits early
@@ -407,6 +409,7 @@ class AdaInferLM(HFLM):
         documents = self.documents(requests, keys)
         if self.engine.observer is None:
             self._warn_without_choices(sum(not d.has_choices for d in documents), len(documents), "documents")
+        self._warn_of_dear_checks(documents)
         results: list[LogLikelihood | None] = [None] * len(requests)
         progress = tqdm(
             total=len(requests),
@@ -434,6 +437,19 @@ class AdaInferLM(HFLM):
         finally:
             progress.close()
         return results
+
+    def _warn_of_dear_checks(self, documents: Sequence[Document]) -> None:
+        """Say once where asking a reader that runs tokens may cost more than it is likely to save."""
+        if not (self.reader.runs_tokens and self.stopper.features) or self._warned_of_dear_checks:
+            return
+        share = share_of_checks(documents, self.counter, self.schedule)
+        if share > _DEAR:
+            self._warned_of_dear_checks = True
+            blocks = ", ".join(map(str, self.schedule.blocks))
+            eval_logger.warning(
+                f"check_layers: asking under reader={self.reader.name} after block {blocks} costs {share:.0%} of the "
+                "dense work of a document that does not leave (counted); fewer or later blocks cost less"
+            )
 
     def documents(self, requests: Sequence[TokenRequest], keys: Sequence[Any]) -> list[Document]:
         """Group tokenised requests into documents, one row per distinct (context, continuation[:-1]).

@@ -40,6 +40,16 @@ def record_of_document(
     )
 
 
+def share_of_checks(documents: Sequence[Document], counter: FlopCounter, schedule: Schedule) -> float:
+    """What asking about all of these documents costs, over their dense work, where none of them leaves; counted."""
+    dense = checks = 0.0
+    for document in documents:
+        dense += sum(counter.dense(len(row.tokens)) + counter.head(row.scored) for row in document.rows)
+        for row in (document.rows[i] for i in document.deciders):
+            checks += sum(counter.read(k, row.decision + 1, 1) + counter.head(1) for k in schedule.blocks)
+    return checks / dense if dense else 0.0
+
+
 def record_of_windows(
     windows: Sequence[tuple[Row, list[int]]],
     counter: FlopCounter,
