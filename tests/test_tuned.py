@@ -203,6 +203,9 @@ def test_another_model_is_refused(lm, tokenizer, change, word):
     change(other)
     tuned = Reader("tuned", maps=drawn(info=info_of(lm)))
     refused(lambda: lm_of(other, tokenizer, reader=tuned), "reader", word)
+    if word == "output head":  # which is all that some files know
+        tuned = Reader("tuned", maps=drawn(info={"head_hash": lm.anatomy.head_hash()}))
+        refused(lambda: lm_of(other, tokenizer, reader=tuned), "reader", word)
     shorter = make_model("llama", vocab_size=V, max_position_embeddings=256, num_hidden_layers=3, hidden_size=H)
     refused(lambda: lm_of(shorter, tokenizer, reader=tuned), "reader", "4 blocks", "3")
 
@@ -289,7 +292,8 @@ def test_generated_tokens_are_asked_and_chosen_under_the_reader(stopper, options
             assert result.tokens[n] == expected.argmax().item()
             if isinstance(asks, GapStopper) and not options.get("shortlist"):
                 gaps = [
-                    tuned_logits(model, anatomy, maps, ids, k)[-1].softmax(-1).topk(2).values for k in range(1, layer + 1)
+                    tuned_logits(model, anatomy, maps, ids, k)[-1].softmax(-1).topk(2).values
+                    for k in range(1, layer + 1)
                 ]
                 stops = [(top[0] - top[1]).item() > 0.15 for top in gaps]
                 assert not any(stops[:-1]) and (layer == L or stops[-1])
@@ -403,7 +407,7 @@ def test_traced_states_serve_as_well(lm, tmp_path):
     assert (found.n, found.n_held_out, found.described["documents"]) == (60, 6, 20)
     states = reader_examples.stored(found, tmp_path / "s", L, H)
     mine = torch.stack([states(k) for k in range(1, L + 1)], dim=1)
-    assert sorted(map(tuple, mine.flatten(1).tolist())) == sorted(map(tuple, hidden.reshape(60, -1).astype(float).tolist()))
+    assert sorted(mine.flatten(1).tolist()) == sorted(hidden.reshape(60, -1).astype(float).tolist())
     maps = reader.fit(lm, found, tmp_path / "r", Training(epochs=0))
     assert maps.info["tasks"] == ["t"]
     assert maps.info["held_out"][1]["kl_after"] < 0.05  # block 2 needs no more than a bias
