@@ -303,6 +303,18 @@ def test_generated_tokens_are_asked_and_chosen_under_the_reader(stopper, options
             assert result.reading == sum(maps.flops(k) for layer in result.layers for k in range(1, layer + 1))
 
 
+def test_the_maps_of_generated_tokens_are_counted(model, tokenizer):
+    """Identity maps generate what the head does, so that the operations of the maps are all that is added."""
+    prompts = [instance(TEXT[:n], {"until": [], "max_gen_toks": 6}, n, kind="generate_until") for n in (9, 14)]
+    found = []
+    for one in (HEAD, Reader("tuned", maps=nothing())):
+        ours = lm_of(model, tokenizer, stopper="fixed:2", reader=one)
+        texts = ours.generate_until(prompts, True)
+        found.append([t.exit_record.flops for t in texts])
+        new = ours.generated_tokens
+    assert sum(found[1]) - sum(found[0]) == new * nothing().flops(2)
+
+
 # ------------------------------------------------------------------ fitting
 def text_file(path, words=400, seed=0):
     rng = np.random.default_rng(seed)
@@ -341,6 +353,17 @@ def test_a_fit_says_what_its_maps_are_worth(lm, tmp_path):
     assert figures[-1]["kl_after"] < figures[-1]["kl_before"]
     assert maps.info["head_hash"] == lm.anatomy.head_hash() and maps.info["texts"] == ["t.txt"]
     maps.require_model(L, H, lm.anatomy.head_hash(), signs_hash(lm.anatomy.model))
+
+
+@pytest.mark.parametrize("family", ["gpt2", "gemma2", "opt-post-norm-projected", "qwen3_moe", "bloom"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_maps_are_fitted_by_structure(tokenizer, tmp_path, family, dtype):
+    lm = lm_of(make_model(family, vocab_size=V, max_position_embeddings=256).to(dtype), tokenizer)
+    maps = a_fit(lm, tmp_path, tmp_path / "r", Training(epochs=1, rank=2))
+    figures = maps.info["held_out"]
+    assert len(figures) == lm.n_blocks - 1 == maps.n_blocks - 1
+    assert maps.hidden_size == lm.anatomy.block_hidden_size
+    assert any(row["kl_after"] < row["kl_before"] for row in figures)
 
 
 def test_a_killed_fit_goes_on_to_what_a_whole_one_makes(lm, tmp_path, monkeypatch):
