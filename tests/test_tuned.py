@@ -454,7 +454,25 @@ def test_traces_that_do_not_serve_are_refused(lm, tokenizer, tmp_path):
     refused(lambda: reader_examples.of_traces(other, [tmp_path / "good.trace"], 100, 0), "model_args", "another model")
 
 
+def test_a_full_disk_is_told_before_anything_runs(lm, tmp_path, monkeypatch):
+    usage = reader_examples.shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(reader_examples.shutil, "disk_usage", lambda _: usage._replace(free=1000))
+    refused(lambda: a_fit(lm, tmp_path, tmp_path / "r"), "output", "no room")
+
+
 # ------------------------------------------------------------------ the command
+def test_an_interrupted_command_says_that_it_goes_on(folder, tmp_path, capsys, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(reader, "block_map", interrupted)
+    text, model = str(text_file(tmp_path / "t.txt")), f"pretrained={folder},dtype=float32,max_length=64"
+    arguments = ["-a", model, "--device", "cpu", "--text", text, "--examples", "100", "-o", str(tmp_path / "r")]
+    assert main.main(["fit", "reader", *arguments]) == 130
+    assert "finished blocks are kept, and the same command goes on" in capsys.readouterr().err
+    assert reader.parts_folder(tmp_path / "r").is_dir()
+
+
 def test_the_command_writes_a_reader_that_runs_read_with(folder, tmp_path, capsys):
     text = text_file(tmp_path / "t.txt")
     arguments = ["-a", f"pretrained={folder},dtype=float32,max_length=64", "--device", "cpu", "--text", str(text)]
