@@ -203,6 +203,9 @@ def test_another_model_is_refused(lm, tokenizer, change, word):
     change(other)
     tuned = Reader("tuned", maps=drawn(info=info_of(lm)))
     refused(lambda: lm_of(other, tokenizer, reader=tuned), "reader", word)
+    if word == "output head":  # which is all that some files know
+        tuned = Reader("tuned", maps=drawn(info={"head_hash": lm.anatomy.head_hash()}))
+        refused(lambda: lm_of(other, tokenizer, reader=tuned), "reader", word)
     shorter = make_model("llama", vocab_size=V, max_position_embeddings=256, num_hidden_layers=3, hidden_size=H)
     refused(lambda: lm_of(shorter, tokenizer, reader=tuned), "reader", "4 blocks", "3")
 
@@ -289,7 +292,8 @@ def test_generated_tokens_are_asked_and_chosen_under_the_reader(stopper, options
             assert result.tokens[n] == expected.argmax().item()
             if isinstance(asks, GapStopper) and not options.get("shortlist"):
                 gaps = [
-                    tuned_logits(model, anatomy, maps, ids, k)[-1].softmax(-1).topk(2).values for k in range(1, layer + 1)
+                    tuned_logits(model, anatomy, maps, ids, k)[-1].softmax(-1).topk(2).values
+                    for k in range(1, layer + 1)
                 ]
                 stops = [(top[0] - top[1]).item() > 0.15 for top in gaps]
                 assert not any(stops[:-1]) and (layer == L or stops[-1])
@@ -297,6 +301,18 @@ def test_generated_tokens_are_asked_and_chosen_under_the_reader(stopper, options
             assert result.reading == sum(maps.flops(layer) for layer in result.layers)
         else:
             assert result.reading == sum(maps.flops(k) for layer in result.layers for k in range(1, layer + 1))
+
+
+def test_the_maps_of_generated_tokens_are_counted(model, tokenizer):
+    """Identity maps generate what the head does, so that the operations of the maps are all that is added."""
+    prompts = [instance(TEXT[:n], {"until": [], "max_gen_toks": 6}, n, kind="generate_until") for n in (9, 14)]
+    found = []
+    for one in (HEAD, Reader("tuned", maps=nothing())):
+        ours = lm_of(model, tokenizer, stopper="fixed:2", reader=one)
+        texts = ours.generate_until(prompts, True)
+        found.append([t.exit_record.flops for t in texts])
+        new = ours.generated_tokens
+    assert sum(found[1]) - sum(found[0]) == new * nothing().flops(2)
 
 
 # ------------------------------------------------------------------ fitting
@@ -337,6 +353,17 @@ def test_a_fit_says_what_its_maps_are_worth(lm, tmp_path):
     assert figures[-1]["kl_after"] < figures[-1]["kl_before"]
     assert maps.info["head_hash"] == lm.anatomy.head_hash() and maps.info["texts"] == ["t.txt"]
     maps.require_model(L, H, lm.anatomy.head_hash(), signs_hash(lm.anatomy.model))
+
+
+@pytest.mark.parametrize("family", ["gpt2", "gemma2", "opt-post-norm-projected", "qwen3_moe", "bloom"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_maps_are_fitted_by_structure(tokenizer, tmp_path, family, dtype):
+    lm = lm_of(make_model(family, vocab_size=V, max_position_embeddings=256).to(dtype), tokenizer)
+    maps = a_fit(lm, tmp_path, tmp_path / "r", Training(epochs=1, rank=2))
+    figures = maps.info["held_out"]
+    assert len(figures) == lm.n_blocks - 1 == maps.n_blocks - 1
+    assert maps.hidden_size == lm.anatomy.block_hidden_size
+    assert any(row["kl_after"] < row["kl_before"] for row in figures)
 
 
 def test_a_killed_fit_goes_on_to_what_a_whole_one_makes(lm, tmp_path, monkeypatch):
@@ -403,7 +430,7 @@ def test_traced_states_serve_as_well(lm, tmp_path):
     assert (found.n, found.n_held_out, found.described["documents"]) == (60, 6, 20)
     states = reader_examples.stored(found, tmp_path / "s", L, H)
     mine = torch.stack([states(k) for k in range(1, L + 1)], dim=1)
-    assert sorted(map(tuple, mine.flatten(1).tolist())) == sorted(map(tuple, hidden.reshape(60, -1).astype(float).tolist()))
+    assert sorted(mine.flatten(1).tolist()) == sorted(hidden.reshape(60, -1).astype(float).tolist())
     maps = reader.fit(lm, found, tmp_path / "r", Training(epochs=0))
     assert maps.info["tasks"] == ["t"]
     assert maps.info["held_out"][1]["kl_after"] < 0.05  # block 2 needs no more than a bias
@@ -427,7 +454,25 @@ def test_traces_that_do_not_serve_are_refused(lm, tokenizer, tmp_path):
     refused(lambda: reader_examples.of_traces(other, [tmp_path / "good.trace"], 100, 0), "model_args", "another model")
 
 
+def test_a_full_disk_is_told_before_anything_runs(lm, tmp_path, monkeypatch):
+    usage = reader_examples.shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(reader_examples.shutil, "disk_usage", lambda _: usage._replace(free=1000))
+    refused(lambda: a_fit(lm, tmp_path, tmp_path / "r"), "output", "no room")
+
+
 # ------------------------------------------------------------------ the command
+def test_an_interrupted_command_says_that_it_goes_on(folder, tmp_path, capsys, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(reader, "block_map", interrupted)
+    text, model = str(text_file(tmp_path / "t.txt")), f"pretrained={folder},dtype=float32,max_length=64"
+    arguments = ["-a", model, "--device", "cpu", "--text", text, "--examples", "100", "-o", str(tmp_path / "r")]
+    assert main.main(["fit", "reader", *arguments]) == 130
+    assert "finished blocks are kept, and the same command goes on" in capsys.readouterr().err
+    assert reader.parts_folder(tmp_path / "r").is_dir()
+
+
 def test_the_command_writes_a_reader_that_runs_read_with(folder, tmp_path, capsys):
     text = text_file(tmp_path / "t.txt")
     arguments = ["-a", f"pretrained={folder},dtype=float32,max_length=64", "--device", "cpu", "--text", str(text)]

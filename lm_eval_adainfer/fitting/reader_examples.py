@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +33,7 @@ WINDOW = 1024  # tokens of a window at most, which is what a forward's memory an
 _RUN_PER_EXAMPLE = 4  # tokens are run for each that is taken, so that examples come from more texts
 _PIECE = 2**16  # characters of a text that are tokenised together
 _HELD_OUT = 10  # one window or document of so many
+_logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -195,12 +198,18 @@ def stored(examples: Examples, path: Path, n_blocks: int, hidden_size: int) -> C
         Block (from 1) to its states [N, h], float32.
 
     Raises:
-        AdaInferError: Where the file can't be written, or states are not finite.
+        AdaInferError: Where the file can't be written or has no room, or states are not finite.
     """
     shape = (n_blocks, examples.n, hidden_size)
     try:
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
+            needed = 4 * n_blocks * examples.n * hidden_size
+            if needed > shutil.disk_usage(path.parent).free:  # a mapped file that finds no room ends the process
+                raise AdaInferError(
+                    f"output: {path.parent} has no room for {needed / 1e6:,.0f} MB of states; give fewer examples"
+                )
+            _logger.info("%s holds %.0f MB of states until the reader is finished", path.parent, needed / 1e6)
             partial = path.with_suffix(".partial")
             array = np.memmap(partial, np.float32, "w+", shape=shape)
             examples.write(array)

@@ -1,8 +1,7 @@
 """One block's affine map: least squares towards the final states, shrunk to the identity, and then KL (2303.08112).
 
-Gradients of the KL alone need millions of examples to come as far as the closed form gets with thousands: norm and head
-make its surface steep along few directions, and states vary by very different amounts along theirs. So the KL, which is
-what counts, is what refines and what judges.
+With thousands of examples and not millions, gradients of the KL alone do not come near what the closed form gives:
+states vary along few directions by far the most. So the KL, which is what counts, refines and judges (docs/readers.md).
 """
 
 from __future__ import annotations
