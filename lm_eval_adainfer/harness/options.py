@@ -33,6 +33,7 @@ class Options:
         kv_policy: A key of ``KV_POLICIES``.
         shortlist: Candidates per token of ``head_check=shortlist``; 0 for ``exact``.
         prefix_cache: Tokens of a prefix at most; 0 for none.
+        pilot: Documents of a task that are also answered dense.
         reader: How blocks are read.
     """
 
@@ -42,6 +43,7 @@ class Options:
     kv_policy: str
     shortlist: int
     prefix_cache: int
+    pilot: int
     reader: Reader
 
     @classmethod
@@ -53,6 +55,7 @@ class Options:
         kv_policy: Any,
         head_check: Any,
         prefix_cache: Any,
+        pilot: Any,
         reader: Any = None,
     ) -> Options:
         """The arguments as they come from a command line or a script.
@@ -68,8 +71,10 @@ class Options:
         candidates = _shortlist(head_check)
         if not str(prefix_cache).isdecimal():
             raise AdaInferError(f"prefix_cache: {prefix_cache!r} is no number of tokens; give 0 or more")
+        if not str(pilot).isdecimal():
+            raise AdaInferError(f"pilot: {pilot!r} is no number of documents; give 0 or more")
         found = readers.resolve(reader, strategy.reader)
-        return cls(strategy, logs, generation, kv_policy, candidates, int(prefix_cache), found)
+        return cls(strategy, logs, generation, kv_policy, candidates, int(prefix_cache), int(pilot), found)
 
 
 def check_stock(options: Mapping[str, Any]) -> None:
