@@ -11,7 +11,9 @@ from fractions import Fraction
 from pathlib import Path
 
 import datasets
+import numpy as np
 import pytest
+import torch
 from helpers.models import lm_of, make_model
 from helpers.processes import execute, in_two_processes
 from helpers.tasks import documents, make_task, our_tasks
@@ -24,6 +26,7 @@ from lm_eval.evaluator import evaluate
 
 from lm_eval_adainfer.errors import AdaInferError
 from lm_eval_adainfer.harness import pilot
+from lm_eval_adainfer.strategies.shortgpt import ShortGPTStopper
 
 TEXTS = {"until": ["\n"], "max_gen_toks": 4}
 EXACT = [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}]
@@ -159,8 +162,6 @@ def test_a_single_continuation_is_kept_where_the_top_token_and_the_greedy_flag_a
     assert pilot_of(early)["tasks"]["continuation"]["kept"] == sum(same) < 16
     lm = lm_of(model, tokenizer)
     (found,) = lm.loglikelihood([Instance("loglikelihood", {}, ("a fox", " x"), 0, ("t", 0, 1))], True)
-    import torch
-
     with torch.no_grad():
         logits = model(torch.tensor([lm._encode_pair("a fox", " x")[0]])).logits[0, -1]
     assert found.top == int(logits.argmax())
@@ -255,17 +256,20 @@ def test_parts_of_several_processes_are_added_up():
 
 # ------------------------------------------------------------------ who has none
 @pytest.mark.parametrize(
-    "options", [{"stopper": "none"}, {"stopper": "fixed:1", "pilot": 0}, {"stopper": "shortgpt:bi:0"}, {}], ids=str
+    "options",
+    [{}, {"stopper": "fixed:1", "pilot": 0}, {"stopper": "gap:0.3", "check_layers": "5"}, {"stopper": "shortgpt:bi"}],
+    ids=["none", "pilot=0", "never asked", "blocks taken out"],
 )
-def test_without_exits_or_with_pilot_0_nothing_is_run_twice(options, model, tokenizer, caplog):
-    if options.get("stopper", "").startswith("shortgpt"):
-        options = {"stopper": "gap:0.3", "check_layers": "5"}  # block L is never asked
+def test_without_exits_or_with_pilot_0_every_document_runs_once(options, model, tokenizer, caplog):
+    if options.get("stopper") == "shortgpt:bi":
+        options = {"stopper": ShortGPTStopper({"influence": np.array([0.5, 0.1, 0.5, 0.5, 0.5])}, drop=1)}
+    lm = lm_of(model, tokenizer, max_length=400, batch_size=1, prefix_cache=0, **options)
     ran = []
-    handle = model.model.layers[0].register_forward_pre_hook(lambda m, args: ran.append(args[0].shape[0]))
-    found = run(model, tokenizer, [choices(6)], batch_size=1, prefix_cache=0, **options)
-    handle.remove()
+    lm.anatomy.blocks[0].register_forward_pre_hook(lambda m, args: ran.append(args[0].shape[1]))
+    task = choices(6)
+    found = simple_evaluate(lm, tasks=[task], bootstrap_iters=0, task_manager=our_tasks())
     assert pilot_of(found) is None and not warnings(caplog)
-    assert sum(ran[-6:]) >= 6
+    assert sum(ran) == found["config"]["adainfer"]["tokens_counted"]
 
 
 def test_rolling_texts_have_no_pilot_and_dense_texts_neither(model, tokenizer, caplog):
@@ -428,26 +432,26 @@ def test_the_command_warns_too(folder, tmp_path, monkeypatch, only_our_tasks, ca
 
 
 def test_two_processes_share_it(folder, tmp_path):
-    tasks = "adainfer_demo_fact,adainfer_demo_plural_generate"
-    found = {}
-    for n in (0, 16):
-        where = tmp_path / str(n)
-        done = in_two_processes(
-            "-m", "lm_eval_adainfer", "--model", "adainfer",
-            "--model_args", f"pretrained={folder},dtype=float32,stopper=fixed:1,pilot={n}",
-            "--tasks", tasks, "--limit", "19", "--batch_size", "4", "--device", "cpu",
-            "--output_path", str(where), "--log_samples",
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr[-2000:]
-        (file,) = where.rglob("results_*.json")
-        found[n] = json.loads(file.read_text())
-        assert done.stderr.count("pilot: early exit") == (n > 0) * sum(
-            task["kept"] <= 11 for task in (pilot_of(found[n]) or {"tasks": {}})["tasks"].values()
-        )
-    shares = pilot_of(found[16])
-    assert {name: task["documents"] for name, task in shares["tasks"].items()} == dict.fromkeys(tasks.split(","), 16)
-    assert pilot_of(found[0]) is None and "pilot: " in done.stderr
-    for key in ("results", "n-samples"):
-        assert found[0][key] == found[16][key]
-    counts = [{k: v for k, v in f["config"]["adainfer"].items() if k.endswith("_counted")} for f in found.values()]
-    assert counts[0] == counts[1]
+    tasks = ["adainfer_demo_fact", "adainfer_demo_plural_generate"]
+    done = in_two_processes(
+        "-m", "lm_eval_adainfer", "--model", "adainfer",
+        "--model_args", f"pretrained={folder},dtype=float32,stopper=fixed:1",
+        "--tasks", ",".join(tasks), "--limit", "20", "--batch_size", "4", "--device", "cpu",
+        "--output_path", str(tmp_path),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    (file,) = Path(tmp_path).rglob("results_*.json")
+    found = json.loads(file.read_text())
+    alone = simple_evaluate(
+        model="adainfer", model_args=f"pretrained={folder},dtype=float32,stopper=fixed:1,pilot=0", tasks=list(tasks),
+        limit=20, batch_size=4, device="cpu", task_manager=our_tasks(),
+    )  # fmt: skip
+    for name in tasks:
+        numbers = {k: v for k, v in alone["results"][name].items() if isinstance(v, float) and "stderr" not in k}
+        assert {k: found["results"][name][k] for k in numbers} == pytest.approx(numbers, abs=1e-6) and numbers
+    for count in ("tokens_counted", "generated_tokens_counted"):
+        assert found["config"]["adainfer"][count] == alone["config"]["adainfer"][count]
+    shared = pilot_of(found)["tasks"]
+    assert {name: task["documents"] for name, task in shared.items()} == dict.fromkeys(tasks, 16)
+    said = done.stderr.count("pilot: early exit")
+    assert said == sum(task["kept"] <= 11 for task in shared.values()) >= 1
