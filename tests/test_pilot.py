@@ -41,6 +41,11 @@ def continuation(n=24):
                    doc_to_target="{{' ' + choices[answer]}}")  # fmt: skip
 
 
+def mutual(n=24):
+    both = [{"metric": m, "aggregation": "mean", "higher_is_better": True} for m in ("acc", "acc_mutual_info")]
+    return choices(n, "mutual", metric_list=both)
+
+
 def texts(n=24, name="texts", **config):
     settings = {**TEXTS, **config.pop("generation_kwargs", {})}
     return choices(n, name, output_type="generate_until", doc_to_choice=None, doc_to_target="{{choices[answer]}}",
@@ -124,17 +129,17 @@ def test_documents_are_drawn_by_what_they_say_alone():
 
 # ------------------------------------------------------------------ what it finds
 def answer(sample, kind):
-    if kind == "choices":
-        scores = [float(r[0]) for r in sample["filtered_resps"]]
+    if kind != "texts":
+        scores = [float(r[0]) for r in sample["filtered_resps"][:3]]  # behind them, those without the question
         return scores.index(max(scores))
     return sample["filtered_resps"][0]
 
 
 @pytest.mark.parametrize("stopper", ["fixed:1", "fixed:4", "gap:0.3"])
-@pytest.mark.parametrize("kind", ["choices", "texts"])
+@pytest.mark.parametrize("kind", ["choices", "mutual", "texts"])
 def test_it_finds_what_two_whole_runs_show_of_its_documents(kind, stopper, model, tokenizer, caplog):
-    task = choices() if kind == "choices" else texts()
-    metric = "acc" if kind == "choices" else "exact_match"
+    task = {"choices": choices, "mutual": mutual, "texts": texts}[kind]()
+    metric = "exact_match" if kind == "texts" else "acc"
     early = run(model, tokenizer, [task], stopper=stopper)
     with caplog.at_level(logging.CRITICAL):
         dense = run(model, tokenizer, [task], stopper="none")
@@ -326,10 +331,7 @@ MANY = {
     "texts": lambda: [texts()],
     "sampled texts": lambda: [texts(generation_kwargs={"do_sample": True, "temperature": 1.5})],
     "repeats": lambda: [texts(repeats=2, generation_kwargs={"do_sample": True, "temperature": 1.5})],
-    "mutual information": lambda: [
-        choices(metric_list=[{"metric": m, "aggregation": "mean", "higher_is_better": True}
-                             for m in ("acc", "acc_mutual_info")])
-    ],
+    "mutual information": lambda: [mutual()],
     "all kinds": lambda: [choices(), texts(), continuation(), rolling(), Mixed()],
     "shared prefixes": lambda: [choices(doc_to_text="{{'many shots that all share. ' * 6}}{{question}}")],
 }  # fmt: skip
@@ -368,7 +370,8 @@ def test_a_cache_of_answers_knows_nothing_of_it(model, tokenizer, tmp_path, capl
     for n in (0, 16):
         for turn in ("first", "again"):
             where = str(tmp_path / f"cache{n}")
-            found[n, turn] = run(model, tokenizer, MANY["all kinds"](), stopper="fixed:1", pilot=n, use_cache=where)
+            found[n, turn] = run(model, tokenizer, MANY["all kinds"](), use_cache=where, stopper="fixed:1", pilot=n,
+                                 batch_size="auto", max_batch_size=4, max_length=96, limit=6)  # fmt: skip
     for turn in ("first", "again"):
         assert without_pilot(found[16, turn]) == without_pilot(found[0, turn])
     assert found[16, "again"]["config"]["adainfer"]["tokens_counted"] == 0
