@@ -27,7 +27,7 @@ from lm_eval_adainfer.generation.loop import Seeds, Stop, decode
 from lm_eval_adainfer.generation.probes import prepare
 from lm_eval_adainfer.generation.prompts import PromptExits
 from lm_eval_adainfer.generation.settings import Settings, check_checkpoint
-from lm_eval_adainfer.harness import answer_cache, arguments, identity, metrics, run_record
+from lm_eval_adainfer.harness import answer_cache, arguments, identity, metrics, pilot, run_record
 from lm_eval_adainfer.harness.answers import LogLikelihood, Rolling, Text
 from lm_eval_adainfer.harness.options import Options, check_stock
 from lm_eval_adainfer.prefill import planning, probes
@@ -40,7 +40,7 @@ from lm_eval_adainfer.prefill.probes import Sharing
 from lm_eval_adainfer.prefill.reading import prepared
 from lm_eval_adainfer.readers.base import HEAD
 from lm_eval_adainfer.records import ExitRecord
-from lm_eval_adainfer.strategies import features
+from lm_eval_adainfer.strategies import features, specs
 from lm_eval_adainfer.strategies.base import Schedule
 from lm_eval_adainfer.strategies.fitted import warn_if_foreign
 from lm_eval_adainfer.structure import removal, unwrapping, wrappers
@@ -57,6 +57,13 @@ eval_logger = logging.getLogger(__name__)
 
 DEMO = "adainfer-demo"
 _DEAR = 0.1  # of the dense work: checks that cost more are warned of
+
+# what answers that are given aside leave as it was (``AdaInferLM.dense_aside``)
+_SET_ASIDE = (
+    "stopper", "schedule", "reader", "engine", "counter", "seconds", "generating_seconds", "generated_tokens",
+    "batch_sizes", "_found_sharing", "_windows", "token_stopper", "token_schedule", "token_reader", "token_counter",
+    "_prompt_exits",
+)  # fmt: skip
 
 TokenRequest = tuple["tuple[str, str] | None", list[int], list[int]]
 
@@ -109,6 +116,8 @@ class AdaInferLM(HFLM):
             token's previous full check, confirmed by the full vocabulary before it leaves: never sooner than ``exact``.
         prefix_cache: Tokens of a prefix shared by documents (few-shot examples, a system prompt) that are run once and
             whose keys and values are kept while these documents are scored; 0 runs every prompt whole. Default 4096.
+        pilot: How many documents of every task an evaluation answers dense, too, before it begins, to warn where early
+            exit changes too many answers; 0 answers none. Default 16. The record of the run holds what came of it.
         reader: What the model would answer after a block, which stoppers decide from and answers are scored by:
             ``head`` (default: final norm and output head of the last token, as in the paper), ``copy`` or ``copy:32``
             (the prompt's last 1 or 32 tokens run on through the later blocks, the others' keys and values are made
@@ -139,14 +148,16 @@ class AdaInferLM(HFLM):
         prefix_cache: int | str = 4096,
         reader: Any = None,
         token_stopper: Any = None,
+        pilot: int | str = pilot.DOCUMENTS,
         **kwargs: Any,
     ) -> None:
         report_errors_in_one_sentence()
         # before the weights are loaded: a wrong argument should fail at once
         self.options = Options.read(
-            stopper, log_features, generation, kv_policy, head_check, prefix_cache, reader, token_stopper
+            stopper, log_features, generation, kv_policy, head_check, prefix_cache, pilot, reader, token_stopper
         )
         strategy = self.options.stopper
+        self.stopper_name = strategy.kind if stopper is strategy else str(stopper)
         check_stock(kwargs)
         if isinstance(pretrained, os.PathLike):  # which HFLM would take for a model object
             pretrained = os.fspath(pretrained)
@@ -196,6 +207,11 @@ class AdaInferLM(HFLM):
                 width, signs = self.anatomy.block_hidden_size, signs_hash(self.anatomy.model)
                 reader.maps.require_model(self.n_blocks, width, self.anatomy.head_hash(), signs)
         if strategy.removes_blocks:
+            if self.reader.kind != "head":
+                raise AdaInferError(
+                    f"reader: {self.reader.name} has nothing to read with stopper={strategy.kind}, which takes blocks "
+                    "out of the model and asks nothing; leave reader= out"
+                )
             self._drop_blocks()
         reading = None
         if self.reader.runs_tokens:
@@ -242,6 +258,7 @@ class AdaInferLM(HFLM):
         self._generated_tokens: deque[tuple[list[int], list[int]]] = deque()  # for it, as the exit records are
         self.set_cache_hook(CacheHook(None))
         self.run_totals: dict[str, Any] = {}
+        self.pilot_record: dict[str, Any] | None = None
         self._document_keys: list[Any] = []
         self._warned_not_finite = False
         self._warned_of_dear_checks = False
@@ -249,6 +266,7 @@ class AdaInferLM(HFLM):
         self._found_sharing: Sharing | None = None  # found out when something is first shared
         self._windows: Windows | None = None  # watched when generation first exits early
         self._prompt_exits: PromptExits | None = None  # made then, for a reader that reads prompts
+        self._found_aside: tuple[Sharing | None, Windows | None] = None, None
         metrics.install()
 
     # ------------------------------------------------------------------ set-up
@@ -426,7 +444,7 @@ class AdaInferLM(HFLM):
                     record = record_of_document(document, self.counter, self.fingerprint, self.options.log_features)
                     finished = {}
                     for row, answer in [(r, a) for r in document.rows for a in r.answers]:
-                        result = LogLikelihood(answer.logprob, answer.is_greedy, record, answer.top1)
+                        result = LogLikelihood(answer.logprob, answer.is_greedy, record, answer.top1, answer.top)
                         results[answer.request] = result
                         if (strings := requests[answer.request][0]) is not None:
                             finished[hash_args("loglikelihood", strings)] = result
@@ -526,11 +544,15 @@ class AdaInferLM(HFLM):
     def _sharing(self) -> Sharing:
         """How prompts can share what they begin with; found out once, and a speed-up that is lost is warned of."""
         if self._found_sharing is None:
-            with self._autocast():
-                self._found_sharing = probes.sharing(self.anatomy)
-            if self._found_sharing.missed:
-                eval_logger.warning(f"prefix_cache: {self._found_sharing.how} ({self._found_sharing.missed})")
+            self._found_sharing = self._found_aside[0] or self._probed_sharing()
         return self._found_sharing
+
+    def _probed_sharing(self) -> Sharing:
+        with self._autocast():
+            found = probes.sharing(self.anatomy)
+        if found.missed:
+            eval_logger.warning(f"prefix_cache: {found.how} ({found.missed})")
+        return found
 
     # ------------------------------------------------------------------ rolling and generation
     @_identified
@@ -615,11 +637,7 @@ class AdaInferLM(HFLM):
         if early:
             self._warn_without_choices(len(requests), len(requests), "texts")
         if requests and early and self._windows is None:
-            with self._autocast():
-                wrappers.require_same_generation(self.anatomy)
-                self._windows = prepare(self.anatomy)
-            if self._windows.missed:
-                eval_logger.warning(f"generation: tokens are laid out {self._windows.layout} ({self._windows.missed})")
+            self._windows = self._found_aside[1] or self._probed_windows()
             self.token_counter.stored_weights = self._windows.stored_weights
             if (reading := self.engine.reading) is not None:
                 storing = reading.storing or watch_storing(self.anatomy)
@@ -640,6 +658,14 @@ class AdaInferLM(HFLM):
         seconds = time.perf_counter() - started
         self.seconds, self.generating_seconds = self.seconds + seconds, self.generating_seconds + seconds
         return [self._generated[hash_args("generate_until", r.args)].popleft() for r in requests]
+
+    def _probed_windows(self) -> Windows:
+        with self._autocast():
+            wrappers.require_same_generation(self.anatomy)
+            found = prepare(self.anatomy)
+        if found.missed:
+            eval_logger.warning(f"generation: tokens are laid out {found.layout} ({found.missed})")
+        return found
 
     def _check_settings(self, requests: list[Instance], early: bool) -> None:
         """Refuse generation settings that can't be followed (``Settings``), and texts without room."""
@@ -770,6 +796,32 @@ class AdaInferLM(HFLM):
             yield
         finally:
             self.cache_hook = before
+
+    @contextmanager
+    def dense_aside(self) -> Iterator[dict[str, Any]]:
+        """Answer dense for a while, by the forward of every run, and change neither totals nor caches.
+
+        Yields:
+            What it cost, filled in at the end: measured seconds, counted tokens and block executions x tokens.
+        """
+        before = {name: value for name, value in vars(self).items() if name in _SET_ASIDE}
+        self.stopper = specs.parse("none")
+        self.schedule, self.reader = Schedule(self.n_blocks, self.stopper), HEAD
+        self.engine = Engine(self.anatomy, self.stopper, self.schedule, self.softmax_dtype)
+        self.counter = self.token_counter = FlopCounter(self.anatomy, self.stopper)
+        self.token_stopper, self.token_schedule, self.token_reader = self.stopper, self.schedule, self.reader
+        self._prompt_exits = None
+        cost: dict[str, Any] = {}
+        try:
+            with self.without_cache():
+                yield cost
+            cost["tokens_counted"], cost["block_tokens_counted"] = self.engine.tokens, self.engine.block_tokens
+            cost["seconds_measured"] = self.seconds - before["seconds"]
+        finally:
+            self._found_aside = self._found_sharing, self._windows  # what was found out of the model stays true
+            for name in _SET_ASIDE:
+                self.__dict__.pop(name, None)
+            self.__dict__.update(before)
 
     # ------------------------------------------------------------------ the run's record
     def get_model_info(self) -> dict[str, Any]:

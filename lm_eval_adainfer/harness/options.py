@@ -33,6 +33,7 @@ class Options:
         kv_policy: A key of ``KV_POLICIES``.
         shortlist: Candidates per token of ``head_check=shortlist``; 0 for ``exact``.
         prefix_cache: Tokens of a prefix at most; 0 for none.
+        pilot: Documents of a task that are also answered dense.
         reader: How blocks are read.
         token_stopper: The strategy for new tokens, where the reader reads prompts.
     """
@@ -43,6 +44,7 @@ class Options:
     kv_policy: str
     shortlist: int
     prefix_cache: int
+    pilot: int
     reader: Reader
     token_stopper: Stopper
 
@@ -55,6 +57,7 @@ class Options:
         kv_policy: Any,
         head_check: Any,
         prefix_cache: Any,
+        pilot: Any,
         reader: Any = None,
         token_stopper: Any = None,
     ) -> Options:
@@ -71,6 +74,8 @@ class Options:
         candidates = _shortlist(head_check)
         if not str(prefix_cache).isdecimal():
             raise AdaInferError(f"prefix_cache: {prefix_cache!r} is no number of tokens; give 0 or more")
+        if not str(pilot).isdecimal():
+            raise AdaInferError(f"pilot: {pilot!r} is no number of documents; give 0 or more")
         found = readers.resolve(reader, strategy.reader)
         policy = kv_policy or ("propagate" if found.runs_tokens else "recompute")
         if found.runs_tokens and KV_POLICIES[policy].exact:
@@ -79,7 +84,7 @@ class Options:
                 f"reader={found.name} does not have; leave it out, or give propagate"
             )
         tokens = _token_stopper(token_stopper, found)
-        return cls(strategy, logs, generation, policy, candidates, int(prefix_cache), found, tokens)
+        return cls(strategy, logs, generation, policy, candidates, int(prefix_cache), int(pilot), found, tokens)
 
 
 def check_stock(options: Mapping[str, Any]) -> None:

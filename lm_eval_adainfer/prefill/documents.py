@@ -8,13 +8,17 @@ from dataclasses import dataclass, field
 
 @dataclass
 class Answer:
-    """One request's result, filled position by position: log-probability, greedy match, top token at the first."""
+    """One request's result, filled position by position: log-probability, greedy match, top token at the first.
+
+    ``top`` is the full vocabulary's top token at the first position, ``top1`` whether that is the continuation's.
+    """
 
     request: int
     continuation: list[int]
     logprob: float = 0.0
     is_greedy: bool = True
     top1: bool = False
+    top: int = -1
 
 
 @dataclass(eq=False)

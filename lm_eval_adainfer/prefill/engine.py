@@ -336,7 +336,7 @@ class Engine:
         if self.reading is None or last:
             points = [(*at[row][:2], at[row][2] + j) for _, row, positions in wanted for j in range(positions)]
             hidden = BlockState.at([batch.state for batch in batches], points).hidden[:, 0]
-            return self.reader.translate(k, hidden)
+            return hidden if last else self.reader.translate(k, hidden)
         spots: dict[int, list[Spot]] = {}
         for _, row, positions in wanted:
             batch, r, decision = at[row]
