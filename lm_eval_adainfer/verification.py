@@ -277,11 +277,16 @@ class _Verifier:
         """Random ones."""
         return tuple(self.random.choices(self.vocabulary, k=length))
 
-    def document(self, length: int, beginning: Sequence[int] = (), at: int | None = None) -> list[_Asked]:
-        """Requests with one context of ``length`` tokens: a few random tokens, and the top token after block ``at``."""
+    def document(
+        self, length: int, beginning: Sequence[int] = (), at: int | None = None, room: int = 0
+    ) -> list[_Asked]:
+        """Requests with one context of ``length`` tokens: a few random tokens, and the top token after block ``at``.
+
+        They are no longer than ``room``; 0 for the window.
+        """
         context = (*beginning, *self.tokens(length - len(beginning)))
         top = int(self.plain.logprobs(context, at or self.n)[-1].argmax())
-        few = max(1, min(3, self.window - length))
+        few = max(1, min(3, (room or self.window) - length))
         return [_Asked(context, self.tokens(few)), _Asked(context, (top,))]
 
     def choices(self, context: tuple[int, ...]) -> list[_Asked]:
@@ -492,11 +497,12 @@ class _Verifier:
 
     def behind_a_beginning(self) -> list[list[_Asked]]:
         """Documents that begin alike, with own parts of 1, W - 1, W, W + 1 tokens and a few more."""
-        window, room = max(1, self.lm.reader.window), min(self.lm.max_length, self.anatomy.fixed_positions or math.inf)
-        most = max(1, min(int(room) - 4, 2 * window + 32))  # tokens of a prompt
+        window = max(1, self.lm.reader.window)
+        room = min(self.lm.max_length, self.anatomy.fixed_positions or self.lm.max_length, 2 * window + 36)
+        most = max(1, room - 3)  # tokens of a prompt
         lengths = [n for n in (1, window - 1, window, window + 1, window + 4, window + 9) if 0 < n < most]
         beginning = self.tokens(most - max(lengths, default=0))
-        return [self.document(len(beginning) + n, beginning) for n in lengths]
+        return [self.document(len(beginning) + n, beginning, room=room) for n in lengths]
 
     def texts(self) -> Finding:
         """Texts under the model's reader, token by token, against whole prefixes without a cache."""

@@ -17,8 +17,8 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
         formatter_class=options.Help,
         help="check early exit on your model against plain forwards of it",
         description="Run a few random prompts through a model, leaving after every block, in batches, with shared "
-        "prefixes, while generating and under the reader that is named, and compare all answers with plain forwards of the whole model, one row at a "
-        "time. Exit status 0: nothing differs, 1: something does.",
+        "prefixes, while generating, and under the reader that is named, and compare all answers with plain forwards "
+        "of the whole model, one row at a time. Exit status 0: nothing differs, 1: something does.",
         epilog="example: adainfer verify --model_args pretrained=adainfer-demo,dtype=float32,stopper=svm",
     )
     parser.add_argument(
