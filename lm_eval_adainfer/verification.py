@@ -19,6 +19,7 @@ import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -46,6 +47,7 @@ _LONGEST = 40  # tokens of a prompt and what follows it
 _MOST_BLOCKS = 8  # after which answers are compared one block at a time
 _BATCH = 16
 _NEW_TOKENS = 6
+_MOST_OF_READING = 2e-5  # of the log-probabilities' size: what rounding is believed to do under a reader at most
 
 
 @dataclass(frozen=True)
@@ -124,6 +126,7 @@ class _Plain:
         self.lm, self.anatomy = lm, lm.anatomy
         with lm._autocast():
             self.rounding = max(2e-6, 2 * measured(self.anatomy, copied).logits)
+        self.rows: list[tuple[int, ...]] = []  # on which the rounding of what the reader reads is measured
         # as lm-eval calls it, wrapper and all; but for models that fail with the cache that they make themselves
         self.given: dict[str, Any] = {}
         try:
@@ -187,15 +190,32 @@ class _Plain:
                 handle.remove()
         return found
 
-    def allowed(self, logprobs: Tensor) -> float:
-        """How far rounding may move the sum of n positions' log-probabilities ([n, V]): 1e-4, and by their size."""
-        size = logprobs.where(logprobs > -1e4, 0).abs().amax(-1).sum().item()  # some models mask tokens
-        return 1e-4 + self.rounding * size
+    @cached_property
+    def reading_rounding(self) -> float:
+        """What rounding does to what the model's reader reads, by size: it is read with more tokens behind, too.
 
-    def top(self, logprobs: Tensor) -> int | None:
+        Tokens that run on among few others can be rounded otherwise than a plain forward's.
+        """
+        worst = 0.0
+        for row in self.rows:
+            for k in sorted({1, max(1, self.anatomy.n_blocks // 2)}):
+                one, *others = (self.read.logprobs(row, len(row), k, behind)[0] for behind in ((), row[:3], row))
+                size = one.where(one > -1e4, 0).abs().max().item()
+                worst = max(worst, *((other - one).nan_to_num(0).abs().max().item() / size for other in others))
+        return max(self.rounding, min(2 * worst, max(_MOST_OF_READING, 4 * self.rounding)))
+
+    def allowed(self, logprobs: Tensor, reads: bool = False) -> float:
+        """How far rounding may move the sum of n positions' log-probabilities ([n, V]): 1e-4, and by their size.
+
+        ``reads``: they are what the model's reader reads.
+        """
+        size = logprobs.where(logprobs > -1e4, 0).abs().amax(-1).sum().item()  # some models mask tokens
+        return 1e-4 + (self.reading_rounding if reads else self.rounding) * size
+
+    def top(self, logprobs: Tensor, reads: bool = False) -> int | None:
         """The top token of [V]; None where the second is too near to tell."""
         best = logprobs.topk(2)
-        near = not (best.values[0] - best.values[1]).item() > 2 * self.allowed(logprobs[None])
+        near = not (best.values[0] - best.values[1]).item() > 2 * self.allowed(logprobs[None], reads)
         return None if near else int(best.indices[0])
 
 
@@ -270,6 +290,9 @@ class _Verifier:
         special = set(lm.tokenizer.all_special_ids)  # an image's, say, stands for more than a token
         self.vocabulary = [t for t in known if t not in special] or list(known)
         self.drawn = _Drawn()
+        if lm.reader.kind != "head":
+            longest = min(self.window, 12 + lm.reader.window)
+            self.plain.rows = [self.tokens(n) for n in sorted({max(1, longest // 2), longest})]
         self._early: dict[tuple[int, str], AdaInferLM] = {}
 
     # ------------------------------------------------------------------ what is asked
@@ -341,13 +364,14 @@ class _Verifier:
         requests: list[Any] = [(None, list(a.context), list(a.continuation)) for a in asked]
         answers = lm._loglikelihood_tokens(requests, disable_tqdm=True, override_bs=_BATCH)
         exits = [int(answer.exit_record.exit_layer) for answer in answers]
+        reads = lm.reader.kind != "head"
         for a, answer, k in zip(asked, answers, exits, strict=True):
             n = len(a.continuation)
             expected = self.expected(lm, a, k)
             where = f"of {n} tokens after {len(a.context)} that left after block {k}"
             total = expected[range(n), list(a.continuation)].sum()
-            tally.number(answer[0], total, self.plain.allowed(expected), f"the log-probability {where}")
-            tops = [self.plain.top(x) for x in expected]
+            tally.number(answer[0], total, self.plain.allowed(expected, reads), f"the log-probability {where}")
+            tops = [self.plain.top(x, reads) for x in expected]
             # one token that is surely not the top one settles it
             surely = any(top is not None and top != t for top, t in zip(tops, a.continuation, strict=True))
             greedy = False if surely else None if None in tops else True
@@ -472,14 +496,14 @@ class _Verifier:
                             text.append(token)
         return steps
 
-    def compare_token(self, tally: _Tally, step: _Step, expected: Tensor) -> None:
+    def compare_token(self, tally: _Tally, step: _Step, expected: Tensor, reads: bool = False) -> None:
         """A step of decoding against the log-probabilities [V] of its next token."""
         where = f"after {len(step.text)} tokens, left after block {step.block} with {step.rows} rows in the batch,"
         if step.prompt < len(step.text):
             where = where.replace(" tokens,", f" tokens, {step.prompt} of them the prompt's,")
-        allowed = self.plain.allowed(expected[None])
+        allowed = self.plain.allowed(expected[None], reads)
         tally.number(step.logits.log_softmax(-1), expected, allowed, f"a log-probability {where}")
-        tally.same(step.token, self.plain.top(expected), f"the token {where}")
+        tally.same(step.token, self.plain.top(expected, reads), f"the token {where}")
 
     def reader(self) -> Finding:
         """What the model's reader reads, of rows of one batch and of rows that share prefixes, against rows alone."""
@@ -523,7 +547,7 @@ class _Verifier:
                 expected = self.plain.read.logits(s.text, len(s.text), s.block)[-1]
             else:
                 expected = self.plain.read.next_token(s.text[: s.prompt], s.text[s.prompt :], s.block)
-            self.compare_token(tally, s, expected.log_softmax(-1))
+            self.compare_token(tally, s, expected.log_softmax(-1), reads=True)
         blocks, what = _listed(s.block for s in steps), "tokens" if prompts is None else "prompts"
         return tally.finding(
             "texts", f"under {reader.name} texts whose {what} left after blocks {blocks} go on as without a cache"
@@ -584,7 +608,9 @@ class _Verifier:
         names = stopper.features
         if not names:  # it asks nothing, and leaves after its one block
             return asked[0] if asked else self.n
-        little = 1e-4 + self.plain.rounding  # features are of the order of 1
+        reads = self.lm.reader.kind != "head"
+        # features are of the order of 1
+        little = 1e-4 + (self.plain.reading_rounding if reads else self.plain.rounding)
         whole = ("depth", "agreement", "choice_agreement")  # what rounding does not move
         moves = torch.diag(torch.tensor([0.0 if name in whole else little for name in names]))
         moves = torch.cat([torch.zeros(1, len(names)), moves, -moves])
@@ -593,14 +619,14 @@ class _Verifier:
         for state in self.plain.states(context, features.needed_parts(names)):
             if state.block not in asked:
                 continue
-            if self.lm.reader.kind == "head":
-                logits = anatomy.logits(state.hidden[:, -1])
-            else:
+            if reads:
                 logits = self.plain.read.logits(context, len(context), state.block)
+            else:
+                logits = anatomy.logits(state.hidden[:, -1])
             logprobs = logits[0].float().cpu().log_softmax(-1)
-            if features.needs_past(names) and self.plain.top(logprobs) is None:
+            if features.needs_past(names) and self.plain.top(logprobs, reads) is None:
                 return None
-            if features.needs_choice_past(names) and self.plain.top(logprobs[list(choices)]) is None:
+            if features.needs_choice_past(names) and self.plain.top(logprobs[list(choices)], reads) is None:
                 return None
             device = state.hidden.device
             carried = None if carried is None else carried.to(device)
@@ -626,8 +652,9 @@ def verify_model(lm: AdaInferLM, disable_tqdm: bool = False) -> list[Finding]:
         disable_tqdm: Show no progress.
 
     Tolerances are 1e-4 plus a share of the log-probabilities' size: 2e-6, or twice what rounding was measured to do to
-    this model's logits (:mod:`rounding`). A model that computes in a coarser dtype than float32 is checked with float32
-    copies of its weights; in its own dtype its answers are compared in the finding ``rounding``.
+    this model's logits (:mod:`rounding`), or to what its reader reads. A model that computes in a coarser dtype than
+    float32 is checked with float32 copies of its weights; in its own dtype its answers are compared in the finding
+    ``rounding``.
 
     Returns:
         A finding per check: ``structure``, ``dense``, ``exits``, ``compaction``, ``prefix``, ``generation``, for a

@@ -171,6 +171,19 @@ def test_a_family_under_other_windows_and_batch_sizes(family, reader, batch_size
     check_reader(family, reader, batch_size)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("family", "reader"), [(f, f"{r}:3") for f in SUPPORTED for r in READERS if (f, r) not in UNREAD]
+)
+def test_verify_finds_nothing_wrong_under_a_reader(family, reader):
+    """Scores and texts."""
+    if SUPPORTED[family][0] not in transformers.CONFIG_MAPPING:
+        pytest.skip(f"transformers {transformers.__version__} does not know it")
+    findings = verify_model(lm_of(make_model(family, vocab_size=257), byte_tokenizer(), reader=reader), True)
+    assert [f for f in findings if f.status == FAILED] == []
+    assert {"reader", "texts"} <= {f.check for f in findings}
+
+
 @pytest.mark.parametrize("family", REFUSED)
 def test_a_family_is_refused_in_one_sentence(family):
     if REFUSED[family][0] not in transformers.CONFIG_MAPPING:

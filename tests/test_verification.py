@@ -258,7 +258,7 @@ def tuned(blocks=5, width=32, rank=None):
 UNDER_A_READER = [*CHECKS, "reader", "texts"]
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3", "falcon", "mixtral"])
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
 @pytest.mark.parametrize("reader", ["copy:1", "copy:4", "sim:1", "sim:4"])
 def test_a_reader_that_works_passes(family, reader, tokenizer):
     lm = lm_of(make_model(family, vocab_size=257), tokenizer, stopper="gap:0.3", reader=reader, check_layers="all")
