@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from lm_eval_adainfer.errors import AdaInferError
 from lm_eval_adainfer.harness.model import AdaInferLM
+from lm_eval_adainfer.prefill import reading as reading_module
 from lm_eval_adainfer.prefill.documents import Row
 from lm_eval_adainfer.prefill.forward import Forward, padded
 from lm_eval_adainfer.prefill.reading import Spot
@@ -270,3 +271,25 @@ def test_smollm2_is_read_by_copies_where_its_head_says_nothing(smollm2, shared):
         )
         right[reader] = sum(answer[1] for answer in lm.loglikelihood(requests, True))
     assert right[None] >= 28 and right["head"] <= 4 and right["copy:1"] >= right[None] - 4
+
+
+@pytest.mark.parametrize("reader", ["copy:4", "sim:4"])
+def test_prefixes_are_not_shared_where_they_would_be_read_wrongly(reader, tokenizer, monkeypatch, caplog):
+    """A fault planted into what windows get of a prefix is found before anything is shared, and warned of."""
+    put = reading_module._put
+
+    def shifted(into, source, places):
+        moved = [(i, j, r, max(0, t - 1)) for i, j, r, t in places]
+        put(into, source, moved if source.shape[1] == 4 and source.shape[0] == 1 else places)
+
+    requests = asked(SHOTS, lengths=(1, 6))
+    for planted in (False, True):
+        if planted:
+            monkeypatch.setattr(reading_module, "_put", shifted)
+        lm = lm_of(make_model("llama", vocab_size=257), tokenizer, stopper="gap:0.5", reader=reader)
+        answers = lm.loglikelihood(requests, True)
+        assert (lm._sharing().rule is None) == planted
+        said = [r.getMessage() for r in caplog.records if r.getMessage().startswith("prefix_cache:")]
+        assert bool(said) == planted
+    monkeypatch.undo()
+    compare(lm, reader, requests, answers)

@@ -37,7 +37,7 @@ from lm_eval_adainfer.prefill.exit_records import record_of_document, record_of_
 from lm_eval_adainfer.prefill.forward import first_not_finite, verify
 from lm_eval_adainfer.prefill.planning import Batch
 from lm_eval_adainfer.prefill.probes import Sharing
-from lm_eval_adainfer.prefill.reading import prepared
+from lm_eval_adainfer.prefill.reading import Reading, prepared
 from lm_eval_adainfer.readers.base import HEAD
 from lm_eval_adainfer.records import ExitRecord
 from lm_eval_adainfer.strategies import features, specs
@@ -213,10 +213,10 @@ class AdaInferLM(HFLM):
                     "out of the model and asks nothing; leave reader= out"
                 )
             self._drop_blocks()
-        reading = None
+        self.reading: Reading | None = None
         if self.reader.runs_tokens:
             with self._autocast():
-                reading = prepared(self.anatomy, self.reader)
+                self.reading = prepared(self.anatomy, self.reader)
         # what new tokens are asked: with a reader that reads prompts, a strategy of their own
         self.token_stopper, self.token_schedule, self.token_reader = strategy, self.schedule, self.reader
         if self.reader.runs_tokens:
@@ -226,12 +226,13 @@ class AdaInferLM(HFLM):
         if self.schedule.blocks or self.token_schedule.blocks:
             self.anatomy.keep_head_loaded()
         self.engine = Engine(
-            self.anatomy, strategy, self.schedule, self.softmax_dtype, self.options.log_features, self.reader, reading
+            self.anatomy, strategy, self.schedule, self.softmax_dtype, self.options.log_features, self.reader,
+            self.reading,
         )
         self.counter = FlopCounter(self.anatomy, strategy, self.reader)
         self.token_counter = FlopCounter(self.anatomy, self.token_stopper, self.reader)
-        if reading is not None and reading.storing is not None:
-            self.counter.copied_weights = self.token_counter.copied_weights = reading.storing.weights
+        if self.reading is not None and self.reading.storing is not None:
+            self.counter.copied_weights = self.token_counter.copied_weights = self.reading.storing.weights
         self.generation = generation if self.schedule.blocks or self.token_schedule.blocks else "dense"
         if self.options.shortlist and self.token_stopper.carries:
             raise AdaInferError(
@@ -549,7 +550,7 @@ class AdaInferLM(HFLM):
 
     def _probed_sharing(self) -> Sharing:
         with self._autocast():
-            found = probes.sharing(self.anatomy)
+            found = probes.sharing(self.anatomy, self.reading)
         if found.missed:
             eval_logger.warning(f"prefix_cache: {found.how} ({found.missed})")
         return found

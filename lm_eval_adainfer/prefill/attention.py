@@ -7,7 +7,7 @@ own keys causally; the weights come from the log-sums that the kernel returns.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -30,6 +30,7 @@ class Apart:
         self._pending: tuple[Tensor, ...] | None = None  # prefix keys and values, and the rows' own as handed out
         self._mask: Tensor | None = None  # the last one that was looked at
         self._causal = False  # whether it lets every query see the prefix, and its own row up to itself
+        self._near: Tensor | None = None  # a mask of the rows' own keys, where it is not just causal
 
     def hand_out(self, prefix: tuple[Tensor, Tensor], own: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """The rows' own keys and values ([n, heads, S, d]); the prefix's ([1, heads, P, d]) are kept for attention."""
@@ -76,9 +77,14 @@ class Apart:
         plain = key.shape[-1] == value.shape[-1] == query.shape[-1] and not dropout
         plain = plain and given.get("position_bias") is None and given.get("softcap") is None
         if plain and self._is_causal(attention_mask, prefix_key.shape[2], query.shape[2]):
-            return merged(query, key, value, prefix_key, prefix_value, scaling).transpose(1, 2).contiguous(), None
-        key, value = in_front(prefix_key, key), in_front(prefix_value, value)
+            found = merged(query, key, value, prefix_key, prefix_value, scaling, self._near)
+            return found.transpose(1, 2).contiguous(), None
+        key, value = self._in_front(prefix_key, key), self._in_front(prefix_value, value)
         return usual(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **given)
+
+    def _in_front(self, prefix: Tensor, own: Tensor) -> Tensor:
+        """The prefix's in front of every row's, in the order of the mask."""
+        return in_front(prefix, own)
 
     def _is_causal(self, mask: Tensor | None, shared: int, own: int) -> bool:
         """Whether the mask is no more than causal (no sliding window, no bias)."""
@@ -90,23 +96,75 @@ class Apart:
         return self._causal
 
 
+class ApartBehind(Apart):
+    """What windows read of one prefix row, and of the tokens of their own row that stand between it and them.
+
+    In the order of the mask padding is in front of the prefix, as the rows' own tokens differ in number; what is handed
+    out has it in front of these.
+
+    Args:
+        shared: Tokens of the prefix.
+        between: Per row, how many tokens stand between the prefix and the window.
+        new: Tokens of a window.
+    """
+
+    def __init__(self, shared: int, between: Sequence[int], new: int):
+        super().__init__()
+        self.between: tuple[Tensor, Tensor] | None = None  # their keys and values [n, heads, most, d], padding in front
+        most = max(between)
+        pads, query = most - torch.tensor(between)[:, None, None], torch.arange(new)[None, :, None]
+        slot = torch.arange(shared + most + new)[None, None]
+        self._expected = ((slot >= pads) & (slot <= shared + most + query))[:, None]
+        near = (slot[..., : most + new] >= pads) & (slot[..., : most + new] <= most + query)
+        self._near = torch.zeros(near.shape).masked_fill(~near, -torch.inf)[:, None]
+        self._order = torch.where(slot < pads + shared, (slot - pads).clamp(min=0), slot)[:, 0]
+
+    def hand_out(self, prefix: tuple[Tensor, Tensor], own: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """The rows' own keys and values, those between the prefix and the window in front."""
+        if self.between is not None:
+            own = torch.cat([self.between[0], own[0]], dim=2), torch.cat([self.between[1], own[1]], dim=2)
+        return super().hand_out(prefix, own)
+
+    def _is_causal(self, mask: Tensor | None, shared: int, own: int) -> bool:
+        if mask is None or mask.dtype != torch.bool:
+            return False
+        if self._mask is not mask:
+            expected = self._expected
+            self._mask = mask
+            self._causal = mask.shape[-2:] == expected.shape[-2:] and bool((mask == expected.to(mask.device)).all())
+        return self._causal
+
+    def _in_front(self, prefix: Tensor, own: Tensor) -> Tensor:
+        whole = in_front(prefix, own)
+        index = self._order.to(whole.device)[:, None, :, None].expand(-1, whole.shape[1], -1, whole.shape[-1])
+        return whole.gather(2, index)
+
+
 def in_front(old: Tensor, new: Tensor) -> Tensor:
     """[n, heads, P + S, d] of keys (or values) [n or 1, heads, P, d] and those behind them, [n, heads, S, d]."""
     return torch.cat([old.to(new.device).expand(len(new), -1, -1, -1), new], dim=-2)
 
 
 def merged(
-    query: Tensor, key: Tensor, value: Tensor, prefix_key: Tensor, prefix_value: Tensor, scale: float | None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    prefix_key: Tensor,
+    prefix_value: Tensor,
+    scale: float | None,
+    mask: Tensor | None = None,
 ) -> Tensor:
     """Causal attention of rows to one prefix row and to themselves.
 
     Args:
         query: [n, H, S, d].
-        key: [n, G, S, d], each of the G read by H / G neighbouring heads of the queries; ``value`` alike.
+        key: [n, G, K, d], each of the G read by H / G neighbouring heads of the queries; ``value`` alike.
         value: As ``key``.
         prefix_key: [1, G, P, d]; ``prefix_value`` alike.
         prefix_value: As ``prefix_key``.
         scale: Of the products; None for 1 / sqrt(d).
+        mask: [n, 1, S, K], what is added to the products with the rows' own keys; None where these are as many as the
+            queries, and a query sees those up to its own.
 
     Returns:
         [n, H, S, d].
@@ -120,6 +178,7 @@ def merged(
     far_sum = far_sum.reshape(groups, n, per, length).transpose(0, 1).reshape(n, heads, length)
     if per > 1:
         key, value = key.repeat_interleave(per, dim=1), value.repeat_interleave(per, dim=1)
-    near, near_sum = CPU_ATTENTION(query, key, value, is_causal=True, scale=scale)
+    own: dict[str, Any] = {"is_causal": True} if mask is None else {"attn_mask": mask.to(query.dtype)}
+    near, near_sum = CPU_ATTENTION(query, key, value, **own, scale=scale)
     weight = torch.sigmoid(far_sum - near_sum)[..., None]
     return torch.lerp(near.float(), far.float(), weight).to(query.dtype)

@@ -43,6 +43,7 @@ class ContinuedCache(DynamicCache):
         owner: [rows], the row of the source that each continues; None where it has one row, or one for each.
         store: Where to put what attention reads, by layer; None to forget it.
         leaves: Leave a block once its keys and values are in ``store``.
+        alone: Store the rows' own alone.
     """
 
     def __init__(
@@ -51,9 +52,11 @@ class ContinuedCache(DynamicCache):
         owner: Tensor | None = None,
         store: dict[int, Pair] | None = None,
         leaves: bool = False,
+        alone: bool = False,
     ) -> None:
         super().__init__()
-        self.source, self.owner, self.store, self.leaves = source, owner, store, leaves
+        self.source, self.owner, self.store = source, owner, store
+        self.leaves, self.alone = leaves, alone
         self.slots: Tensor | None = None  # [rows, slots], an order that puts the padding in front; None: as it is
         self.apart: Apart | None = None  # set where the prefix's need not be put in front of every row's
 
@@ -72,7 +75,7 @@ class ContinuedCache(DynamicCache):
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
         """The prefix's in front of the new ones."""
         found = (key_states, value_states)
-        if self.source is not None:
+        if self.source is not None and not self.alone:
             stored = self.source.stored[layer_idx]
             if self.apart is not None:
                 return self.apart.hand_out(stored, found)

@@ -9,8 +9,11 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from lm_eval_adainfer.prefill.forward import run_blocks
+from lm_eval_adainfer.prefill.documents import Row
+from lm_eval_adainfer.prefill.forward import Forward, padded, run_blocks
 from lm_eval_adainfer.prefill.prefixes import Continued, Prefix
+from lm_eval_adainfer.prefill.reading import Reading, Spot, slowly
+from lm_eval_adainfer.readers.base import Reader
 from lm_eval_adainfer.structure.anatomy import Anatomy
 from lm_eval_adainfer.structure.arguments import BatchRule
 from lm_eval_adainfer.structure.rounding import hidden_distance, probed
@@ -36,11 +39,15 @@ class Sharing:
 
 
 @torch.no_grad()
-def sharing(anatomy: Anatomy) -> Sharing:
+def sharing(anatomy: Anatomy, reading: Reading | None = None) -> Sharing:
     """How rows can continue prefixes: apart from their keys (a CPU alone has that kernel), behind them, or not at all.
 
     It is seen on a prefix that continues a prefix, and on rows that continue one row: they have to get a plain
-    forward's hidden states after every block, also where rows have left.
+    forward's hidden states after every block, also where rows have left, and a reader has to read them as whole rows.
+
+    Args:
+        anatomy: The model.
+        reading: The run's reader, where it lets tokens go on.
     """
     try:
         rule = watch_windows(anatomy).rows
@@ -54,6 +61,8 @@ def sharing(anatomy: Anatomy) -> Sharing:
         found = replace(rule, apart=apart)
         try:
             difference = probed(anatomy, "hidden", partial(_off_by, anatomy, found))
+            if difference.is_rounding and reading is not None:
+                difference = probed(anatomy, "hidden", partial(_read_off_by, reading, found))
         except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
             failures.append(f"if {how}, {str(error).splitlines()[0] if str(error) else type(error).__name__}")
             continue
@@ -82,6 +91,35 @@ def _off_by(anatomy: Anatomy, rule: BatchRule) -> float:
         _continued_off_by(plain, ids, Continued(second, [1, 0, 2]), starts),
         _continued_off_by(plain, ids, Continued(first, [0, 0, 0]), [3, 3, 3]),
     )
+
+
+def _read_off_by(reading: Reading, rule: BatchRule) -> tuple[float, float]:
+    """How far rows that continue prefixes are read from whole rows, and how far these are with tokens behind them."""
+    anatomy = reading.anatomy
+    narrow = Reading(anatomy, Reader(reading.reader.kind, min(reading.reader.window, 2)), reading.storing)
+    probe = anatomy.probe_ids(4).tolist()
+    shared, k = probe[3][:4], max(1, anatomy.n_blocks // 2)
+    if k == anatomy.n_blocks:
+        return 0.0, 0.0
+    # windows begin inside the prefix, at its end and behind it; behind contexts that continue it
+    rows = [Row([*shared, *own[:n]], scored) for own, n, scored in zip(probe, (1, 2, 5), (1, 1, 2), strict=False)]
+    first = Prefix(anatomy, [shared], rule, asked=[k])
+    contexts = Prefix(anatomy, [row.tokens[4 : row.decision] for row in rows[1:]], rule, first, False, [k])
+    worst = own = 0.0
+    for prefix, some, owner in ((first, rows, [0, 0, 0]), (contexts, rows[1:], [0, 1])):
+        skip = [prefix.lengths[o] for o in owner]
+        continued = Continued(prefix, owner)
+        ids = padded(anatomy, [row.tokens[n:] for row, n in zip(some, skip, strict=True)])
+        forward = Forward(anatomy, ids, prefix=continued)
+        for _ in range(k):
+            forward.advance()
+        spots = [Spot(r, row, n, row.scored) for r, (row, n) in enumerate(zip(some, skip, strict=True))]
+        found = narrow.read(k, forward.hidden, continued, spots)
+        expected = torch.cat([slowly(anatomy, narrow.reader, k, row) for row in some]).to(found.device)
+        longer = [Row([*row.tokens, *shared], row.scored + 4) for row in some]
+        same = torch.cat([slowly(anatomy, narrow.reader, k, row)[:-4] for row in longer]).to(found.device)
+        worst, own = max(worst, hidden_distance(found, expected)), max(own, hidden_distance(same, expected))
+    return worst, own
 
 
 def _continued_off_by(plain: Sequence[Tensor], ids: Tensor, continued: Continued, starts: Sequence[int]) -> float:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor
 
 from lm_eval_adainfer.errors import UnsupportedModelError
+from lm_eval_adainfer.prefill.attention import ApartBehind
 from lm_eval_adainfer.prefill.documents import Row
 from lm_eval_adainfer.prefill.forward import Forward, padded
 from lm_eval_adainfer.prefill.prefixes import Continued, ContinuedCache, Copies, Pair, Prefix
@@ -127,7 +129,8 @@ class Reading:
         for j in range(k + 1, self.anatomy.n_blocks + 1):
             if past is not None:
                 past.provide(j)
-            forward.advance()
+            with nullcontext() if past is None or past.apart is None else past.apart.used():
+                forward.advance()
             self.block_calls += 1
         self.block_tokens += int(length.sum()) * (self.anatomy.n_blocks - k)
         numbered = enumerate(zip(spots, run, strict=True))
@@ -154,8 +157,9 @@ class Reading:
         store: dict[int, Pair] | None,
     ) -> tuple[Forward, _Copied]:
         """The forward of the tokens that run on, behind the copies that they see."""
-        past = _Copied(self, k, hidden, continued, spots, [some[0] for some in run])
+        past = _Copied(self, k, hidden, continued, spots, [some[0] for some in run], ids.shape[1])
         cache = ContinuedCache(past.source if past.source.width else None, store=store)
+        cache.apart = past.apart
         given: dict[str, Any] = {"past_key_values": cache, "use_cache": True}
         before = torch.tensor(past.lengths)[:, None]
         if min(past.lengths) < past.source.width:
@@ -176,6 +180,12 @@ class _Copied:
         continued: What the rows continue.
         spots: The rows.
         lengths: Per spot, how many tokens stand in front of its window.
+        new: Tokens of a window that attends to the prefix apart from its own row's (``attention``), where the rows of
+            the batch do, too; 0 for none.
+
+    Attributes:
+        source: What windows continue.
+        apart: How they read it, where that is apart.
     """
 
     def __init__(
@@ -186,6 +196,7 @@ class _Copied:
         continued: Continued | None,
         spots: Sequence[Spot],
         lengths: Sequence[int],
+        new: int = 0,
     ):
         assert reading.storing is not None
         self.reading, self.lengths, self.source = reading, list(lengths), _Past(max(lengths))
@@ -201,22 +212,28 @@ class _Copied:
             self.copies = self.prefix.copies(k, storing)
             pad = [self.prefix.width - n for n in skip]
         own = [max(0, n - s) for n, s in zip(lengths, skip, strict=True)]
+        self.apart: ApartBehind | None = None
+        begins_inside = any(n < s for n, s in zip(lengths, skip, strict=True))  # a window, of the prefix
+        if new and continued is not None and continued.cache.apart is not None and not begins_inside:
+            self.apart = ApartBehind(skip[0], own, new)
         self.tokens, self.forward = sum(own), None
         self.store: dict[int, Pair] = {}
         width = max(own)
         if width:  # tokens of the rows themselves, in front of their windows
             rows = [spot.row.tokens[spot.skip : spot.skip + n] for spot, n in zip(spots, own, strict=True)]
             ids = padded(anatomy, rows)
-            cache = ContinuedCache(self.copies, self.owner, self.store, leaves=True)
+            cache = ContinuedCache(self.copies, self.owner, self.store, True, self.apart is not None)
             given: dict[str, Any] = {"past_key_values": cache, "use_cache": True}
             if anatomy.takes_position_ids:
                 given["position_ids"] = (torch.tensor(skip)[:, None] + torch.arange(width)).to(ids.device)
             self.forward = Forward(anatomy, ids, rule=BatchRule(), given=given)
             flow = torch.tensor([spot.flow for spot in spots], device=hidden.device)
             self.hidden = hidden[flow, :width]
-        ends = [p + n for p, n in zip(pad, lengths, strict=True)]  # behind the last slot that a window sees
+        # behind the last slot that a window sees, and how many slots there are
+        ends = own if self.apart is not None else [p + n for p, n in zip(pad, lengths, strict=True)]
+        self.width = width if self.apart is not None else self.source.width
         self.end = ends[0] if len(set(ends)) == 1 else None
-        self.slots = (torch.tensor(ends)[:, None] - self.source.width + torch.arange(self.source.width)).clamp(min=0)
+        self.slots = (torch.tensor(ends)[:, None] - self.width + torch.arange(self.width)).clamp(min=0)
 
     def provide(self, k: int) -> None:
         """Have block k's at hand."""
@@ -224,7 +241,7 @@ class _Copied:
             return
         before = 0 if self.prefix is None else _copied(self.prefix)
         if self.copies is not None:
-            found = self.copies.of(k)
+            found = shared = self.copies.of(k)
         if self.forward is not None:
             self.store.clear()
             self.forward.store(k, self.hidden, self.reading.storing)  # type: ignore[arg-type]
@@ -233,12 +250,17 @@ class _Copied:
         elif self.owner is not None and len(found[0]) > 1:
             found = (found[0][self.owner.to(found[0].device)], found[1][self.owner.to(found[1].device)])
         self.reading.copied_tokens += 0 if self.prefix is None else _copied(self.prefix) - before
-        self.source.provide((self._aligned(found[0]), self._aligned(found[1])))
+        if self.apart is None:
+            self.source.provide((self._aligned(found[0]), self._aligned(found[1])))
+            return
+        self.source.provide(shared)
+        if self.forward is not None:
+            self.apart.between = self._aligned(found[0]), self._aligned(found[1])
 
     def _aligned(self, whole: Tensor) -> Tensor:
         """[spots, heads, slots, d], what each window sees, up to the last slot."""
         if self.end is not None:
-            return whole[:, :, self.end - self.source.width : self.end].expand(len(self.lengths), -1, -1, -1)
+            return whole[:, :, self.end - self.width : self.end].expand(len(self.lengths), -1, -1, -1)
         whole = whole.expand(len(self.lengths), -1, -1, -1)
         index = self.slots.to(whole.device)[:, None, :, None].expand(-1, whole.shape[1], -1, whole.shape[-1])
         return whole.gather(2, index)
