@@ -61,3 +61,10 @@ class Reader:
 
 
 HEAD = Reader()
+_PLACES = (0.65, 0.75, 0.85, 0.95)
+
+
+def default_blocks(n_blocks: int) -> tuple[int, ...]:
+    """After which of L blocks a stopper is asked, and traces are recorded, where asking is dear and nobody says."""
+    found = {round(place * n_blocks) for place in _PLACES}
+    return tuple(sorted(k for k in found if 1 <= k < n_blocks))

@@ -230,6 +230,11 @@ def remember(seen: Observation | Recorded) -> None:
     seen.past[:] = torch.stack([(seen.best_token + 1).float(), agreement(seen), seen.best_prob], dim=-1)
 
 
+def depends_on_reader(name: str) -> bool:
+    """Whether a recorded feature is of what a reader says; cosines are of the states themselves."""
+    return not name.startswith("cos_")
+
+
 RECORDED = {name: feature for name, feature in FEATURES.items() if feature.recorded}
 DERIVED = {name: feature for name, feature in FEATURES.items() if not feature.recorded}
 

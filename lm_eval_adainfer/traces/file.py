@@ -36,7 +36,7 @@ import numpy as np
 
 from lm_eval_adainfer import container
 from lm_eval_adainfer.errors import AdaInferError
-from lm_eval_adainfer.traces.views import HEAD, PER_READER, readers_of, under, wrong_readers
+from lm_eval_adainfer.traces.views import HEAD, PER_READER, readers_of, require_same_blocks, under, wrong_readers
 
 VERSION = 3
 VERSIONS = (2, 3)  # that are read; 2 knows the head alone
@@ -118,17 +118,8 @@ def read_of_one_model(
         first = first or meta
         require_one_model(path, meta, first)
         meta, arrays = under(path, meta, arrays, reader)
-        blocks, others = (readers_of(view)[reader] for view in (meta, first))
-        if blocks != others:
-            raise AdaInferError(
-                f"traces: {path} holds what {reader} says after the blocks {_listed(blocks)}, the others after "
-                f"{_listed(others)}; give traces that were recorded with the same --at"
-            )
+        require_same_blocks(path, meta, first, reader)
         yield path, meta, arrays
-
-
-def _listed(blocks: Sequence[int]) -> str:
-    return f"{', '.join(map(str, blocks)):.60}"
 
 
 def require_one_model(path: str | Path, meta: Mapping[str, Any], first: Mapping[str, Any]) -> None:
@@ -167,6 +158,10 @@ def _wrong(meta: dict[str, Any], arrays: dict[str, np.ndarray]) -> str | None:
         return f"{meta['n_blocks']} blocks, but weights of {len(meta['block_weights'])}"
     if wrong := wrong_readers(meta, arrays):
         return wrong
+    stored = meta.get("stored_weights", meta["block_weights"])
+    numbers = isinstance(stored, list) and all(isinstance(n, (int, float)) for n in stored)
+    if not numbers or len(stored) != meta["n_blocks"]:
+        return "stored_weights are no weights of every block"
     sizes = {"L": meta["n_blocks"], "F": len(meta["features"]), "R": len(meta.get("reader_features", []))}
     shapes = [*((name, *of) for name, of in SHAPES.items())]
     for reader in readers_of(meta):

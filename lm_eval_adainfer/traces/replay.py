@@ -25,6 +25,7 @@ from lm_eval_adainfer.traces.documents import ORACLES, TracedDocuments
 from lm_eval_adainfer.traces.evaluation import evaluate
 from lm_eval_adainfer.traces.file import require_finite
 from lm_eval_adainfer.traces.margins import asked, margins
+from lm_eval_adainfer.traces.splits import overlap
 
 SWEEP_POINTS = 20
 _logger = logging.getLogger(__name__)
@@ -173,6 +174,7 @@ def replay(
         if said_by not in under:
             under[said_by] = [trace.under(said_by) for trace in traces]
             for trace in under[said_by]:
+                views.require_same_blocks(trace.path, trace.meta, traces[0].meta, said_by)
                 _require_numbers(trace)
         found = {t.setting: document_margins(strategy, t, min_layer, check_layers) for t in under[said_by]}
         thresholds = _quantiles(found.values()) if sweep else [0.0]
@@ -204,8 +206,10 @@ def warn(stopper: Stopper, traces: Sequence[TracedDocuments]) -> None:
     meta = traces[0].meta
     warn_if_foreign(stopper, meta["model"], meta["n_blocks"], meta["head_hash"])
     info = getattr(stopper, "info", None) or {}
+    fitted = set(info.get("split", ()))
     same = sorted(
-        {t.meta["task"] for t in traces if t.meta["split"] in info.get("split", ()) and
+        {t.meta["task"] for t in traces if
+         (t.meta["split"] in fitted or overlap(stopper.seen, t.meta["task"], t.meta["split"], t.doc_ids)) and
          all(t.meta[key] == info.get(key) for key in ("n_blocks", "head_hash"))} & set(info.get("tasks", ()))
     )  # fmt: skip
     if same:

@@ -58,7 +58,8 @@ def under(
     readers = readers_of(meta)
     if name not in readers:
         raise AdaInferError(
-            f"reader: {path} does not hold what {name} says, but {', '.join(readers)}; trace again with --readers {name}"
+            f"reader: {path} does not hold what {name} says, but what {', '.join(readers)} says; trace again with "
+            f"--readers {name}"
         )
     if name == HEAD:
         return dict(meta), dict(arrays)
@@ -70,7 +71,8 @@ def under(
             continue
         whole, said = arrays[key].copy(), arrays[f"{name}/{key}"]
         if key == "features":  # cosines do not depend on the reader
-            pairs = [(whole[..., meta["features"].index(f)], said[..., i]) for i, f in enumerate(meta["reader_features"])]
+            places = [meta["features"].index(feature) for feature in meta["reader_features"]]
+            pairs = [(whole[..., place], said[..., i]) for i, place in enumerate(places)]
         else:
             whole = whole.astype(np.int64) if key == "top_token" else whole
             pairs = [(whole, said)]
@@ -89,6 +91,17 @@ def require_recorded(meta: Mapping[str, Any], blocks: Sequence[int]) -> None:
             f"check_layers: block {missing[0]} is not among the blocks after which the trace of {meta['task']} holds "
             f"what {reader_of(meta)} says ({', '.join(map(str, recorded))}); ask there, or trace again with --at "
             f"{'+'.join(map(str, sorted({*recorded[:-1], *missing} - {meta['n_blocks']})))}"
+        )
+
+
+def require_same_blocks(path: str | Path, meta: Mapping[str, Any], first: Mapping[str, Any], name: str) -> None:
+    """Raise AdaInferError where a trace holds what a reader says after other blocks than another trace does."""
+    blocks, others = (readers_of(view)[name] for view in (meta, first))
+    if blocks != others:
+        one, other = (f"{', '.join(map(str, some)):.60}" for some in (blocks, others))
+        raise AdaInferError(
+            f"traces: {path} holds what {name} says after the blocks {one}, the others after {other}; give traces that "
+            "were recorded with the same --at"
         )
 
 
