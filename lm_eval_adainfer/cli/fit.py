@@ -124,8 +124,8 @@ def _add_reader(parser: Any) -> None:
     parser.add_argument(
         "--reader",
         default="head",
-        help="fit under this reader, as reader= of lm_eval --model adainfer; the traces must hold what it says (adainfer "
-        "trace --readers), and the stopper's file holds the reader",
+        help="fit under this reader, as reader= of lm_eval --model adainfer; the traces must hold what it says ("
+        "adainfer trace --readers), and the stopper's file holds the reader",
     )
 
 

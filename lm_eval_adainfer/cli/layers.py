@@ -25,8 +25,9 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     )
     options.add_reader(parser)
     parser.add_argument("--count", "-n", type=int, help="at most so many blocks (default: as many as pay)")
-    parser.add_argument("--output", "-o", help="write a stopper file that names its reader and, under copy or sim, these "
-                        "blocks")  # fmt: skip
+    parser.add_argument(
+        "--output", "-o", help="write a stopper file that names its reader and, under copy or sim, these blocks"
+    )
     return parser
 
 

@@ -36,7 +36,9 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
         "that a file under copy or sim names)",
     )
     parser.add_argument("--min_layer", default="1", help="no exit before this block")
-    parser.add_argument("--split", choices=["train", "calibrate", "test"], help="only traces of this split (default: all, apart)")
+    parser.add_argument(
+        "--split", choices=["train", "calibrate", "test"], help="only traces of this split (default: all, apart)"
+    )
     parser.add_argument(
         "--sweep", action="store_true", help="move each stopper's threshold over the quantiles of its margins"
     )

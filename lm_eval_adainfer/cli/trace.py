@@ -19,7 +19,8 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
         parents=[documents],
         formatter_class=options.Help,
         help="record every block's features on training documents",
-        description="Run a dense pass over documents and record every block's features, top token and scores, under one or more readers: one "
+        description="Run a dense pass over documents and record every block's features, top token and scores, "
+        "under one or more readers: one "
         ".trace file per task and number of shots. Of generate_until tasks every new token is recorded. A document is "
         "never among its own shots. What is finished is kept when interrupted: the same command goes on.",
         epilog="example: adainfer trace --model_args pretrained=adainfer-demo,dtype=float32 "
