@@ -161,7 +161,7 @@ def estimate(lm: AdaInferLM, plan: Plan, instances: Sequence[Any]) -> Estimate:
     decisions = len(requests) * (scored if generated else 1)
     width = 0 if generated else max(requests.values())
     said = [(n_blocks, len(plan.features)), *((len(b), len(plan.reader_features)) for _, b in plan.readers[1:])]
-    bytes_each = sum(length * (4 * features + 4 + 5 * width) for length, features in said) + 3 * width + 26
+    bytes_each = sum(length * (4 * features + 4 + 5 * width) for length, features in said) + 3 * width + 22
     bytes_each += plan.hidden * 2 * n_blocks * plan.anatomy.block_hidden_size
     return Estimate(work / dense, decisions * bytes_each)
 

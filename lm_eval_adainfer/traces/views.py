@@ -32,8 +32,9 @@ def recorded_blocks(meta: Mapping[str, Any]) -> list[int]:
 
 
 def readers_of(meta: Mapping[str, Any]) -> Any:
-    """Name to recorded blocks of a file's readers; files of version 2 know the head alone."""
-    return meta["readers"] if "readers" in meta else {HEAD: list(range(1, meta["n_blocks"] + 1))}
+    """Name to recorded blocks of a file's readers, the head first; files of version 2 know the head alone."""
+    found = meta["readers"] if "readers" in meta else {HEAD: list(range(1, meta["n_blocks"] + 1))}
+    return {HEAD: found[HEAD], **found} if isinstance(found, dict) and HEAD in found else found
 
 
 def reader_of(meta: Mapping[str, Any]) -> str:
