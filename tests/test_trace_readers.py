@@ -199,6 +199,7 @@ def test_blocks_are_asked_late_and_at_most_four_times(n_blocks):
 
 
 def test_the_estimate_is_the_files_size_and_what_is_counted(lm, reading, tmp_path, caplog):
+    caplog.set_level("INFO")
     task = make_task({"train": documents(3, 2), "test": documents(20, 7)})
     for readers in (None, "copy:2", [lens(lm.anatomy), SIM]):
         plan = Plan.of(lm.anatomy, readers, hidden=readers is None)
@@ -207,7 +208,7 @@ def test_the_estimate_is_the_files_size_and_what_is_counted(lm, reading, tmp_pat
         assert found.size == sum(array.nbytes for array in arrays.values())
         assert f"{found.work:.2f} times the work" in caplog.text and path.name in caplog.text
     # by hand, for prompts of one length: dense blocks, a head row after each, and what two tokens run through after 3, 4
-    docs = [{"question": f"{i}?", "choices": ["a", "b"], "answer": 0} for i in range(4)]
+    docs = [{"question": f"{i}, which?", "choices": ["a", "b"], "answer": 0} for i in range(4)]
     task = make_task({"train": docs, "test": docs})
     plan = Plan.of(lm.anatomy, "sim:2", "3+4")
     traced(lm, task, tmp_path / "hand", split="test", plan=plan)
