@@ -66,7 +66,8 @@ def slow_states(model, reader, tokens, decision, k):
         handles.append(block.register_forward_pre_hook(put_back, with_kwargs=True))
     handles.append(blocks[-1].register_forward_hook(lambda m, a, out: found.append(out[0] if out.dim() == 3 else out)))
     with torch.no_grad():
-        model(input_ids=torch.tensor([tokens])[:, some], position_ids=torch.tensor([some]), use_cache=False)
+        ids = torch.tensor([tokens])[:, some]  # without a mask, gaps in positions would be borders of packed texts
+        model(input_ids=ids, position_ids=torch.tensor([some]), attention_mask=torch.ones_like(ids), use_cache=False)
     for handle in handles:
         handle.remove()
     return found[0][decision - len(tokens) :]
