@@ -143,8 +143,8 @@ def estimate(lm: AdaInferLM, plan: Plan, instances: Sequence[Any]) -> Estimate:
     if generated:
         lengths = [(len(lm.tok_encode(i.args[0])), _most_new(lm, i)) for i in some]
     else:
-        pairs = (lm._encode_pair(*i.args) if i.args[0] else ([0], [0]) for i in some)
-        lengths = [(len(context), len(continuation)) for context, continuation in pairs]
+        tokens = [[len(lm.tok_encode(text)) for text in (i.args[0], "".join(i.args))] for i in some]
+        lengths = [(context, max(1, whole - context)) for context, whole in tokens]
     prompt, scored = (max(1, round(sum(pair[n] for pair in lengths) / len(lengths))) for n in (0, 1))
     prompt = min(prompt, max(1, lm.max_length - scored + 1))
     counter, n_blocks = lm.counter, plan.anatomy.n_blocks
