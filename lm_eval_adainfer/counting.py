@@ -7,6 +7,7 @@ from typing import TypeVar
 
 import numpy as np
 
+from lm_eval_adainfer.readers.base import HEAD, Reader
 from lm_eval_adainfer.strategies.base import Stopper
 from lm_eval_adainfer.structure.anatomy import Anatomy
 
@@ -14,7 +15,7 @@ from lm_eval_adainfer.structure.anatomy import Anatomy
 class FlopCounter:
     """Counts what a forward of ``anatomy`` with ``stopper`` really applies; padding is nobody's and not counted."""
 
-    def __init__(self, anatomy: Anatomy, stopper: Stopper):
+    def __init__(self, anatomy: Anatomy, stopper: Stopper, reader: Reader = HEAD):
         self.n_blocks = anatomy.n_blocks
         self.n_whole = len(anatomy.whole_weights)  # L, dropped blocks included
         self._whole_weights, self._whole_widths = sum(anatomy.whole_weights), sum(anatomy.whole_widths)
@@ -25,7 +26,9 @@ class FlopCounter:
         self._head_row = 2 * anatomy.vocab_size * anatomy.hidden_size
         self._head_width = anatomy.hidden_size
         self._stopper = stopper.flops
+        self.reader = reader
         self.stored_weights: list[int] = []  # per block, of the maps that lead to its keys and values
+        self.copied_weights: list[int] = []  # the same for ``copy``, which leaves out maps that these don't depend on
 
     def blocks(self, depth: int, tokens: int, pairs: int | None = None) -> float:
         """Blocks 1..depth over ``tokens`` tokens: 2 x weights x tokens + 4 x (query x key pairs) x heads' width.
@@ -46,6 +49,34 @@ class FlopCounter:
     def block(self, k: int, tokens: int, pairs: int) -> float:
         """Block k alone."""
         return self.blocks(k, tokens, pairs) - self.blocks(k - 1, tokens, pairs)
+
+    def read(self, k: int, prompt: int, positions: int) -> float:
+        """What a reader computes after block k for one row, head rows not included.
+
+        Args:
+            k: The block.
+            prompt: Tokens of the prompt.
+            positions: Positions that were read: the prompt's last and those behind it.
+        """
+        if not self.reader.runs_tokens:
+            return float(self.reader.flops(k) * positions)
+        run = self.run_on(prompt, positions)
+        if self.reader.kind == "sim":
+            return self.blocks(self.n_blocks, run) - self.blocks(k, run)
+        away = prompt + positions - 1 - run  # tokens of which keys and values alone are made
+        pairs = sum(range(away + 1, away + run + 1))
+        whole = self.blocks(self.n_blocks, run, pairs) - self.blocks(k, run, pairs)
+        return whole + self.copied(k, away)
+
+    def copied(self, k: int, tokens: int) -> float:
+        """Keys and values of all blocks behind k alone: 2 x the weights that they need x tokens."""
+        return 2.0 * sum(self.copied_weights[k:]) * tokens
+
+    def run_on(self, prompt: int, positions: int) -> int:
+        """Tokens of a row that run through the later blocks when it is read at so many positions."""
+        if not self.reader.runs_tokens:
+            return 0
+        return min(self.reader.window + (self.reader.kind == "sim"), prompt) + positions - 1
 
     def head(self, rows: int) -> float:
         """2Vh per head row."""

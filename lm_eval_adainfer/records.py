@@ -20,6 +20,7 @@ class ExitRecord:
         features: Where ``log_features=True``: one dict per distinct context, ``layer`` and the features' values
             after every block up to the exit.
         layers: Of generated text, every new token's exit block.
+        prompt_exit_layer: Of generated text, the block after which the prompt left, where a reader decided that.
     """
 
     exit_layer: float
@@ -31,6 +32,7 @@ class ExitRecord:
     fingerprint: str
     features: tuple[dict[str, list[float]], ...] | None = None
     layers: tuple[int, ...] | None = None
+    prompt_exit_layer: int | None = None
 
     @property
     def pruning_ratio(self) -> float:

@@ -254,6 +254,12 @@ class _Verifier:
         few = max(1, min(3, self.window - length))
         return [_Asked(context, self.tokens(few)), _Asked(context, (top,))]
 
+    def choices(self, context: tuple[int, ...]) -> list[_Asked]:
+        """Requests with this context, whose continuations are a token each: the top one and two others."""
+        top = int(self.plain.logprobs(context, self.n)[-1].argmax())
+        others = self.random.sample([t for t in self.vocabulary if t != top], 2)
+        return [_Asked(context, (token,)) for token in (top, *others)]
+
     def documents(self, count: int) -> list[list[_Asked]]:
         """Some of all lengths, in random order."""
         longest = max(1, min(16, self.window - 3))
@@ -441,40 +447,52 @@ class _Verifier:
     def stopper(self) -> Finding:
         """The stopper's exits against the stopper asked block by block, of one context at a time."""
         tally, documents = _Tally(), self.documents(8)
+        if features.needs_choices(self.lm.stopper.features):  # it stops at choices of one token each alone
+            documents = [self.choices(document[0].context) for document in documents]
         exits = self.compare(tally, self.lm, documents)
         for document, k in zip(documents, exits[:: len(documents[0])], strict=True):
-            context = document[0].context
+            context, answers = document[0].context, [asked.continuation for asked in document]
             with torch.no_grad(), self.lm._autocast():
-                expected = self.naive_exit(context)
+                expected = self.naive_exit(context, [a[0] for a in answers if len(a) == 1])
             tally.same(k, expected, f"the exit block of a context of {len(context)} tokens")
         return tally.finding(
             "stopper", f"{self.lm.stopper.kind} leaves after blocks {_listed(exits)} as when asked alone"
         )
 
-    def naive_exit(self, context: Sequence[int]) -> int | None:
+    def naive_exit(self, context: Sequence[int], choices: Sequence[int]) -> int | None:
         """The first asked block at which the stopper says stop; None where rounding could change that.
 
         It is asked about its features as they are, and with each of them a little larger and a little smaller.
+
+        Args:
+            context: The tokens that it decides at the end of.
+            choices: The tokens of the choices, where these are one token each.
         """
         stopper, anatomy, asked = self.lm.stopper, self.anatomy, self.lm.schedule.blocks
         names = stopper.features
         if not names:  # it asks nothing, and leaves after its one block
             return asked[0] if asked else self.n
         little = 1e-4 + self.plain.rounding  # features are of the order of 1
-        moves = torch.diag(torch.tensor([0.0 if name in ("depth", "agreement") else little for name in names]))
-        moves = torch.cat([torch.zeros(1, len(names)), moves, -moves])  # depth and agreement are whole numbers
+        whole = ("depth", "agreement", "choice_agreement")  # what rounding does not move
+        moves = torch.diag(torch.tensor([0.0 if name in whole else little for name in names]))
+        moves = torch.cat([torch.zeros(1, len(names)), moves, -moves])
         n = len(moves)
         carried = torch.zeros(n, stopper.carries) if stopper.carries else None
         for state in self.plain.states(context, features.needed_parts(names)):
             if state.block not in asked:
                 continue
             logits = anatomy.logits(state.hidden[:, -1])
-            if features.needs_past(names) and self.plain.top(logits[0].float().cpu().log_softmax(-1)) is None:
+            logprobs = logits[0].float().cpu().log_softmax(-1)
+            if features.needs_past(names) and self.plain.top(logprobs) is None:
+                return None
+            if features.needs_choice_past(names) and self.plain.top(logprobs[list(choices)]) is None:
                 return None
             device = state.hidden.device
             carried = None if carried is None else carried.to(device)
             rows, last = torch.zeros(n, dtype=torch.long, device=device), len(context) - 1
-            seen = features.observe(names, state, rows, rows + last, logits.expand(n, -1), self.n, carried)
+            logits = logits.expand(n, -1)
+            of_choices = features.choices_of(logits.to(device), [choices] * n)
+            seen = features.observe(names, state, rows, rows + last, logits, self.n, carried, of_choices)
             values = features.compute(names, seen)
             stops = (stopper.ask(seen, values + moves.to(values.device), carried) > 0).tolist()
             if any(stops):

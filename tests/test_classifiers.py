@@ -152,7 +152,7 @@ def test_a_real_run_leaves_where_the_trace_says(kind, tokenizer, tmp_path):
     (path,) = recording.trace(lm, {"toy": task}, tmp_path, split="test")
     meta, arrays = recording.read(path)
     stopper = fit.fit_classifier(kind, [path], label="final", threshold=0.5)
-    assert set(stopper.features) == set(FEATURES)
+    assert set(stopper.features) == {name for name in FEATURES if not FEATURES[name].choices}, "some have long choices"
     found = TracedDocuments(path, meta, arrays)
     clear, layers = 0, set()
     for threshold in (0.2, 0.4, 0.6, 0.8):

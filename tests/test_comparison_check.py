@@ -180,6 +180,26 @@ def test_too_little_pruning_fails(runs, capsys):
     assert "pruning_ratio is 0.5000, under 0.51" in capsys.readouterr().out
 
 
+def test_too_few_operations_saved_fail(runs, tmp_path, capsys):
+    """Blocks are pruned, but reading them costs more than that."""
+    arguments = runs(0, 0)
+    samples = next((tmp_path / "cand").rglob("samples_*.jsonl"))
+    rows = [json.loads(line) for line in samples.read_text().splitlines()]
+    ratios = [0.2 + 1.2 * (i % 2) for i in range(len(rows))]  # 0.8 on average
+    samples.write_text("".join(json.dumps({**r, "flops_ratio_total": x}) + "\n" for r, x in zip(rows, ratios, strict=True)))
+    arguments += ["--max-drop", "0.01", "--min-pruning", "0.5", "--min-flops-saved"]
+    assert main([*arguments, "0.2"]) == 0
+    assert "flops saved, 1 - flops_ratio_total (counted): 0.2000, at least 0.2 wanted" in capsys.readouterr().out
+    assert main([*arguments, "0.21"]) == 1
+    assert "FAIL: flops saved are 0.2000, under 0.21" in capsys.readouterr().out
+    file = tmp_path / "gate.yaml"
+    file.write_text("max_drop: 0.01\nmin_flops_saved: 0.3\n")
+    assert main([*arguments[:5], "--config", str(file), "--format", "json"]) == 1
+    found = json.loads(capsys.readouterr().out)
+    assert found["flops_saved"] == pytest.approx(0.2) and found["min_flops_saved"] == 0.3
+    assert main([*arguments[:5], "--config", str(file), "--min-flops-saved", "0.1"]) == 0
+
+
 @pytest.mark.parametrize(
     ("extra", "words"),
     [
@@ -188,6 +208,8 @@ def test_too_little_pruning_fails(runs, capsys):
         (["--max-drop", "-0.1"], "max-drop: -0.1 is no share"),
         (["--max-drop", "nan"], "max-drop: nan is no share"),
         (["--max-drop", "0.01", "--min-pruning", "15"], "min-pruning: 15 is no share"),
+        (["--max-drop", "0.01", "--min-flops-saved", "-1"], "min-flops-saved: -1 is no share"),
+        (["--min-flops-saved", "0.1", "--reproduces"], "min-flops-saved: --reproduces does not use it"),
         (["--max-drop", "0.01", "--group", "mmlu"], "group: 'mmlu' is no group or task"),
         (["--max-drop", "0.01", "--metric", "f1"], "metric: the samples of t have no number 'f1'"),
         (["--max-drop", "0.01", "--filter", "strict"], "filter: the samples of t have no filter 'strict'"),
@@ -205,6 +227,8 @@ def test_usage_errors_are_one_sentence_and_status_2(runs, capsys, extra, words):
 def test_min_pruning_needs_a_run_that_prunes(runs, capsys):
     assert main([*runs(0, 0, exit_layer=None), "--max-drop", "0.01", "--min-pruning", "0.1"]) == 2
     assert "logged no pruning_ratio" in capsys.readouterr().err
+    assert main([*runs(0, 0, exit_layer=None), "--max-drop", "0.01", "--min-flops-saved", "0.1"]) == 2
+    assert "logged no flops_ratio_total" in capsys.readouterr().err
 
 
 def test_a_group_names_the_pool(tmp_path, capsys):
@@ -247,6 +271,8 @@ def test_a_config_file_holds_the_options_and_the_command_line_goes_before_it(run
         (12, 6, [], {"drop of all documents": "failure"}),
         (12, 6, ["--on-inconclusive", "pass"], {"drop of all documents": "skipped"}),
         (0, 0, ["--min-pruning", "0.9"], {"pruning": "failure"}),
+        (0, 0, ["--min-flops-saved", "0.9"], {"flops saved": "failure"}),
+        (0, 0, ["--min-flops-saved", "0.1"], {}),
     ],
 )
 def test_junit_and_summary_say_what_the_exit_status_says(runs, tmp_path, monkeypatch, lost, won, extra, expected):

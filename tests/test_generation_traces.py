@@ -68,7 +68,7 @@ def test_every_new_token_is_an_instance_and_equals_the_slow_recomputation(shots,
     task = generating(until, num_fewshot=shots)
     _, meta, arrays = traced(lm, task, tmp_path / "cut", split="test")
     assert (meta["output_type"], meta["documents"], meta["features"]) == (
-        "generate_until", 6, ["gap", "top_prob", "entropy", "cos_attn", "cos_mlp", "cos_hidden"],
+        "generate_until", 6, list(RECORDED),
     )  # fmt: skip
     n = 0
     for instance in task.instances:

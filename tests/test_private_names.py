@@ -18,6 +18,7 @@ import transformers
 from accelerate.hooks import ModelHook, add_hook_to_module
 from lm_eval import evaluator_utils
 from lm_eval._cli import utils as cli_utils
+from lm_eval.api.task import ConfigurableTask
 from lm_eval.models.huggingface import HFLM
 from peft.tuners.tuners_utils import BaseTunerLayer
 from sklearn.svm import SVC
@@ -135,6 +136,7 @@ NAMES = {
     "scikit-learn": {"_gamma": lambda: fitted_svc()._gamma == 4.0},
     "lm_eval": {
         "_handle_back_comp": lambda: evaluator_utils._handle_back_comp({}) == ({}, {}),
+        "_instances": lambda: "f.apply(self._instances)" in inspect.getsource(ConfigurableTask.apply_filters),
         "_cli": lambda: (
             cli_utils.key_val_to_dict("a=1") == {"a": 1} and takes(cli_utils.MergeDictAction, ["-x"], "x", nargs="+")
         ),

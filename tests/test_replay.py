@@ -15,7 +15,7 @@ import torch
 from helpers.models import lm_of, make_model, tiny_lm
 from helpers.refusals import refused
 from helpers.tasks import KINDS, documents, make_task, our_tasks
-from helpers.traces import write
+from helpers.traces import lens, write
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -25,11 +25,13 @@ from lm_eval_adainfer.fitting import fit
 from lm_eval_adainfer.harness import loading
 from lm_eval_adainfer.harness.model import AdaInferLM
 from lm_eval_adainfer.output import tables
+from lm_eval_adainfer.readers.base import Reader
 from lm_eval_adainfer.statistics import tango_interval, wilson_interval
 from lm_eval_adainfer.strategies import files
 from lm_eval_adainfer.strategies.rules import GapStopper, NoStopper
 from lm_eval_adainfer.traces import recording, replay
 from lm_eval_adainfer.traces.documents import TracedDocuments, exits
+from lm_eval_adainfer.traces.plan import Plan
 
 # ------------------------------------------------------------------------------------------------ real runs
 
@@ -78,6 +80,25 @@ def test_replay_is_the_real_run_of_every_document(kind, options, model, tokenize
         assert clear >= 12
         assert spec != fixed or set(mine) == {4}
         assert spec != "none" or set(mine) == {5}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_replay_is_the_real_run_under_every_reader(kind, model, tokenizer, tmp_path):
+    task = make_task({"train": documents(3, 2), "test": documents(16, 7)}, **KINDS[kind])
+    lm = lm_of(model, tokenizer, max_length=400)
+    readers = [lens(lm.anatomy), Reader("copy", 1), Reader("copy", 5), Reader("sim", 3)]
+    plan = Plan.of(lm.anatomy, readers, "2+3+4")
+    (path,) = recording.trace(lm, {"toy": task}, tmp_path, split="test", plan=plan)
+    (whole,) = replay.load([path])
+    for reader in readers:
+        trace, left = whole.under(reader.name), set()
+        for spec in ("gap:0.1", "gap:0.3", fit.fit("svm", [path], reader=reader), "fixed:3"):
+            checked = {"check_layers": "2+3+4"} if isinstance(spec, str) else {}  # the fitted one knows its blocks
+            run = lm_of(model, tokenizer, stopper=spec, reader=reader, batch_size=5, max_length=400, **checked)
+            clear, mine = check_against_a_real_run(run, task, trace, spec, **checked)
+            assert clear >= 12
+            left |= set(mine)
+        assert len(left) > 1
 
 
 @pytest.mark.parametrize("name", ["sentiment", "fact", "odd_of_six"])

@@ -17,7 +17,6 @@ from lm_eval_adainfer import container
 from lm_eval_adainfer.cli import main
 from lm_eval_adainfer.fitting import calibration, check_layers, fit
 from lm_eval_adainfer.output import figures, per_block
-from lm_eval_adainfer.prefill import observing
 from lm_eval_adainfer.readers import files as reader_files
 from lm_eval_adainfer.readers.base import HEAD, Reader, default_blocks
 from lm_eval_adainfer.strategies import files
@@ -73,29 +72,24 @@ def slow_states(model, reader, tokens, decision, k):
     return found[0][decision - len(tokens) :]
 
 
-@pytest.fixture
-def reading(model, monkeypatch):
-    """While a batched reading is not there: ``copy`` and ``sim`` one row at a time."""
-
-    def run_tokens(anatomy, state, rows, reader, places):
-        found = [slow_states(model, reader, rows[r].tokens, rows[r].decision, state.block)[j] for r, j in places]
-        return torch.stack(found)
-
-    monkeypatch.setattr(observing, "run_tokens", run_tokens)
-
-
 # ------------------------------------------------------------------------------------------------ what is in it
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_what_every_reader_says_is_the_slow_recomputation(kind, lm, model, reading, tmp_path):
+LETTERS = {"doc_to_choice": lambda doc: list("uvwxyz"[: len(doc["choices"])]), "target_delimiter": ""}
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "a token each"])
+def test_what_every_reader_says_is_the_slow_recomputation(kind, lm, model, tmp_path):
     readers = [lens(lm.anatomy), COPY, SIM]
-    task = make_task(**KINDS[kind])
+    task = make_task(**KINDS.get(kind, LETTERS))
     plan = Plan.of(lm.anatomy, readers, [2, 4], hidden=True)
     _, meta, arrays = traced(lm, task, tmp_path, split="test", plan=plan)
     early = {readers[0].name: [1, 2, 3, 4], "copy:2": [2, 4], "sim:2": [2, 4]}
     assert meta["readers"] == {"head": [1, 2, 3, 4, 5], **early}
-    assert meta["reader_features"] == ["gap", "top_prob", "entropy"]
+    of_choices = ["choice_gap", "choice_top_prob", "choice_entropy"]
+    assert meta["reader_features"] == ["gap", "top_prob", "entropy", *of_choices]
+    at = arrays["features"].shape[2] - 3
+    assert np.isnan(arrays["features"][:, :, at:]).any() == (kind != "a token each")
     prompts = {(r.doc_id, r.args[0]): r for r in task.instances if r.args[0]}
     assert len(prompts) == len(arrays["doc_id"])
     for n, (doc, text) in enumerate(prompts):
@@ -117,6 +111,13 @@ def test_what_every_reader_says_is_the_slow_recomputation(kind, lm, model, readi
                     top = logprobs[0].exp().topk(2).values
                     assert said["top_token"] == logprobs[0].argmax()
                     assert said["features"][:2] == pytest.approx([(top[0] - top[1]).item(), top[0].item()], abs=2e-5)
+                expected = [np.nan] * 3
+                tokens = [continuation[0] for _, continuation in pairs if len(continuation) == 1]
+                if 2 <= len(tokens) == len(pairs) == len(set(tokens)):
+                    p = logprobs[0, tokens].softmax(-1)
+                    best = p.topk(2).values
+                    expected = [(best[0] - best[1]).item(), best[0].item(), -(p * p.log()).sum().item() / np.log(len(p))]
+                assert said["features"][3:] == pytest.approx(expected, abs=2e-5, nan_ok=True)
 
 
 def test_a_trace_of_generated_text_holds_head_and_tuned(lm, model, tmp_path):
@@ -148,7 +149,7 @@ def test_a_trace_of_generated_text_holds_head_and_tuned(lm, model, tmp_path):
     assert not (tmp_path / "no").exists()
 
 
-def test_other_readers_blocks_or_states_are_other_settings(lm, reading, tmp_path):
+def test_other_readers_blocks_or_states_are_other_settings(lm, tmp_path):
     def trace(readers, at=None, hidden=False):
         return traced(lm, make_task(), tmp_path, limit=2, plan=Plan.of(lm.anatomy, readers, at, hidden))
 
@@ -199,13 +200,13 @@ def test_blocks_are_asked_late_and_at_most_four_times(n_blocks):
     assert n_blocks != 30 or blocks == (20, 22, 26, 28)
 
 
-def test_the_estimate_is_the_files_size_and_what_is_counted(lm, reading, tmp_path, caplog):
+def test_the_estimate_is_the_files_size_and_what_is_counted(lm, tmp_path, caplog):
     caplog.set_level("INFO")
     task = make_task({"train": documents(3, 2), "test": documents(20, 7)})
     for readers in (None, "copy:2", [lens(lm.anatomy), SIM]):
         plan = Plan.of(lm.anatomy, readers, hidden=readers is None)
         path, _, arrays = traced(lm, task, tmp_path / f"{readers}"[:6], split="test", plan=plan)
-        found = estimate(lm, plan, task.instances)
+        found = estimate(lm, plan.ready(lm), task.instances)
         assert found.size == sum(array.nbytes for array in arrays.values())
         assert f"{found.work:.2f} times the work" in caplog.text and path.name in caplog.text
     # by hand, for prompts of one length: dense blocks, a head row after each, and what two tokens run through after 3, 4
@@ -223,7 +224,7 @@ def test_the_estimate_is_the_files_size_and_what_is_counted(lm, reading, tmp_pat
 
     dense, later = sum(blocks(n)) + head, blocks(3 + c - 1)
     extra = 4 * head + (head + later[3] + later[4]) + (head + later[4])
-    assert estimate(lm, plan, task.instances).work == pytest.approx((dense + extra) / dense)
+    assert estimate(lm, plan.ready(lm), task.instances).work == pytest.approx((dense + extra) / dense)
 
 
 # ------------------------------------------------------------------------------------------------ seen under one
@@ -275,7 +276,7 @@ def test_a_view_holds_what_was_recorded_and_nothing_else(data, tmp_path):
             assert np.isnan(trace.top1[doc, k - 1]) or k in [*blocks, 4]
 
 
-def test_cosines_are_the_same_under_every_reader(lm, reading, tmp_path):
+def test_cosines_are_the_same_under_every_reader(lm, tmp_path):
     path, meta, arrays = traced(lm, make_task(), tmp_path, plan=Plan.of(lm.anatomy, [COPY], "2+3"))
     _, found = views.under(path, meta, arrays, "copy:2")
     for n, name in enumerate(meta["features"]):

@@ -17,6 +17,7 @@ from sklearn.svm import SVC
 
 from lm_eval_adainfer import container
 from lm_eval_adainfer.fitting import fit
+from lm_eval_adainfer.strategies.features import RECORDED
 from lm_eval_adainfer.strategies.svm import SVMStopper
 from lm_eval_adainfer.traces import recording, splits
 
@@ -49,13 +50,13 @@ def test_a_trace_is_the_slow_recomputation_of_every_block(kind, lm, model, tmp_p
     task = make_task(**KINDS[kind])
     _, meta, arrays = traced(lm, task, tmp_path, split="test")
     docs = task.dataset["test"]
-    assert meta["features"] == ["gap", "top_prob", "entropy", "cos_attn", "cos_mlp", "cos_hidden"]
+    assert meta["features"] == list(RECORDED)
     assert (meta["documents"], meta["task"], meta["split"], meta["n_blocks"]) == (6, "toy", "test", 5)
 
     expected = [(doc_id, context) for doc_id, contexts in prompts(task).items() for context in contexts]
     n, width = len(expected), 3 if kind not in ("loglikelihood", "many inputs") else 1
     assert {name: (a.shape, a.dtype.name) for name, a in arrays.items()} == {
-        "features": ((n, 5, 6), "float32"),
+        "features": ((n, 5, 9), "float32"),
         "top_token": ((n, 5), "int32"),
         "scores": ((n, 5, width), "float32"),
         "greedy": ((n, 5, width), "uint8"),
@@ -75,7 +76,9 @@ def test_a_trace_is_the_slow_recomputation_of_every_block(kind, lm, model, tmp_p
         pairs = [lm._encode_pair(*r.args) for r in mine]
         context = pairs[0][0]
         assert arrays["prompt_tokens"][row] == len(context)
-        slow = slow_features(model, "llama", context)
+        tokens = [c[0] for _, c in pairs]
+        has_choices = len(set(tokens)) == len(tokens) > 1 and all(len(c) == 1 for _, c in pairs)
+        slow = slow_features(model, "llama", context, tokens if has_choices else ())
         np.testing.assert_allclose(arrays["features"][row].T, [slow[name] for name in meta["features"]], atol=2e-5)
         assert arrays["request"][row].tolist() == [r.idx for r in mine]
         for k in range(1, 6):

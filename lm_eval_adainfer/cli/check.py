@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 
 # set when the config file has been read, which may give what the command line left open
 _DEFAULTS: dict[str, Any] = {"on_inconclusive": "inconclusive", "format": "text", "batch_size": "8", "tolerance": 1e-4}
-_FOR_DROPS = ("max_drop", "min_pruning", "group", "on_inconclusive")  # --reproduces does without them
+# --reproduces does without them
+_FOR_DROPS = ("max_drop", "min_pruning", "min_flops_saved", "group", "on_inconclusive")
 
 
 def add_parser(commands: Any) -> argparse.ArgumentParser:
@@ -29,7 +30,7 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
         "document. --tasks and --exclude keep to some tasks; with --run, --tasks is what is evaluated.\n\n"
         "exit status:\n"
         "  0  pass: the drop is established to be at most --max-drop (one-sided 95%)\n"
-        "  1  fail: it is established to be larger, in all or in some task, or too little was pruned\n"
+        "  1  fail: it is established to be larger, in all or in some task, or too little was pruned or saved\n"
         "  3  inconclusive: these documents can't tell; how many could is printed\n"
         "  2  usage error",
         epilog="examples:\n"
@@ -57,6 +58,12 @@ def _add_gate(parser: argparse.ArgumentParser) -> list[argparse.Action]:
             help="the largest drop allowed: 0.01 is one point; for perplexities it is in nats",
         ),
         gate.add_argument("--min-pruning", type=float, metavar="X", help="the least mean pruning_ratio: 0.15 is 15%%"),
+        gate.add_argument(
+            "--min-flops-saved",
+            type=float,
+            metavar="X",
+            help="the least that 1 - mean flops_ratio_total, checks included, may be: 0.15 is 15%%",
+        ),
         gate.add_argument("--group", help="the group or task whose documents are pooled (default: all)"),
         gate.add_argument(
             "--on-inconclusive",
@@ -210,6 +217,7 @@ def _judge(arguments: argparse.Namespace, selection: Selection, baseline_path: s
             pool_of(baseline, arguments.group),
             arguments.max_drop,
             arguments.min_pruning,
+            arguments.min_flops_saved,
             arguments.group or POOLED,
         )
         found, status, as_json = check.cases(verdict), verdict.status, verdict.as_dict()

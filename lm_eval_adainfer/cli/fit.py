@@ -1,11 +1,11 @@
-"""``adainfer fit KIND``: fit a stopper on traces, whichever kind it is."""
+"""``adainfer fit KIND``: fit a stopper on traces, whichever kind it is, or a reader."""
 
 from __future__ import annotations
 
 import argparse
 from typing import Any
 
-from lm_eval_adainfer.cli import options
+from lm_eval_adainfer.cli import fit_reader, options
 
 _CLASSIFIERS = {
     "logistic": "logistic regression",
@@ -18,15 +18,16 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     """Add the command to ``adainfer``'s, with a subcommand per kind."""
     parser: argparse.ArgumentParser = commands.add_parser(
         "fit",
-        help="fit a stopper on traces",
+        help="fit a stopper on traces, or a reader",
         description="Fit a stopper on what adainfer trace recorded; `adainfer fit KIND --help` explains each kind. The "
-        "file goes into stopper= of lm_eval --model adainfer.",
+        "file goes into stopper= of lm_eval --model adainfer. The kind reader makes a file for reader=tuned:FILE.",
     )
     kinds = parser.add_subparsers(dest="kind", required=True, metavar="KIND")
     _add_svm(kinds)
     _add_crf(kinds)
     for kind, name in _CLASSIFIERS.items():
         _add_classifier(kinds, kind, name)
+    fit_reader.add_parser(kinds)
     return parser
 
 
@@ -50,7 +51,8 @@ def _add_svm(kinds: Any) -> None:
         "--features",
         default="gap,top_prob",
         help="separated by commas, of gap, top_prob, entropy, cos_attn, cos_mlp, cos_hidden, depth, agreement, "
-        "top_prob_change",
+        "top_prob_change; and, where choices have one token each, of choice_gap, choice_top_prob, choice_entropy, "
+        "choice_agreement",
     )
     parser.add_argument(
         "--max_examples", type=int, default=5000, help="SVC is quadratic: use at most so many (instance, block) pairs"
@@ -131,6 +133,9 @@ def _add_reader(parser: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Fit the stopper, save it, and print what it was fitted on."""
+    if arguments.kind == "reader":
+        fit_reader.run(arguments)
+        return
     from lm_eval_adainfer.fitting import fit
     from lm_eval_adainfer.readers import specs as readers
     from lm_eval_adainfer.strategies import files

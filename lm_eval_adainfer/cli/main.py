@@ -51,7 +51,8 @@ def main(argv: list[str] | None = None) -> int:
         found = f" ({str(error).splitlines()[0]:.120})" if str(error) else ""
         return _refuse(f"batch_size: there is not enough memory{found}; give a smaller one")
     except KeyboardInterrupt:
-        kept = "; finished traces are kept, and the same command goes on" if arguments.command == "trace" else ""
+        what = "traces" if arguments.command == "trace" else "blocks" if vars(arguments).get("kind") == "reader" else ""
+        kept = f"; finished {what} are kept, and the same command goes on" if what else ""
         print(f"\nadainfer: interrupted{kept}", file=sys.stderr)  # behind the progress bar
         return 130
 

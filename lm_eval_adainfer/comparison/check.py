@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from lm_eval_adainfer.comparison.gate import FAIL, INCONCLUSIVE, PASS, Verdict
+from lm_eval_adainfer.comparison.gate import FAIL, INCONCLUSIVE, PASS, Verdict, too_little
 from lm_eval_adainfer.comparison.matching import default_metric, documents_of
 from lm_eval_adainfer.comparison.runs import Run
 from lm_eval_adainfer.errors import AdaInferError
@@ -22,7 +22,7 @@ class Case:
 
 
 def cases(verdict: Verdict) -> list[Case]:
-    """The pool, every guard, and pruning."""
+    """The pool, every guard, pruning and the operations saved."""
     alone = FAIL if verdict.dropped else PASS if verdict.within else INCONCLUSIVE
     found = [
         Case(
@@ -42,9 +42,13 @@ def cases(verdict: Verdict) -> list[Case]:
         for guard in verdict.guards
     ]
     if verdict.min_pruning is not None and verdict.pruning_ratio is not None:
-        status = FAIL if verdict.pruning_ratio < verdict.min_pruning - 1e-12 else PASS
+        status = FAIL if too_little(verdict.pruning_ratio, verdict.min_pruning) else PASS
         message = f"pruning_ratio {verdict.pruning_ratio:.4f}, at least {verdict.min_pruning:g} wanted"
         found.append(Case("pruning", status, message))
+    if verdict.min_flops_saved is not None and verdict.flops_saved is not None:
+        status = FAIL if too_little(verdict.flops_saved, verdict.min_flops_saved) else PASS
+        message = f"flops saved {verdict.flops_saved:.4f}, at least {verdict.min_flops_saved:g} wanted"
+        found.append(Case("flops saved", status, message))
     return found
 
 

@@ -67,6 +67,8 @@ class Verdict:
     documents_needed: int | None
     pruning_ratio: float | None
     min_pruning: float | None
+    flops_saved: float | None  # 1 - mean flops_ratio_total
+    min_flops_saved: float | None
     guards: list[Guard]
     unit: str = ""  # of all drops and of max_drop, where it isn't the metric's own
     notes: list[str] = field(default_factory=list)
@@ -81,6 +83,7 @@ def judge(
     pool: Sequence[str],
     max_drop: float,
     min_pruning: float | None = None,
+    min_flops_saved: float | None = None,
     name: str = "all documents",
 ) -> Verdict:
     """Judge a candidate.
@@ -91,6 +94,7 @@ def judge(
         max_drop: The largest drop that is allowed, in the metric's unit: one point of accuracy is 0.01. For
             perplexities it is in nats (``Verdict.unit``).
         min_pruning: The least mean ``pruning_ratio`` of the pool.
+        min_flops_saved: The least that 1 minus its mean ``flops_ratio_total`` may be.
         name: Of the pool.
 
     Raises:
@@ -115,11 +119,10 @@ def judge(
         nats = max_drop * (math.log(2) if unit.startswith("bits") else 1)
         factor = f"{math.exp(nats):.4g}" if nats < 700 else "any number"
         notes.append(f"--max-drop is in {unit} here: {max_drop:g} allows perplexity to rise by a factor of {factor}")
-    if min_pruning is not None and not 0 <= min_pruning < 1:
-        raise AdaInferError(f"min-pruning: {min_pruning:g} is no share from 0 to below 1; 15% is 0.15")
     seen = row(name, "pooled", pooled)
-    if min_pruning is not None and seen.pruning_ratio is None:
-        raise AdaInferError("min-pruning: the candidate logged no pruning_ratio; give a run of --model adainfer")
+    flops_saved = None if seen.flops_ratio_total is None else 1 - seen.flops_ratio_total
+    _require_share("min-pruning", min_pruning, seen.pruning_ratio, "pruning_ratio")
+    _require_share("min-flops-saved", min_flops_saved, flops_saved, "flops_ratio_total")
 
     lower_level = 1 - ERROR * (POOL_SHARE if len(pairs) > 1 else 1)
     lower, upper = found.bounds(lower_level, max_drop)
@@ -137,8 +140,10 @@ def judge(
         if guard.failed:
             seen_there = f"seen are {guard.drop:.4f} (Holm's p {guard.p_holm:.2g})"
             reasons.append(f"task {guard.task} dropped by more than {limit}: {seen_there}")
-    if min_pruning is not None and seen.pruning_ratio is not None and seen.pruning_ratio < min_pruning - 1e-12:
+    if too_little(seen.pruning_ratio, min_pruning):
         reasons.append(f"pruning_ratio is {seen.pruning_ratio:.4f}, under {min_pruning:g}")
+    if too_little(flops_saved, min_flops_saved):
+        reasons.append(f"flops saved are {flops_saved:.4f}, under {min_flops_saved:g}")
     status = FAIL if reasons else PASS if within else INCONCLUSIVE
     needed = None
     if status == PASS:
@@ -166,10 +171,26 @@ def judge(
         documents_needed=needed,
         pruning_ratio=seen.pruning_ratio,
         min_pruning=min_pruning,
+        flops_saved=flops_saved,
+        min_flops_saved=min_flops_saved,
         guards=guards,
         unit=unit,
         notes=notes,
     )
+
+
+def too_little(found: float | None, least: float | None) -> bool:
+    """Whether less than the least that is wanted was found; False where nothing is wanted, or known."""
+    return found is not None and least is not None and found < least - 1e-12
+
+
+def _require_share(option: str, least: float | None, found: float | None, metric: str) -> None:
+    if least is None:
+        return
+    if not 0 <= least < 1:
+        raise AdaInferError(f"{option}: {least:g} is no share from 0 to below 1; 15% is 0.15")
+    if found is None:
+        raise AdaInferError(f"{option}: the candidate logged no {metric}; give a run of --model adainfer")
 
 
 @dataclass(frozen=True)

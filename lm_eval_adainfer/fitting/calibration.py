@@ -24,7 +24,7 @@ from scipy.stats import binom
 from lm_eval_adainfer.errors import AdaInferError
 from lm_eval_adainfer.readers.base import HEAD, Reader
 from lm_eval_adainfer.strategies.base import Stopper
-from lm_eval_adainfer.strategies.features import needs_past
+from lm_eval_adainfer.strategies.features import needs_recorded
 from lm_eval_adainfer.traces.documents import TracedDocuments, exits, read
 from lm_eval_adainfer.traces.file import require_finite
 from lm_eval_adainfer.traces.margins import asked, margins
@@ -230,7 +230,7 @@ def _read(
 ) -> tuple[list[_Part], int, list[int]]:
     parts: list[_Part] = []
     tried: set[tuple[str, str]] = set()
-    used = {*stopper.features, *(["top_prob"] if needs_past(stopper.features) else [])}
+    used = needs_recorded(stopper.features)
     blocks: tuple[int, ...] = ()
     for found in read(files, reader.name):
         meta = found.meta
@@ -240,7 +240,8 @@ def _read(
             )
         tried.add((meta["task"], meta["split"]))
         columns = [i for i, name in enumerate(meta["features"]) if name in used]
-        require_finite(found.path, found.arrays["features"][:, found.at][:, :, columns])
+        names = [meta["features"][i] for i in columns]
+        require_finite(found.path, found.arrays["features"][:, found.at][:, :, columns], names)
         if loss == "gold" and (found.gold < 0).any():
             raise AdaInferError(f"loss: {found.path} has documents without a gold answer; give --loss agreement")
         blocks = asked(stopper, meta, check_layers=check_layers)

@@ -42,8 +42,10 @@ class _Instances:
     agrees: np.ndarray  # [N, L] bool
     block_cost: np.ndarray  # [N, L + 1], of blocks 1..k
     reading_cost: np.ndarray  # [N, L], of what the reader runs after block k, before the head
+    check_cost: np.ndarray  # [N], of the head at a check, or of its rows for the choices
     head_cost: float
-    reads: bool  # whether a check reads
+    reads: bool  # whether a check reads either
+    check_is_head: bool  # whether a check reads the whole head, so that the one at the exit is the answer's
 
 
 def choose(
@@ -52,8 +54,8 @@ def choose(
     """Choose blocks greedily: always the one that saves most, until none saves or ``count`` are chosen.
 
     The cost of a decision are the linear maps of the blocks that it runs (its prompt's tokens, or one token where text
-    is being generated; fills of skipped cache entries are not simulated) and for every check that reads the head hV and
-    what the reader runs for it.
+    is being generated; fills of skipped cache entries are not simulated) and for every check that reads the head hV, or
+    hC for one that reads C choices alone, and what the reader runs for it.
 
     Args:
         files: Trace files of one model.
@@ -99,16 +101,22 @@ def _read(files: Sequence[Path], stopper: Stopper, reader: Reader) -> tuple[_Ins
         top = arrays["top_token"]
         tokens = np.where(arrays["position"] > 0, 1, arrays["prompt_tokens"]).astype(np.float64)
         weights = np.concatenate([[0.0], np.cumsum(meta["block_weights"], dtype=np.float64)])
-        head, reads = float(meta["hidden_size"] * meta["vocab_size"]), features.needs_head(stopper.features)
-        costs = tokens[:, None] * weights, _reading(reader, meta, tokens)
-        parts.append(_Instances(stops, top == top[:, -1:], *costs, head, reads))
+        head, is_head = float(meta["hidden_size"] * meta["vocab_size"]), features.needs_head(stopper.features)
+        of_choices = features.needs_choices(stopper.features) and not is_head
+        check = np.full(len(top), head if is_head else 0.0)
+        if of_choices:
+            check = meta["hidden_size"] * (arrays["request"] >= 0).sum(axis=1).astype(np.float64)
+        costs = tokens[:, None] * weights, _reading(reader, meta, tokens), check
+        parts.append(_Instances(stops, top == top[:, -1:], *costs, head, is_head or of_choices, is_head))
     found = _Instances(
         np.concatenate([p.stops for p in parts]),
         np.concatenate([p.agrees for p in parts]),
         np.concatenate([p.block_cost for p in parts]),
         np.concatenate([p.reading_cost for p in parts]),
+        np.concatenate([p.check_cost for p in parts]),
         parts[0].head_cost,
         parts[0].reads,
+        parts[0].check_is_head,
     )
     return found, list(blocks)
 
@@ -149,12 +157,12 @@ def _cost(data: _Instances, exits: np.ndarray, blocks: Sequence[int]) -> float:
     n, n_blocks = data.stops.shape
     decision = np.arange(n)
     early = exits < n_blocks
-    cost = data.block_cost[decision, exits]
+    cost = data.block_cost[decision, exits] + data.head_cost * ~(early & data.check_is_head)
     if data.reads:
         for k in blocks:
-            cost = cost + (exits >= k) * (data.reading_cost[:, k - 1] + data.head_cost)
-        return float((cost + data.head_cost * ~early).mean())
-    return float((cost + early * data.reading_cost[decision, exits - 1] + data.head_cost).mean())
+            cost = cost + (exits >= k) * (data.reading_cost[:, k - 1] + data.check_cost)
+        return float(cost.mean())
+    return float((cost + early * data.reading_cost[decision, exits - 1]).mean())
 
 
 def _summary(data: _Instances, exits: np.ndarray, blocks: Sequence[int]) -> Choice:

@@ -23,7 +23,7 @@ from lm_eval_adainfer.strategies.registry import PAPER_FEATURES
 from lm_eval_adainfer.strategies.svm import SVMStopper
 from lm_eval_adainfer.strategies.trees import BoostedStopper
 from lm_eval_adainfer.traces.documents import TracedDocuments
-from lm_eval_adainfer.traces.file import ASKED, find, read, read_of_one_model, require_finite
+from lm_eval_adainfer.traces.file import ASKED, find, read, read_of_one_model, require_finite, without_choices
 from lm_eval_adainfer.traces.margins import columns
 from lm_eval_adainfer.traces.views import recorded_blocks
 
@@ -60,7 +60,7 @@ def examples(
 
     Args:
         files: Trace files of one model.
-        features: Which features, in this order.
+        features: Which features, in this order; those among the choices leave out the decisions without such choices.
         label: ``final``: the block's top token is the last block's (paper, Eq. 1). ``gold``: it is the gold answer's
             first token (Appendix B). ``stable``: the document's answer (``TracedDocuments.answers``) is the last
             block's and never changes again: where ``oracle:stable`` would leave.
@@ -87,10 +87,14 @@ def collect(files: Sequence[Path], features: Sequence[str], label: str, reader: 
     metas: list[dict[str, Any]] = []
     numbers: dict[tuple[str, str, int], int] = {}
     blocks: list[int] = []
+    has_choices = False
     for path, meta, arrays in read_of_one_model(files, reader.name):
         x = columns(features, meta, arrays)
-        require_finite(path, x)
+        require_finite(path, x, features)
         y, known = _labels(path, meta, arrays, label)
+        lacks = without_choices(x, features)
+        has_choices = has_choices or not lacks.all()
+        known = known & ~lacks
         blocks = recorded_blocks(meta)
         if len(blocks) < meta["n_blocks"]:
             blocks = blocks[:-1]
@@ -102,6 +106,12 @@ def collect(files: Sequence[Path], features: Sequence[str], label: str, reader: 
         of = np.array([numbers.setdefault((*place, i), len(numbers)) for i in ids[known].tolist()], dtype=int)
         owners.append(np.repeat(of, y.shape[1]))
         metas.append(meta)
+    if not has_choices:
+        of_choices = next(name for name in features if FEATURES[name].choices)
+        raise AdaInferError(
+            f"features: {of_choices} is of choices of one token each, and no decision of these traces has such "
+            "choices; give features of the vocabulary"
+        )
     x_all, y_all = np.concatenate(xs), np.concatenate(ys)
     if len(x_all) == 0:
         raise AdaInferError(f"label: no instance of these traces has a label {label!r}; use final")
@@ -247,7 +257,8 @@ def fit_classifier(
         kind: ``logistic``, ``mlp`` or ``boosted``.
         paths: Trace files or folders of them.
         label: ``final``, ``gold`` or ``stable``.
-        features: None takes all that the first trace allows.
+        features: None takes all that the first trace allows; those among the choices only where every decision of all
+            traces has choices of one token each.
         max_examples: At most so many (instance, block) pairs, drawn uniformly with ``seed``; None takes the registry's
             number.
         seed: Of the draw, of the held-out fifth of the documents and of the model.
@@ -272,8 +283,7 @@ def fit_classifier(
         raise AdaInferError(f"threshold: {threshold:g} is not between 0 and 1; give 0.95, say")
     files = find(paths)
     if features is None:
-        recorded = read(files[0])[0]["features"]
-        features = [name for name in FEATURES if name in recorded or name not in RECORDED]
+        features = _all_features(files)
     found = collect(files, features, label, reader)
     documents = np.random.default_rng(seed).permutation(found.document.max() + 1)
     held_out = np.isin(found.document, documents[: len(documents) // HELD_OUT])
@@ -295,6 +305,21 @@ def fit_classifier(
     stopper = stopper_class(arrays, features, threshold, slope, offset, info)
     _note(stopper, found, reader)
     return stopper
+
+
+def _all_features(files: Sequence[Path]) -> list[str]:
+    """What ``fit_classifier`` takes by default."""
+    recorded = read(files[0])[0]["features"]
+    found = [name for name in FEATURES if name in recorded or name not in RECORDED]
+    if all(_all_have_choices(*read(path)) for path in files):
+        return found
+    return [name for name in found if not FEATURES[name].choices]
+
+
+def _all_have_choices(meta: dict[str, Any], arrays: dict[str, np.ndarray]) -> bool:
+    """Whether a trace holds every feature among the choices, of every decision."""
+    of_choices = {name for name in RECORDED if RECORDED[name].choices}
+    return of_choices <= set(meta["features"]) and not without_choices(arrays["features"], meta["features"]).any()
 
 
 def _logistic(x: np.ndarray, y: np.ndarray, seed: int) -> dict[str, np.ndarray]:

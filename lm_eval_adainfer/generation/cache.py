@@ -13,9 +13,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-
-class Stored(Exception):  # noqa: N818 - control flow, never seen by users
-    """Leaves a block once its keys and values are stored."""
+from lm_eval_adainfer.structure.storing import Stored
 
 
 @dataclass
@@ -107,6 +105,13 @@ class SlotCache(DynamicCache):
         if call.store_only:
             raise Stored
         return tuple(found)
+
+    def put(self, layer: int, n_rows: int, row: int, slots: Tensor, pair: tuple[Tensor, ...]) -> None:
+        """Write one row's keys and values ([heads, n, d]) into some slots of a layer."""
+        for store, new in zip((self.keys, self.values), pair, strict=True):
+            if layer not in store:
+                store[layer] = new.new_zeros(n_rows, new.shape[0], self.capacity, new.shape[-1])
+            store[layer][row, :, slots.to(new.device)] = new
 
     def keep_rows(self, rows: Tensor) -> None:
         """Forget finished rows."""

@@ -51,19 +51,21 @@ class Decisions:
         elif not features.needs_head(decoder.stopper.features):
             leaves = self._stopping(k, newest, everyone, None)
         else:
-            asked = self._screened(k, newest, everyone)
+            read = self._read(k, newest, everyone)
+            asked = self._screened(k, newest, read, everyone)
             if not asked:
                 return []
-            logits = self._head(newest, asked)
+            logits = self._head(read, asked)
             if decoder.shortlist:
                 self._note_candidates(asked, logits)
             stops = self._stopping(k, newest, asked, logits)
             logits = logits[stops]
             leaves = [asked[n] for n in stops]
+        left = self._read(k, newest[leaves], leaves) if logits is None and leaves else newest
         for n, i in enumerate(leaves):
             row = self.flow[i]
             if logits is None:
-                self._left[row] = newest[i]
+                self._left[row] = left[n]
             else:
                 self._logits[row] = logits[n]
             self.results[row].layers.append(k)
@@ -100,11 +102,19 @@ class Decisions:
                 self.results[row].head_rows += 1
         return torch.stack([x.to(device) for x in self._logits if x is not None]).float()
 
-    def _head(self, newest: Tensor, rows: list[int]) -> Tensor:
+    def _read(self, k: int, newest: Tensor, rows: list[int]) -> Tensor:
+        """[len(rows), h], what norm and head read of these rows' states after block k."""
+        if k == self.anatomy.n_blocks:
+            return newest
+        for i in rows:
+            self.results[self.flow[i]].reading += self.decoder.reader.flops(k)
+        return self.decoder.reader.translate(k, newest)
+
+    def _head(self, read: Tensor, rows: list[int]) -> Tensor:
         """[len(rows), V] logits of the newest token."""
         for i in rows:
             self.results[self.flow[i]].head_rows += 1
-        return self.anatomy.logits(newest if len(rows) == len(self.flow) else newest[rows])
+        return self.anatomy.logits(read if len(rows) == len(self.flow) else read[rows])
 
     def _stopping(self, k: int, newest: Tensor, rows: list[int], logits: Tensor | None) -> list[int]:
         """Of these rows, by their place in ``rows``, those at which the stopper says stop."""
@@ -127,7 +137,7 @@ class Decisions:
             self.results[row].decisions += 1
         return [n for n, stop in enumerate(stops) if stop]
 
-    def _screened(self, k: int, newest: Tensor, rows: list[int]) -> list[int]:
+    def _screened(self, k: int, newest: Tensor, read: Tensor, rows: list[int]) -> list[int]:
         """The rows that the full vocabulary has to decide: all, or those that the candidates speak for.
 
         A row's candidates are the top tokens of the last full head that it computed for this token. Among them alone
@@ -140,7 +150,7 @@ class Decisions:
         mine = self._candidates[self.flow].to(newest.device)
         for i in rows:
             self.results[self.flow[i]].screened += mine.shape[1]
-        return self._stopping(k, newest, rows, self.anatomy.logits(newest, mine))
+        return self._stopping(k, newest, rows, self.anatomy.logits(read, mine))
 
     def _note_candidates(self, rows: list[int], logits: Tensor) -> None:
         top = logits.topk(self.decoder.shortlist, dim=-1).indices

@@ -23,6 +23,10 @@ class Decoded:
         head_rows: Head rows computed, for checks and for choices of tokens.
         screened: Logits computed of candidates alone.
         decisions: How often the stopper was asked.
+        prompt_exit: The block after which the prompt left, where that was decided on its own (``prompts``).
+        reads: (block, tokens of the prompt, positions read) of every time that the prompt was read after a block.
+        copied_prompt: Tokens of the prompt whose keys and values in later blocks were copied besides.
+        reading: Floating-point operations of the reader's maps, and of decisions about the prompt.
         finite: Whether the logits of all its tokens were finite.
     """
 
@@ -34,6 +38,10 @@ class Decoded:
     head_rows: int = 0
     screened: int = 0
     decisions: int = 0
+    prompt_exit: int | None = None
+    reads: list[tuple[int, int, int]] = field(default_factory=list)
+    copied_prompt: int = 0
+    reading: int = 0
     finite: bool = True
 
     @property
@@ -68,20 +76,25 @@ def record_of(decoded: Decoded, prompt_tokens: int, counter: FlopCounter, finger
     n_blocks, new = counter.n_blocks, len(decoded.tokens)
     positions = prompt_tokens + new - 1  # the last new token is never run
     layer = sum(decoded.layers) / new
+    run_on = sum((n_blocks - k) * counter.run_on(*read) for k, *read in decoded.reads)
     flops = (
         sum(counter.block(k, decoded.block_tokens[k - 1], decoded.pairs[k - 1]) for k in range(1, n_blocks + 1))
         + sum(counter.stored(k, n) for k, n in enumerate(decoded.stored_tokens, start=1))
+        + sum(counter.read(*read) for read in decoded.reads)
+        + counter.copied(decoded.prompt_exit or n_blocks, decoded.copied_prompt)
         + counter.head(decoded.head_rows)
         + counter.screened(decoded.screened)
         + counter.decisions(decoded.decisions)
+        + decoded.reading
     )
     return ExitRecord(
         exit_layer=layer,
         n_blocks=counter.n_whole,
         flops_ratio=counter.flops_ratio(layer, prompt_tokens),
-        layers_run=decoded.executed / positions,
+        layers_run=(decoded.executed + run_on) / positions,
         flops=flops,
         flops_dense=counter.dense(positions) + counter.head(new),
         fingerprint=fingerprint,
         layers=tuple(decoded.layers),
+        prompt_exit_layer=decoded.prompt_exit,
     )

@@ -18,6 +18,7 @@ from torch import Tensor
 from lm_eval_adainfer.generation.decoded import Decoded
 from lm_eval_adainfer.generation.state import DecoderState
 from lm_eval_adainfer.generation.step import Step
+from lm_eval_adainfer.readers.base import HEAD, Reader
 from lm_eval_adainfer.strategies.base import Schedule, Stopper
 from lm_eval_adainfer.structure.anatomy import Anatomy
 from lm_eval_adainfer.structure.calls import hooked
@@ -36,6 +37,7 @@ class Decoder:
         max_new_tokens: Room to make.
         kv_policy: As :class:`DecoderState`'s.
         shortlist: As :class:`DecoderState`'s.
+        reader: As :class:`DecoderState`'s.
     """
 
     def __init__(
@@ -48,9 +50,12 @@ class Decoder:
         max_new_tokens: int,
         kv_policy: str = "recompute",
         shortlist: int = 0,
+        reader: Reader = HEAD,
     ):
         self.anatomy = anatomy
-        self.state = DecoderState(anatomy, stopper, schedule, windows, prompts, max_new_tokens, kv_policy, shortlist)
+        self.state = DecoderState(
+            anatomy, stopper, schedule, windows, prompts, max_new_tokens, kv_policy, shortlist, reader
+        )
         self.current: Step | None = None
         self._attached = False
 

@@ -14,7 +14,9 @@ from torch import Tensor
 from lm_eval_adainfer.errors import AdaInferError, UnsupportedModelError
 from lm_eval_adainfer.generation.decoded import Decoded
 from lm_eval_adainfer.generation.decoder import Decoder
+from lm_eval_adainfer.generation.prompts import PromptExits
 from lm_eval_adainfer.generation.settings import Settings
+from lm_eval_adainfer.readers.base import HEAD, Reader
 from lm_eval_adainfer.strategies.base import Schedule, Stopper
 from lm_eval_adainfer.structure.anatomy import Anatomy
 from lm_eval_adainfer.structure.windows import Windows
@@ -71,6 +73,8 @@ def decode(
     seeds: Seeds,
     kv_policy: str = "recompute",
     shortlist: int = 0,
+    reader: Reader = HEAD,
+    prompt_exits: PromptExits | None = None,
 ) -> list[Decoded]:
     """Generate with early exit.
 
@@ -89,6 +93,8 @@ def decode(
         seeds: Where rows that sample get their generators.
         kv_policy: As :class:`Decoder`'s.
         shortlist: As :class:`Decoder`'s.
+        reader: As :class:`Decoder`'s.
+        prompt_exits: What decides how deep prompts go; None where the first new token's decision does.
 
     Raises:
         UnsupportedModelError: On texts that are longer than the model's rotary embeddings allow.
@@ -107,12 +113,14 @@ def decode(
     most_seconds, start = settings.config.max_time, time.time()
 
     texts = [prompt.tolist() for prompt in prompts]
-    decoder = Decoder(anatomy, stopper, schedule, windows, texts, max(limits), kv_policy, shortlist)
+    decoder = Decoder(anatomy, stopper, schedule, windows, texts, max(limits), kv_policy, shortlist, reader)
     state = decoder.state
     generators = [seeds.generator(text, context.device) for text in texts] if samples else []
+    first = None if prompt_exits is None else prompt_exits.run(state, texts)
     with decoder.attached():
         while decoder.rows:
-            logits = scores = decoder.step()
+            logits = scores = decoder.step() if first is None else first
+            first = None
             if any(processors):
                 ids = state.slots[:, : state.length].to(logits.device)
                 rows = zip(state.rows, state.pad, ids, logits, strict=True)

@@ -11,6 +11,7 @@ from lm_eval_adainfer.generation.cache import SlotCache
 from lm_eval_adainfer.generation.decoded import Decoded
 from lm_eval_adainfer.generation.policies import KV_POLICIES
 from lm_eval_adainfer.generation.tokens import Tokens
+from lm_eval_adainfer.readers.base import HEAD, Reader
 from lm_eval_adainfer.strategies import features
 from lm_eval_adainfer.strategies.base import Schedule, Stopper
 from lm_eval_adainfer.structure.anatomy import Anatomy
@@ -30,6 +31,7 @@ class DecoderState:
         kv_policy: A key of ``policies.KV_POLICIES``.
         shortlist: Candidates per token for screening (``head_check=shortlist``); 0 reads the full vocabulary at
             every check.
+        reader: How blocks are read at the newest tokens, each on its own; the cache holds states as they are.
 
     Attributes:
         checked: Blocks after which the stopper is asked.
@@ -55,8 +57,10 @@ class DecoderState:
         max_new_tokens: int,
         kv_policy: str = "recompute",
         shortlist: int = 0,
+        reader: Reader = HEAD,
     ):
         self.anatomy, self.stopper, self.checked = anatomy, stopper, frozenset(schedule.blocks)
+        self.reader = reader
         self.windows, self.policy = windows, KV_POLICIES[kv_policy]()
         self.shortlist = min(shortlist, anatomy.vocab_size) if features.needs_head(stopper.features) else 0
         self.parts = features.needed_parts(stopper.features) if self.checked else []

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lm_eval_adainfer.generation.cache import Stored
 from lm_eval_adainfer.generation.decisions import Decisions
 from lm_eval_adainfer.generation.decoded import count_run, count_stored
 from lm_eval_adainfer.generation.layouts import LAYOUTS
@@ -22,6 +21,7 @@ from lm_eval_adainfer.generation.tokens import Tokens
 from lm_eval_adainfer.structure.arguments import hidden_of, walk, with_hidden
 from lm_eval_adainfer.structure.calls import AllRowsLeft, bypassed, explicit_masks, part_output
 from lm_eval_adainfer.structure.hooks import without_hooks
+from lm_eval_adainfer.structure.storing import Stored
 
 _SLACK = 64  # slots that a deeper block may miss before it gets a forward of its own, with masks of its own
 

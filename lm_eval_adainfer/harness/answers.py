@@ -17,19 +17,21 @@ class LogLikelihood(tuple):
     Attributes:
         exit_record: How deep the document went.
         top1: Whether the full vocabulary's top token is the continuation's first token.
+        top: That top token.
     """
 
     exit_record: ExitRecord
     top1: bool
+    top: int
 
-    def __new__(cls, logprob: float, is_greedy: bool, exit_record: ExitRecord, top1: bool) -> LogLikelihood:
+    def __new__(cls, logprob: float, is_greedy: bool, exit_record: ExitRecord, top1: bool, top: int) -> LogLikelihood:
         """Pair the answer with its record."""
         self = super().__new__(cls, (logprob, is_greedy))
-        self.exit_record, self.top1 = exit_record, top1
+        self.exit_record, self.top1, self.top = exit_record, top1, top
         return self
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self[0], self[1], self.exit_record, self.top1)
+        return type(self), (self[0], self[1], self.exit_record, self.top1, self.top)
 
 
 class Rolling(float):

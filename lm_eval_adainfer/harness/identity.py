@@ -55,7 +55,14 @@ def fingerprint(lm: Any) -> str:
         "log_features": lm.options.log_features,
         "generation": lm.generation,
         **(
-            {"kv_policy": lm.options.kv_policy, "shortlist": lm.options.shortlist} if lm.generation == "early" else {}
+            {
+                "kv_policy": lm.options.kv_policy,
+                "shortlist": lm.options.shortlist,
+                **({"token_stopper": lm.token_stopper.describe()} if lm.reader.runs_tokens else {}),
+                **({"token_reader": lm.token_reader.name} if lm.reader.runs_tokens else {}),
+            }
+            if lm.generation == "early"
+            else {}
         ),
     }
     return _short(identity)

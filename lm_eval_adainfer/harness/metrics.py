@@ -18,7 +18,7 @@ from lm_eval.api.metrics import mean
 from lm_eval.config.group import AggMetricConfig
 
 from lm_eval_adainfer.errors import AdaInferError
-from lm_eval_adainfer.harness import private
+from lm_eval_adainfer.harness import pilot, private
 from lm_eval_adainfer.harness.gold import right_requests
 from lm_eval_adainfer.records import ExitRecord
 
@@ -47,6 +47,7 @@ class ReportsExits(Protocol):
     stopper: Any
     rank: int
     run_totals: dict[str, Any]
+    pilot_record: dict[str, Any] | None
 
     @property
     def fingerprint(self) -> str:
@@ -104,6 +105,7 @@ def evaluate_with_exit_statistics(
     else:
         groups, tasks = private.groups_and_tasks(task_dict)
     before, model.run_totals = model.totals(), {}  # one model object may be evaluated several times
+    model.pilot_record, dense = None, pilot.Pilot(model, tasks)
     with ExitStack() as stack:
         if model is lm:  # a cache that an earlier run was given is not this one's
             stack.enter_context(model.without_cache())
@@ -111,12 +113,17 @@ def evaluate_with_exit_statistics(
         watches = {name: stack.enter_context(_watched(task, model)) for name, task in tasks.items()}
         for group in groups.values():
             stack.enter_context(_group_metrics(group, tasks))
+        stack.enter_context(dense.before_the_run())
         results = evaluate(lm, task_dict, *args, **kwargs)
     spent = {name: value - before[name] for name, value in model.totals().items()}
-    gathered = model.gather_object(({name: watch.documents for name, watch in watches.items()}, spent))
+    documents_here = {name: watch.documents for name, watch in watches.items()}
+    gathered = model.gather_object((documents_here, spent, dense.found()))
     if gathered is not None and model.rank == 0:
         documents = {name: _merge([part[0][name] for part in gathered]) for name in watches}
         model.run_totals = _add_up([part[1] for part in gathered])
+        pilots = [part[2] for part in gathered]
+        model.pilot_record = pilot.record(pilots)
+        pilot.warn(pilots, groups, model)
         if results is not None:
             _finish(results, documents, groups)
     return results
@@ -131,16 +138,16 @@ class _Watch:
         self.documents: dict[int, dict[str, Any]] = {}
         self.current: int = 0
         self.true_id: int = 0
-        self._instances: dict[int, list[Instance]] | None = None
+        self._requests: dict[int, list[Instance]] | None = None
 
     def instances(self) -> list[Instance]:
         """The current document's instances, in the order of their requests."""
-        if self._instances is None:
+        if self._requests is None:
             found: dict[int, list[Instance]] = defaultdict(list)
             for instance in self.task.instances:
                 found[instance.doc_id].append(instance)
-            self._instances = {k: sorted(v, key=lambda i: i.idx) for k, v in found.items()}
-        return self._instances[self.current]
+            self._requests = {k: sorted(v, key=lambda i: i.idx) for k, v in found.items()}
+        return self._requests[self.current]
 
     def metrics(self, doc: Any) -> dict[str, float]:
         """The current document's exit statistics, from its responses (filters build new strings)."""

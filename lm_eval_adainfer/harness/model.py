@@ -25,22 +25,28 @@ from lm_eval_adainfer.errors import AdaInferError, UnsupportedModelError, report
 from lm_eval_adainfer.generation.decoded import record_of
 from lm_eval_adainfer.generation.loop import Seeds, Stop, decode
 from lm_eval_adainfer.generation.probes import prepare
+from lm_eval_adainfer.generation.prompts import PromptExits
 from lm_eval_adainfer.generation.settings import Settings, check_checkpoint
-from lm_eval_adainfer.harness import answer_cache, arguments, identity, metrics, run_record
+from lm_eval_adainfer.harness import answer_cache, arguments, identity, metrics, pilot, run_record
 from lm_eval_adainfer.harness.answers import LogLikelihood, Rolling, Text
 from lm_eval_adainfer.harness.options import Options, check_stock
 from lm_eval_adainfer.prefill import planning, probes
 from lm_eval_adainfer.prefill.documents import Answer, Document, Row
 from lm_eval_adainfer.prefill.engine import Engine
-from lm_eval_adainfer.prefill.exit_records import record_of_document, record_of_windows
+from lm_eval_adainfer.prefill.exit_records import record_of_document, record_of_windows, share_of_checks
 from lm_eval_adainfer.prefill.forward import first_not_finite, verify
 from lm_eval_adainfer.prefill.planning import Batch
 from lm_eval_adainfer.prefill.probes import Sharing
+from lm_eval_adainfer.prefill.reading import prepared
+from lm_eval_adainfer.readers.base import HEAD
 from lm_eval_adainfer.records import ExitRecord
+from lm_eval_adainfer.strategies import features, specs
 from lm_eval_adainfer.strategies.base import Schedule
 from lm_eval_adainfer.strategies.fitted import warn_if_foreign
 from lm_eval_adainfer.structure import removal, unwrapping, wrappers
 from lm_eval_adainfer.structure.anatomy import Anatomy
+from lm_eval_adainfer.structure.hashes import signs_hash
+from lm_eval_adainfer.structure.storing import watch_storing
 from lm_eval_adainfer.structure.weights import input_device
 from lm_eval_adainfer.structure.windows import Windows
 
@@ -50,6 +56,14 @@ if TYPE_CHECKING:
 eval_logger = logging.getLogger(__name__)
 
 DEMO = "adainfer-demo"
+_DEAR = 0.1  # of the dense work: checks that cost more are warned of
+
+# what answers that are given aside leave as it was (``AdaInferLM.dense_aside``)
+_SET_ASIDE = (
+    "stopper", "schedule", "reader", "engine", "counter", "seconds", "generating_seconds", "generated_tokens",
+    "batch_sizes", "_found_sharing", "_windows", "token_stopper", "token_schedule", "token_reader", "token_counter",
+    "_prompt_exits",
+)  # fmt: skip
 
 TokenRequest = tuple["tuple[str, str] | None", list[int], list[int]]
 
@@ -81,27 +95,37 @@ class AdaInferLM(HFLM):
         pretrained: As HFLM's; ``adainfer-demo`` is the small model that ships with the package.
         stopper: When to stop. ``none`` (dense, the default), ``gap`` or ``gap:0.8`` (P(top 1) - P(top 2) exceeds
             it; also ``softmax:0.9``), ``saturation:0.98`` (the hidden state's cosine with the block before exceeds
-            it), ``patience:3`` (the top token of 3 asked blocks in a row is the same), ``fixed:24`` (always after
-            block 24), ``shortgpt:last5`` (without the last 5 blocks), ``shortgpt:bi:8:FILE`` (without the 8 blocks of
-            least Block Influence, as ``adainfer influence`` wrote them to FILE), a built-in name (``svm``: fitted on
-            ``adainfer-demo``), or a stopper file written by ``adainfer fit`` or ``adainfer influence``.
+            it), ``patience:3`` (the top token of 3 asked blocks in a row is the same), ``choice_gap:0.5`` (the gap
+            among choices of one token each exceeds it; ``choice_gap:0.5:3``: after 3 asked blocks in a row),
+            ``fixed:24`` (always after block 24), ``shortgpt:last5`` (without the last 5 blocks), ``shortgpt:bi:8:FILE``
+            (without the 8 blocks of least Block Influence, as ``adainfer influence`` wrote them to FILE), a built-in
+            name (``svm``: fitted on ``adainfer-demo``), or a stopper file written by ``adainfer fit`` or ``adainfer
+            influence``.
         min_layer: No exit before this block (1 to L; default 1).
-        check_layers: After which blocks the stopper is asked: ``all`` (default), ``every:2``, or a list ``8+12+16``.
+        check_layers: After which blocks the stopper is asked: ``all`` (default with ``reader=head`` and ``tuned``),
+            ``every:2``, or a list ``8+12+16``. With ``copy`` and ``sim``, where asking is dear, the default is those
+            that the stopper's file names, or at most four of the last 40%.
         generation: What ``generate_until`` does: ``early`` (default), where every new token leaves at its own block, or
             ``dense``.
         kv_policy: What a token that goes deeper than its predecessors did finds in the cache: ``recompute`` (default):
             their blocks are run first, so that it sees exactly the dense model's cache; ``propagate``: their exit
-            states are projected into it (CALM's state copy; approximate, cheaper).
+            states are projected into it (CALM's state copy; approximate, cheaper). With ``reader=copy`` or ``sim`` it
+            is ``propagate``, for the prompt as well.
         head_check: How ``generate_until`` asks the stopper: ``exact`` (default): from the full vocabulary at every
             checked block; ``shortlist`` (or ``shortlist:64``, the number of candidates): from the top tokens of the
             token's previous full check, confirmed by the full vocabulary before it leaves: never sooner than ``exact``.
         prefix_cache: Tokens of a prefix shared by documents (few-shot examples, a system prompt) that are run once and
             whose keys and values are kept while these documents are scored; 0 runs every prompt whole. Default 4096.
+        pilot: How many documents of every task an evaluation answers dense, too, before it begins, to warn where early
+            exit changes too many answers; 0 answers none. Default 16. The record of the run holds what came of it.
         reader: What the model would answer after a block, which stoppers decide from and answers are scored by:
             ``head`` (default: final norm and output head of the last token, as in the paper), ``copy`` or ``copy:32``
             (the prompt's last 1 or 32 tokens run on through the later blocks, the others' keys and values are made
             from their states here), ``sim`` or ``sim:32`` (the first and the last 1 or 32 tokens run on, and see each
             other alone), ``tuned:FILE`` (affine maps written by ``adainfer fit reader``). A stopper file names its own.
+        token_stopper: With ``reader=copy`` or ``sim``, whose ``stopper`` decides how deep the prompt goes: when new
+            tokens stop in ``generate_until`` (``none`` by default; anything that ``stopper`` takes, read by ``head`` or
+            a file's own ``tuned`` reader).
         log_features: Put the features after every block up to the exit into the samples (``--log_samples``);
             default False.
 
@@ -116,19 +140,24 @@ class AdaInferLM(HFLM):
         pretrained: Any = DEMO,
         stopper: Any = "none",
         min_layer: int | str = 1,
-        check_layers: Any = "all",
+        check_layers: Any = None,
         log_features: bool | str = False,
         generation: str = "early",
-        kv_policy: str = "recompute",
+        kv_policy: str | None = None,
         head_check: str = "exact",
         prefix_cache: int | str = 4096,
         reader: Any = None,
+        token_stopper: Any = None,
+        pilot: int | str = pilot.DOCUMENTS,
         **kwargs: Any,
     ) -> None:
         report_errors_in_one_sentence()
         # before the weights are loaded: a wrong argument should fail at once
-        self.options = Options.read(stopper, log_features, generation, kv_policy, head_check, prefix_cache, reader)
+        self.options = Options.read(
+            stopper, log_features, generation, kv_policy, head_check, prefix_cache, pilot, reader, token_stopper
+        )
         strategy = self.options.stopper
+        self.stopper_name = strategy.kind if stopper is strategy else str(stopper)
         check_stock(kwargs)
         if isinstance(pretrained, os.PathLike):  # which HFLM would take for a model object
             pretrained = os.fspath(pretrained)
@@ -165,32 +194,56 @@ class AdaInferLM(HFLM):
         self.anatomy = self._taken_apart()
         self.stopper, self.n_blocks = strategy, self.anatomy.n_blocks
         strategy.bind(self.n_blocks)
-        if strategy.dropped_blocks and (str(min_layer), str(check_layers)) != ("1", "all"):
+        self.reader = self.options.reader
+        if strategy.dropped_blocks and (str(min_layer), str(check_layers)) not in (("1", "None"), ("1", "all")):
             eval_logger.warning(f"min_layer/check_layers: {strategy.kind} asks nothing, so they don't apply")
-            min_layer, check_layers = 1, "all"
-        self.schedule = Schedule(self.n_blocks, strategy, min_layer, check_layers)
+            min_layer, check_layers = 1, None
+        self.schedule = Schedule(self.n_blocks, strategy, min_layer, check_layers, self.reader)
         if strategy.kind != "none" and not strategy.removes_blocks and not self.schedule.blocks:
             eval_logger.warning("check_layers/min_layer: they leave no block to ask the stopper at, so it runs dense")
         warn_if_foreign(strategy, self._model_name(), self.n_blocks, self.anatomy.head_hash())
+        for reader in (self.reader, self.options.token_stopper.reader):
+            if reader is not None and reader.maps is not None:
+                width, signs = self.anatomy.block_hidden_size, signs_hash(self.anatomy.model)
+                reader.maps.require_model(self.n_blocks, width, self.anatomy.head_hash(), signs)
         if strategy.removes_blocks:
+            if self.reader.kind != "head":
+                raise AdaInferError(
+                    f"reader: {self.reader.name} has nothing to read with stopper={strategy.kind}, which takes blocks "
+                    "out of the model and asks nothing; leave reader= out"
+                )
             self._drop_blocks()
-        self.reader = self.options.reader
-        if self.reader.maps is not None:
-            self.reader.maps.require_model(self.n_blocks, self.anatomy.block_hidden_size, self.anatomy.head_hash())
-        if self.schedule.blocks:
+        reading = None
+        if self.reader.runs_tokens:
+            with self._autocast():
+                reading = prepared(self.anatomy, self.reader)
+        # what new tokens are asked: with a reader that reads prompts, a strategy of their own
+        self.token_stopper, self.token_schedule, self.token_reader = strategy, self.schedule, self.reader
+        if self.reader.runs_tokens:
+            self.token_stopper = self.options.token_stopper
+            self.token_reader = self.token_stopper.reader or HEAD
+            self.token_schedule = Schedule(self.n_blocks, self.token_stopper, reader=self.token_reader)
+        if self.schedule.blocks or self.token_schedule.blocks:
             self.anatomy.keep_head_loaded()
         self.engine = Engine(
-            self.anatomy, strategy, self.schedule, self.softmax_dtype, self.options.log_features, self.reader
+            self.anatomy, strategy, self.schedule, self.softmax_dtype, self.options.log_features, self.reader, reading
         )
-        self.counter = FlopCounter(self.anatomy, strategy)
-        self.generation = generation if self.schedule.blocks else "dense"
-        if self.options.shortlist and strategy.carries:
+        self.counter = FlopCounter(self.anatomy, strategy, self.reader)
+        self.token_counter = FlopCounter(self.anatomy, self.token_stopper, self.reader)
+        if reading is not None and reading.storing is not None:
+            self.counter.copied_weights = self.token_counter.copied_weights = reading.storing.weights
+        self.generation = generation if self.schedule.blocks or self.token_schedule.blocks else "dense"
+        if self.options.shortlist and self.token_stopper.carries:
             raise AdaInferError(
-                f"head_check: shortlist needs a stopper that decides from one block alone, which {strategy.kind} with "
-                f"{', '.join(strategy.features)} does not; use head_check=exact"
+                f"head_check: shortlist needs a stopper that decides from one block alone, which "
+                f"{self.token_stopper.kind} with {', '.join(self.token_stopper.features)} does not; use "
+                "head_check=exact"
             )
         if self.options.shortlist:
             self.anatomy.require_candidates()
+        if features.needs_choices(strategy.features):
+            with self._autocast():
+                _ = self.anatomy.reads_few_tokens  # it takes forwards of its own: now, and not in a run
         self._identified = ""  # the fingerprint, for the length of a run
         if any(weight.device.type == "meta" for weight in self.model.parameters()):
             self.anatomy.weights_hash(self.model)  # it reads offloaded weights once: now, and not in a run
@@ -205,10 +258,15 @@ class AdaInferLM(HFLM):
         self._generated_tokens: deque[tuple[list[int], list[int]]] = deque()  # for it, as the exit records are
         self.set_cache_hook(CacheHook(None))
         self.run_totals: dict[str, Any] = {}
+        self.pilot_record: dict[str, Any] | None = None
         self._document_keys: list[Any] = []
         self._warned_not_finite = False
+        self._warned_of_dear_checks = False
+        self._warned_without_choices: set[str] = set()
         self._found_sharing: Sharing | None = None  # found out when something is first shared
         self._windows: Windows | None = None  # watched when generation first exits early
+        self._prompt_exits: PromptExits | None = None  # made then, for a reader that reads prompts
+        self._found_aside: tuple[Sharing | None, Windows | None] = None, None
         metrics.install()
 
     # ------------------------------------------------------------------ set-up
@@ -331,6 +389,17 @@ class AdaInferLM(HFLM):
             "maybe others) runs all blocks and has NaN scores; another dtype may help"
         )
 
+    def _warn_without_choices(self, without: int, total: int, what: str) -> None:
+        """Say once where the stopper reads choices that some documents, or texts, do not have."""
+        named = [name for name in self.stopper.features if features.FEATURES[name].choices]
+        if not named or not without or not self.schedule.blocks or what in self._warned_without_choices:
+            return
+        self._warned_without_choices.add(what)
+        eval_logger.warning(
+            f"stopper: it reads {', '.join(named)}, which {without} of {total} {what} do not have (it takes two or "
+            "more choices of one token each); they run dense"
+        )
+
     # ------------------------------------------------------------------ loglikelihood
     @_identified
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[Any]:
@@ -356,6 +425,9 @@ class AdaInferLM(HFLM):
     ) -> list[Any]:
         keys = self._document_keys or [(None, tuple(r[1])) for r in requests]
         documents = self.documents(requests, keys)
+        if self.engine.observer is None:
+            self._warn_without_choices(sum(not d.has_choices for d in documents), len(documents), "documents")
+        self._warn_of_dear_checks(documents)
         results: list[LogLikelihood | None] = [None] * len(requests)
         progress = tqdm(
             total=len(requests),
@@ -372,7 +444,7 @@ class AdaInferLM(HFLM):
                     record = record_of_document(document, self.counter, self.fingerprint, self.options.log_features)
                     finished = {}
                     for row, answer in [(r, a) for r in document.rows for a in r.answers]:
-                        result = LogLikelihood(answer.logprob, answer.is_greedy, record, answer.top1)
+                        result = LogLikelihood(answer.logprob, answer.is_greedy, record, answer.top1, answer.top)
                         results[answer.request] = result
                         if (strings := requests[answer.request][0]) is not None:
                             finished[hash_args("loglikelihood", strings)] = result
@@ -383,6 +455,19 @@ class AdaInferLM(HFLM):
         finally:
             progress.close()
         return results
+
+    def _warn_of_dear_checks(self, documents: Sequence[Document]) -> None:
+        """Say once where asking a reader that runs tokens may cost more than it is likely to save."""
+        if not (self.reader.runs_tokens and self.stopper.features) or self._warned_of_dear_checks:
+            return
+        share = share_of_checks(documents, self.counter, self.schedule)
+        if share > _DEAR:
+            self._warned_of_dear_checks = True
+            blocks = ", ".join(map(str, self.schedule.blocks))
+            eval_logger.warning(
+                f"check_layers: asking under reader={self.reader.name} after block {blocks} costs {share:.0%} of the "
+                "dense work of a document that does not leave (counted); fewer or later blocks cost less"
+            )
 
     def documents(self, requests: Sequence[TokenRequest], keys: Sequence[Any]) -> list[Document]:
         """Group tokenised requests into documents, one row per distinct (context, continuation[:-1]).
@@ -448,8 +533,9 @@ class AdaInferLM(HFLM):
         self.batch_sizes: dict[int, int] = {}
         budget = 0 if self.engine.observer is not None else self.options.prefix_cache  # what is observed is run whole
         return planning.plan(
-            self.anatomy, documents, size if fixed is None else fixed, lambda: self._sharing().rule, budget
-        )
+            self.anatomy, documents, size if fixed is None else fixed, lambda: self._sharing().rule, budget,
+            self.schedule.blocks if self.reader.runs_tokens else (),
+        )  # fmt: skip
 
     def _size_at(self, position: int, rows: Sequence[Row]) -> int:
         """The automatic batch size at one of these rows."""
@@ -458,16 +544,30 @@ class AdaInferLM(HFLM):
     def _sharing(self) -> Sharing:
         """How prompts can share what they begin with; found out once, and a speed-up that is lost is warned of."""
         if self._found_sharing is None:
-            with self._autocast():
-                self._found_sharing = probes.sharing(self.anatomy)
-            if self._found_sharing.missed:
-                eval_logger.warning(f"prefix_cache: {self._found_sharing.how} ({self._found_sharing.missed})")
+            self._found_sharing = self._found_aside[0] or self._probed_sharing()
         return self._found_sharing
+
+    def _probed_sharing(self) -> Sharing:
+        with self._autocast():
+            found = probes.sharing(self.anatomy)
+        if found.missed:
+            eval_logger.warning(f"prefix_cache: {found.how} ({found.missed})")
+        return found
 
     # ------------------------------------------------------------------ rolling and generation
     @_identified
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[Any]:
-        """As HFLM's, every token scored at its own exit block; the saving is counted as if it had been run."""
+        """As HFLM's, every token scored at its own exit block; the saving is counted as if it had been run.
+
+        Raises:
+            AdaInferError: Under ``copy`` and ``sim``, which read a prompt and not each of its tokens.
+        """
+        if self.reader.runs_tokens:
+            raise AdaInferError(
+                f"reader: {self.reader.name} reads the end of a prompt, and loglikelihood_rolling scores every token "
+                "of a text; give reader=head or reader=tuned:FILE"
+            )
+        self._warn_without_choices(len(requests), len(requests), "texts")
         texts: list[list[Row]] = [[] for _ in requests]  # their windows
         for n, (text,) in enumerate([r.args for r in requests]):
             pairs = utils.get_rolling_token_windows(
@@ -509,7 +609,7 @@ class AdaInferLM(HFLM):
             if any(math.isnan(answer.logprob) for answer in row.answers):
                 self._warn_not_finite(row.tokens)
         logprob = sum(answer.logprob for row, _ in parts for answer in row.answers)
-        record = record_of_windows(parts, self.counter, self.stopper, self.schedule, self.fingerprint)
+        record = record_of_windows(parts, self.counter, self.stopper, self.schedule, self.fingerprint, self.reader)
         return Rolling(logprob, record)
 
     @_identified
@@ -534,13 +634,15 @@ class AdaInferLM(HFLM):
                     f"give 1 to {self.max_length - 1}, or a larger max_length"
                 )
         self._check_settings(requests, early)
+        if early:
+            self._warn_without_choices(len(requests), len(requests), "texts")
         if requests and early and self._windows is None:
-            with self._autocast():
-                wrappers.require_same_generation(self.anatomy)
-                self._windows = prepare(self.anatomy)
-            if self._windows.missed:
-                eval_logger.warning(f"generation: tokens are laid out {self._windows.layout} ({self._windows.missed})")
-            self.counter.stored_weights = self._windows.stored_weights
+            self._windows = self._found_aside[1] or self._probed_windows()
+            self.token_counter.stored_weights = self._windows.stored_weights
+            if (reading := self.engine.reading) is not None:
+                storing = reading.storing or watch_storing(self.anatomy)
+                self.token_counter.copied_weights = storing.weights
+                self._prompt_exits = PromptExits(self.stopper, self.schedule, reading, storing)
         if requests and not early and self.schedule.blocks:
             eval_logger.warning("generation=dense: generate_until does not exit early (exit_layer = L)")
         self._generated.clear()
@@ -556,6 +658,14 @@ class AdaInferLM(HFLM):
         seconds = time.perf_counter() - started
         self.seconds, self.generating_seconds = self.seconds + seconds, self.generating_seconds + seconds
         return [self._generated[hash_args("generate_until", r.args)].popleft() for r in requests]
+
+    def _probed_windows(self) -> Windows:
+        with self._autocast():
+            wrappers.require_same_generation(self.anatomy)
+            found = prepare(self.anatomy)
+        if found.missed:
+            eval_logger.warning(f"generation: tokens are laid out {found.layout} ({found.missed})")
+        return found
 
     def _check_settings(self, requests: list[Instance], early: bool) -> None:
         """Refuse generation settings that can't be followed (``Settings``), and texts without room."""
@@ -633,14 +743,14 @@ class AdaInferLM(HFLM):
         assert self._windows is not None
         with self._autocast():
             rows = decode(
-                self.anatomy, self.stopper, self.schedule, self._windows, settings, context, mask, max_new,
+                self.anatomy, self.token_stopper, self.token_schedule, self._windows, settings, context, mask, max_new,
                 self._max_length_asked, self.tokenizer, stop, self._seeds, self.options.kv_policy,
-                self.options.shortlist,
+                self.options.shortlist, self.token_reader, self._prompt_exits,
             )  # fmt: skip
         for row, prompt, slots in zip(rows, mask.sum(-1).tolist(), context.tolist(), strict=True):
             if not row.finite:
                 self._warn_not_finite([*slots[len(slots) - int(prompt) :], *row.tokens[:-1]])
-            self._exit_records.append(record_of(row, int(prompt), self.counter, self.fingerprint))
+            self._exit_records.append(record_of(row, int(prompt), self.token_counter, self.fingerprint))
             self.engine.head_rows += row.head_rows
             self.engine.block_tokens += row.executed
             self.engine.tokens += int(prompt) + len(row.tokens) - 1
@@ -687,6 +797,32 @@ class AdaInferLM(HFLM):
         finally:
             self.cache_hook = before
 
+    @contextmanager
+    def dense_aside(self) -> Iterator[dict[str, Any]]:
+        """Answer dense for a while, by the forward of every run, and change neither totals nor caches.
+
+        Yields:
+            What it cost, filled in at the end: measured seconds, counted tokens and block executions x tokens.
+        """
+        before = {name: value for name, value in vars(self).items() if name in _SET_ASIDE}
+        self.stopper = specs.parse("none")
+        self.schedule, self.reader = Schedule(self.n_blocks, self.stopper), HEAD
+        self.engine = Engine(self.anatomy, self.stopper, self.schedule, self.softmax_dtype)
+        self.counter = self.token_counter = FlopCounter(self.anatomy, self.stopper)
+        self.token_stopper, self.token_schedule, self.token_reader = self.stopper, self.schedule, self.reader
+        self._prompt_exits = None
+        cost: dict[str, Any] = {}
+        try:
+            with self.without_cache():
+                yield cost
+            cost["tokens_counted"], cost["block_tokens_counted"] = self.engine.tokens, self.engine.block_tokens
+            cost["seconds_measured"] = self.seconds - before["seconds"]
+        finally:
+            self._found_aside = self._found_sharing, self._windows  # what was found out of the model stays true
+            for name in _SET_ASIDE:
+                self.__dict__.pop(name, None)
+            self.__dict__.update(before)
+
     # ------------------------------------------------------------------ the run's record
     def get_model_info(self) -> dict[str, Any]:
         """HFLM's, and under ``adainfer`` what identifies this run and what it came to."""
@@ -707,6 +843,7 @@ class AdaInferLM(HFLM):
             "block_tokens_counted": self.engine.block_tokens,
             "block_calls_counted": self.engine.block_calls,
             "head_rows_counted": self.engine.head_rows,
+            **({"copied_tokens_counted": self.engine.copied_tokens} if self.reader.kind == "copy" else {}),
             "generated_tokens_counted": self.generated_tokens,
             "seconds_generating_measured": self.generating_seconds,
         }

@@ -33,7 +33,9 @@ class Options:
         kv_policy: A key of ``KV_POLICIES``.
         shortlist: Candidates per token of ``head_check=shortlist``; 0 for ``exact``.
         prefix_cache: Tokens of a prefix at most; 0 for none.
+        pilot: Documents of a task that are also answered dense.
         reader: How blocks are read.
+        token_stopper: The strategy for new tokens, where the reader reads prompts.
     """
 
     stopper: Stopper
@@ -42,7 +44,9 @@ class Options:
     kv_policy: str
     shortlist: int
     prefix_cache: int
+    pilot: int
     reader: Reader
+    token_stopper: Stopper
 
     @classmethod
     def read(
@@ -53,7 +57,9 @@ class Options:
         kv_policy: Any,
         head_check: Any,
         prefix_cache: Any,
+        pilot: Any,
         reader: Any = None,
+        token_stopper: Any = None,
     ) -> Options:
         """The arguments as they come from a command line or a script.
 
@@ -63,13 +69,22 @@ class Options:
         strategy, logs = specs.parse(stopper), _flag("log_features", log_features)
         if generation not in ("dense", "early"):
             raise AdaInferError(f"generation: {generation!r} is neither dense nor early")
-        if kv_policy not in KV_POLICIES:
+        if kv_policy is not None and kv_policy not in KV_POLICIES:
             raise AdaInferError(f"kv_policy: {kv_policy!r} is neither {' nor '.join(KV_POLICIES)}")
         candidates = _shortlist(head_check)
         if not str(prefix_cache).isdecimal():
             raise AdaInferError(f"prefix_cache: {prefix_cache!r} is no number of tokens; give 0 or more")
+        if not str(pilot).isdecimal():
+            raise AdaInferError(f"pilot: {pilot!r} is no number of documents; give 0 or more")
         found = readers.resolve(reader, strategy.reader)
-        return cls(strategy, logs, generation, kv_policy, candidates, int(prefix_cache), found)
+        policy = kv_policy or ("propagate" if found.runs_tokens else "recompute")
+        if found.runs_tokens and KV_POLICIES[policy].exact:
+            raise AdaInferError(
+                f"kv_policy: {policy} promises the dense model's cache, which a prompt that leaves under "
+                f"reader={found.name} does not have; leave it out, or give propagate"
+            )
+        tokens = _token_stopper(token_stopper, found)
+        return cls(strategy, logs, generation, policy, candidates, int(prefix_cache), int(pilot), found, tokens)
 
 
 def check_stock(options: Mapping[str, Any]) -> None:
@@ -102,6 +117,23 @@ def check_stock(options: Mapping[str, Any]) -> None:
             f"tp_plan: {options['tp_plan']!r} is not supported; split the model with parallelize=True, or the "
             "documents among processes with accelerate launch"
         )
+
+
+def _token_stopper(spec: Any, reader: Reader) -> Stopper:
+    if spec is not None and not reader.runs_tokens:
+        raise AdaInferError(
+            f"token_stopper: it goes with reader=copy or sim, where stopper= decides about the prompt alone; with "
+            f"reader={reader.kind} give stopper=, which decides about new tokens, too"
+        )
+    found = specs.parse(spec)
+    if found.removes_blocks:
+        raise AdaInferError(f"token_stopper: {found.kind} takes blocks out of the model; give it as stopper=")
+    if found.reader is not None and found.reader.runs_tokens:
+        raise AdaInferError(
+            f"token_stopper: its file names the reader {found.reader.name}, which reads prompts; a new token is alone, "
+            "so give a stopper that was fitted under head or tuned"
+        )
+    return found
 
 
 def _shortlist(head_check: Any) -> int:

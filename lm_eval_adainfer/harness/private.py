@@ -6,6 +6,8 @@ written for, so that an upgrade which breaks one fails there, with a sentence.
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Sequence
 from typing import Any
 
 # Methods of HFLM that ``AdaInferLM`` overrides, and those that it calls.
@@ -20,6 +22,13 @@ def groups_and_tasks(task_dict: dict[str, Any]) -> tuple[dict[str, Any], dict[st
     from lm_eval.evaluator_utils import _handle_back_comp
 
     return _handle_back_comp(task_dict)
+
+
+def task_of(task: Any, instances: Sequence[Any]) -> Any:
+    """A copy of a task that holds these instances, so that ``apply_filters`` filters their responses alone."""
+    alone = copy.copy(task)
+    alone._instances = list(instances)
+    return alone
 
 
 def merge_dict_action() -> Any:

@@ -27,6 +27,7 @@ def of(lm: Any, sharing: Sharing | None, windows: Windows | None) -> dict[str, A
     policy, candidates = lm.options.kv_policy, lm.options.shortlist
     how = {
         "kv_policy": policy + ("" if KV_POLICIES[policy].exact else " (approximate)"),
+        **({"token_stopper": lm.token_stopper.describe()} if lm.reader.runs_tokens else {}),
         "head_check": f"shortlist:{candidates}" if candidates else "exact",
     }
     return {
@@ -44,6 +45,7 @@ def of(lm: Any, sharing: Sharing | None, windows: Windows | None) -> dict[str, A
         **({} if sharing is None else {"shared_prefixes": _with_reason(sharing.how, sharing.missed)}),
         **({} if windows is None else {"generation_layout": _with_reason(windows.layout, windows.missed)}),
         **totals,
+        **({} if lm.pilot_record is None else {"pilot": lm.pilot_record}),
         **({"generated_tokens_per_second_measured": tokens / seconds} if tokens and seconds else {}),
         "versions": {
             "lm_eval_adainfer": __version__,

@@ -17,6 +17,7 @@ from lm_eval_adainfer.errors import AdaInferError
 from lm_eval_adainfer.statistics import wilson
 from lm_eval_adainfer.traces import documents
 from lm_eval_adainfer.traces.documents import TracedDocuments
+from lm_eval_adainfer.traces.file import without_choices
 from lm_eval_adainfer.traces.views import HEAD, readers_of
 
 
@@ -102,12 +103,15 @@ def _mean(values: np.ndarray) -> float | None:
 
 
 def feature_rows(traces: Sequence[TracedDocuments]) -> list[dict[str, Any]]:
-    """A row per trace, block and recorded feature: mean and quartiles over the decisions."""
+    """A row per trace, block and recorded feature: mean and quartiles over the decisions that have it."""
     rows = []
     for trace in traces:
         for k in range(1, trace.n_blocks + 1):
             for i, name in enumerate(trace.meta["features"]):
                 values = trace.arrays["features"][:, k - 1, i].astype(float)
+                values = values[~without_choices(trace.arrays["features"][:, :, i : i + 1], [name])]
+                if not len(values):
+                    continue
                 low, middle, high = np.quantile(values, [0.25, 0.5, 0.75])
                 rows.append(
                     {
@@ -170,11 +174,14 @@ def accuracy_panels(traces: Sequence[TracedDocuments], most: int) -> dict[str, l
 
 
 def feature_lines(traces: Sequence[TracedDocuments]) -> dict[str, list[Line]]:
-    """Mean of every feature after every block over the decisions, per trace."""
+    """Mean of every feature after every block over the decisions that have it, per trace."""
     found: dict[str, list[Line]] = {}
     for i, (trace, label) in enumerate(zip(traces, labels(traces), strict=True)):
         for n, name in enumerate(trace.meta["features"]):
             values = trace.arrays["features"][:, :, n]
+            values = values[~without_choices(values[:, :, None], [name])]
+            if not len(values):
+                continue
             mean = values.mean(axis=0, dtype=float)
             spread = 1.96 * values.std(axis=0, dtype=float) / np.sqrt(len(values))
             found.setdefault(name, []).append(Line(label, mean, mean - spread, mean + spread, False, i))

@@ -31,6 +31,9 @@ def text(verdict: Verdict, baseline: str, candidate: str) -> str:
     if verdict.pruning_ratio is not None:
         least = "" if verdict.min_pruning is None else f", at least {verdict.min_pruning:g} wanted"
         lines.append(f"pruning_ratio (counted): {verdict.pruning_ratio:.4f}{least}")
+    if verdict.flops_saved is not None:
+        least = "" if verdict.min_flops_saved is None else f", at least {verdict.min_flops_saved:g} wanted"
+        lines.append(f"flops saved, 1 - flops_ratio_total (counted): {verdict.flops_saved:.4f}{least}")
     if verdict.guards:
         width = max(len(g.task) for g in verdict.guards)
         lines += ["", f"{'task'.ljust(width)}   docs     drop        95% interval   Holm's p"]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,16 +19,29 @@ from lm_eval_adainfer.prefill.forward import Forward, padded, run_blocks
 from lm_eval_adainfer.prefill.observing import Observer, run_observed
 from lm_eval_adainfer.prefill.planning import Batch
 from lm_eval_adainfer.prefill.prefixes import Continued, Prefix
+from lm_eval_adainfer.prefill.reading import Reading, Spot
 from lm_eval_adainfer.prefill.rolling import TokenExits
-from lm_eval_adainfer.prefill.scoring import score_points, score_positions
+from lm_eval_adainfer.prefill.scoring import positions_at_once, score_points
 from lm_eval_adainfer.readers.base import HEAD, Reader
 from lm_eval_adainfer.strategies import features
-from lm_eval_adainfer.strategies.asking import Carried, ask
+from lm_eval_adainfer.strategies.asking import Carried, ask, reads_head
 from lm_eval_adainfer.strategies.base import Schedule, Stopper
 from lm_eval_adainfer.structure.anatomy import Anatomy
 from lm_eval_adainfer.structure.state import BlockState
 
 Place = tuple[int, int, int]  # of a row in flow: its batch, its number among the batch's rows, where it decides there
+
+
+class _Read(NamedTuple):
+    """What a check has read at rows' decision positions.
+
+    Attributes:
+        logits: Row -> [V].
+        states: Row -> [h], what norm and head read.
+    """
+
+    logits: dict[Row, Tensor]
+    states: dict[Row, Tensor]
 
 
 class _Underway:
@@ -36,7 +50,10 @@ class _Underway:
     Attributes:
         forward: The way.
         flow: The rows that have not left: (document, row, how many of its first tokens a prefix runs).
+        state: After the block that was run last.
     """
+
+    state: BlockState
 
     def __init__(
         self,
@@ -51,7 +68,8 @@ class _Underway:
         skip = [0] * len(rows) if prefix is None else [prefix.lengths[o] for o in owner]
         self.flow = [(d, row, n) for (d, row), n in zip(rows, skip, strict=True)]
         ids = padded(anatomy, [row.tokens[n:] for _, row, n in self.flow])
-        self.forward = Forward(anatomy, ids, parts, None if prefix is None else Continued(prefix, owner))
+        self.continued = None if prefix is None else Continued(prefix, owner)
+        self.forward = Forward(anatomy, ids, parts, self.continued)
 
 
 class Engine:
@@ -64,12 +82,14 @@ class Engine:
         softmax_dtype: As HFLM's; None keeps the logits' dtype.
         log_features: Record the features after every block up to the exit (diagnostic: not counted as FLOPs).
         reader: How blocks are read.
+        reading: For a reader that lets tokens go on: it, made ready for the model (``reading.prepared``).
 
     Attributes:
         observer: What is shown every block; then documents run dense. None where nothing watches.
         tokens: Tokens of all rows that were run, each counted once.
         block_tokens: Block executions x tokens.
         block_calls: Block executions of batches.
+        copied_tokens: Block executions x tokens that computed keys and values alone.
         head_rows: Head rows computed (checks and scores).
     """
 
@@ -81,6 +101,7 @@ class Engine:
         softmax_dtype: torch.dtype | None = None,
         log_features: bool = False,
         reader: Reader = HEAD,
+        reading: Reading | None = None,
     ):
         self.anatomy, self.stopper, self.schedule, self.reader = anatomy, stopper, schedule, reader
         self.softmax_dtype = softmax_dtype
@@ -89,7 +110,9 @@ class Engine:
         self._parts = features.needed_parts(stopper.features) if self.checked else []
         self._parts += [p for p in features.needed_parts(self.log.names) if p not in self._parts]
         self.observer: Observer | None = None
+        self.reading = reading
         self.head_rows = 0
+        self.copied_tokens = 0
         self.tokens = 0
         self.block_tokens = 0
         self.block_calls = 0
@@ -135,7 +158,9 @@ class Engine:
             self._run([self._begun([piece], batch.prefix, [batch.owner[i] for i in part])])
             document.exit_layer = piece.exit_layer
             document.head_rows += piece.head_rows
+            document.choice_rows += piece.choice_rows
             document.decisions += piece.decisions
+            document.reads += piece.reads
             document.logged += piece.logged
 
     @torch.no_grad()
@@ -149,7 +174,8 @@ class Engine:
             for document in batch.documents:
                 self.log.begin(document)
         for k in range(1, n_blocks + 1):
-            states = [batch.forward.advance() for batch in batches]
+            for batch in batches:
+                batch.state = batch.forward.advance()
             self.block_calls += len(batches)
             self.block_tokens += sum(len(row.tokens) - skip for batch in batches for _, row, skip in batch.flow)
             at: dict[Row, Place] = {
@@ -158,17 +184,17 @@ class Engine:
                 for r, (_, row, skip) in enumerate(batch.flow)
             }
             documents = list(dict.fromkeys(d for batch in batches for d, *_ in batch.flow))
-            ready: dict[Row, Tensor] = {}  # logits at its decision position
+            ready = _Read({}, {})
             undecided = [d for d in documents if d.exit_layer is None or (self.log.names and k == n_blocks)]
             if k == n_blocks:
                 for document in documents:
                     document.exit_layer = n_blocks
-            if undecided and (k in self.checked or self.log.names):
-                ready = self._check(states, undecided, at, carried)
+            if undecided and (k in self.checked or self._logs(k)):
+                ready = self._check(batches, undecided, at, carried)
             leaving = {d for d in documents if d.exit_layer == k}
             if not leaving:
                 continue
-            self._score(states, [d for d in documents if d in leaving], at, ready)
+            self._score(batches, [d for d in documents if d in leaving], at, ready)
             for batch in batches:
                 keep = [r for r, (d, *_) in enumerate(batch.flow) if d not in leaving]
                 if keep and len(keep) < len(batch.flow):
@@ -181,82 +207,148 @@ class Engine:
 
     def _check(
         self,
-        states: Sequence[BlockState],
+        batches: Sequence[_Underway],
         documents: Sequence[Document],
         at: Mapping[Row, Place],
         carried: Carried,
         asks: bool = True,
-    ) -> dict[Row, Tensor]:
+    ) -> _Read:
         """Ask the stopper for every decider of ``documents``; set ``exit_layer`` of those that stop.
 
         Args:
-            states: Of the batches, after the same block.
+            batches: After the same block.
             documents: Batch by batch.
             at: The rows in flow.
             carried: What the stopper keeps of the deciding rows from block to block.
             asks: Else features are only logged.
 
         Returns:
-            Logits at the decision positions, for scoring to use again.
+            What was read at the decision positions, for scoring to use again.
         """
+        states = [batch.state for batch in batches]
         k, logits = states[0].block, None
         asks = asks and k in self.checked and k < self.anatomy.n_blocks
-        decides = asks and bool(self.stopper.features)
+        decides, logs = asks and bool(self.stopper.features), self._logs(k)
         deciding = [(d, d.rows[i]) for d in documents for i in d.deciders]
         stops: list[bool] = []
-        if deciding and (decides or self.log.names):
+        needs_head = reads_head(self.stopper, self.anatomy)
+        needs_choices = features.needs_choices(self.stopper.features) and not needs_head
+        read: Tensor | None = None
+        if deciding and (decides or logs):
             rows = [row for _, row in deciding]
             state = BlockState.at(states, [at[row] for row in rows])
             number = torch.arange(len(rows), device=state.hidden.device)
             points = number, torch.zeros_like(number)
-            if self.log.names:
-                logits = self.anatomy.logits(state.hidden[:, 0])
+            if logs or needs_head or needs_choices:
+                read = self._read(batches, k, [(document, row, 1) for document, row in deciding], at, counts=decides)
+            if logs:
+                assert read is not None
+                logits = self.anatomy.logits(read)
                 self.log.note([(d, j) for d in documents for j in range(len(d.deciders))], state, points, logits)
             if decides:
                 kept = carried.of(rows, state.hidden.device)
-                stops, logits = ask(self.stopper, self.anatomy, state, points, kept, logits)
+                choices = [row.choices or () for row in rows]
+                stops, logits = ask(self.stopper, self.anatomy, state, points, kept, logits, choices=choices, read=read)
                 carried.keep(rows, kept)
         if not asks:
-            return {}
+            return _Read({}, {})
         if not decides:  # fixed:N asks nothing, so documents without a decision follow it too
             for document in documents:
                 document.exit_layer = k
-            return {}
-        needs_head = features.needs_head(self.stopper.features)
+            return _Read({}, {})
         verdict: dict[Document, bool] = {}
-        for (document, _), stop in zip(deciding, stops, strict=True):
+        for (document, row), stop in zip(deciding, stops, strict=True):
             verdict[document] = verdict.get(document, True) and stop
             document.decisions += 1
             document.head_rows += needs_head
+            document.choice_rows += needs_choices * len(row.choices or ())
         self.head_rows += len(deciding) * needs_head
         for document, stop in verdict.items():
             if stop:
                 document.exit_layer = k
-        if not needs_head or logits is None:
-            return {}
-        return {row: logits[n] for n, (_, row) in enumerate(deciding)}
+        rows = [row for _, row in deciding]
+        return _Read(
+            {row: logits[n] for n, row in enumerate(rows)} if needs_head and logits is not None else {},
+            {row: read[n] for n, row in enumerate(rows)} if read is not None else {},
+        )
 
     def _score(
         self,
-        states: Sequence[BlockState],
+        batches: Sequence[_Underway],
         documents: Sequence[Document],
         at: Mapping[Row, Place],
-        ready: Mapping[Row, Tensor],
+        ready: _Read,
     ) -> None:
-        """Score the rows in flow of these documents; a decision's logits are not computed twice."""
+        """Score the rows in flow of these documents; what a decision has read and computed is not done twice."""
         rows = [(d, row) for d in documents for row in d.rows if row in at]
-        known = [row for _, row in rows if row in ready]
-        fresh = [(row, j) for _, row in rows for j in range(row.scored) if j > 0 or row not in ready]
-        for document, row in rows:
-            document.head_rows += row.scored - (row in ready)
-        self.head_rows += len(fresh)
+        known = [row for _, row in rows if row in ready.logits]
         if known:
-            score_points(torch.stack([ready[row] for row in known]), [(row, 0) for row in known], self.softmax_dtype)
-        points = []
-        for row, j in fresh:
+            logits = torch.stack([ready.logits[row] for row in known])
+            score_points(logits, [(row, 0) for row in known], self.softmax_dtype)
+        for document, row in rows:
+            document.head_rows += row.scored - (row in ready.logits)
+        points, parts = [], []
+        there = [row for _, row in rows if row.scored == 1 and row in ready.states and row not in ready.logits]
+        if there:
+            points, parts = [(row, 0) for row in there], [torch.stack([ready.states[row] for row in there])]
+        fresh = [(d, row) for d, row in rows if row.scored > 1 or row not in ready.states]
+        if fresh:
+            points += [(row, j) for _, row in fresh for j in range(row.scored)]
+            parts.append(self._read(batches, batches[0].state.block, [(d, row, row.scored) for d, row in fresh], at))
+        new = [n for n, (row, j) in enumerate(points) if j > 0 or row not in ready.logits]
+        if not new:
+            return
+        read = torch.cat(parts)
+        self.head_rows += len(new)
+        size = positions_at_once(self.anatomy)
+        for start in range(0, len(new), size):
+            chunk = new[start : start + size]
+            score_points(self.anatomy.logits(read[chunk]), [points[n] for n in chunk], self.softmax_dtype)
+
+    def _logs(self, k: int) -> bool:
+        """Whether features are logged after block k: under a reader that runs tokens only where it is asked."""
+        return bool(self.log.names) and (self.reading is None or k in self.checked or k == self.anatomy.n_blocks)
+
+    def _read(
+        self,
+        batches: Sequence[_Underway],
+        k: int,
+        wanted: Sequence[tuple[Document, Row, int]],
+        at: Mapping[Row, Place],
+        counts: bool = True,
+    ) -> Tensor:
+        """What norm and head read of rows after a block.
+
+        Args:
+            batches: After block k.
+            k: The block.
+            wanted: (document, row, how many positions from the decision on), batch by batch.
+            at: The rows in flow.
+            counts: Whether the documents pay for it.
+
+        Returns:
+            [n, h], one row's positions after the other's.
+        """
+        last = k == self.anatomy.n_blocks
+        if counts and not last:
+            for document, row, positions in wanted:
+                document.reads.append((k, row.decision + 1, positions))
+        if self.reading is None or last:
+            points = [(*at[row][:2], at[row][2] + j) for _, row, positions in wanted for j in range(positions)]
+            hidden = BlockState.at([batch.state for batch in batches], points).hidden[:, 0]
+            return hidden if last else self.reader.translate(k, hidden)
+        spots: dict[int, list[Spot]] = {}
+        for _, row, positions in wanted:
             batch, r, decision = at[row]
-            points.append((batch, r, decision + j, row, j))
-        score_positions(self.anatomy, states, points, self.softmax_dtype)
+            spots.setdefault(batch, []).append(Spot(r, row, row.decision - decision, positions))
+        reading, found = self.reading, []
+        for n, some in spots.items():
+            found.append(reading.read(k, batches[n].state.hidden, batches[n].continued, some))
+        self.block_tokens += reading.block_tokens
+        self.block_calls += reading.block_calls
+        self.copied_tokens += reading.copied_tokens
+        reading.block_tokens = reading.block_calls = reading.copied_tokens = 0
+        return torch.cat(found)
 
     @torch.no_grad()
     def _decide_in_parts(self, document: Document, batch_size: int) -> None:
@@ -269,13 +361,15 @@ class Engine:
             if not candidates and not self.log.names:
                 break
             rows = [document.rows[i] for i in document.deciders[start : start + batch_size]]
-            rows = [Row(row.tokens[: row.decision + 1], 1) for row in rows]  # the decision reads nothing behind it
+            rows = [Row(row.tokens[: row.decision + 1], 1, choices=row.choices) for row in rows]  # nothing behind it
             probe = Document(rows, list(range(len(rows))))
             self.log.begin(probe)
             candidates = self._stopping_blocks(probe, candidates)
             document.logged += probe.logged
             document.decisions += probe.decisions
             document.head_rows += probe.head_rows
+            document.reads += probe.reads
+            document.choice_rows += probe.choice_rows
             document.decided_by += [(probe.exit_layer or 0, len(row.tokens)) for row in rows]
         document.exit_layer = candidates[0] if candidates else self.anatomy.n_blocks
         self.log.cut(document, document.exit_layer)  # these passes may have gone deeper than the document does
@@ -288,22 +382,20 @@ class Engine:
         end = self.anatomy.n_blocks if self.log.names else depth
         carried = Carried(self.stopper.carries)
 
-        def after_block(state: BlockState) -> Tensor | None:
+        batch = self._begun([document], None, [])
+        self.tokens += sum(len(row.tokens) for row in document.rows)
+        while batch.forward.block < end:
+            batch.state = batch.forward.advance()
+            k = batch.state.block
             self.block_calls += 1
             self.block_tokens += sum(len(row.tokens) for row in document.rows)
-            asks = state.block in candidates or bool(self.stopper.carries and state.block in self.checked)
-            if asks or self.log.names:
-                self._check([state], [document], at, carried, asks)
-                if document.exit_layer == state.block and state.block in candidates:
-                    found.append(state.block)
+            asks = k in candidates or bool(self.stopper.carries and k in self.checked)
+            if asks or self._logs(k):
+                self._check([batch], [document], at, carried, asks)
+                if document.exit_layer == k and k in candidates:
+                    found.append(k)
                 document.exit_layer = None
-            if state.block < end:
-                return None
-            document.exit_layer = depth  # how deep this pass had to go, for counting
-            return torch.empty(0, dtype=torch.long)
-
-        self.tokens += sum(len(row.tokens) for row in document.rows)
-        run_blocks(self.anatomy, padded(self.anatomy, [row.tokens for row in document.rows]), after_block, self._parts)
+        document.exit_layer = depth  # how deep this pass had to go, for counting
         return found
 
     # ------------------------------------------------------------------ token by token
@@ -317,7 +409,7 @@ class Engine:
         Returns:
             Per row, the exit block of every scored position.
         """
-        run = TokenExits(self.anatomy, self.stopper, self.checked, self.softmax_dtype, rows)
+        run = TokenExits(self.anatomy, self.stopper, self.checked, self.softmax_dtype, rows, self.reader)
         run_blocks(self.anatomy, padded(self.anatomy, [row.tokens for row in rows]), run.after_block, self._parts)
         self.tokens += sum(len(row.tokens) for row in rows)
         self.block_calls += run.block_calls

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from lm_eval_adainfer.counting import FlopCounter
 from lm_eval_adainfer.prefill.documents import Document, Row
+from lm_eval_adainfer.readers.base import HEAD, Reader
 from lm_eval_adainfer.records import ExitRecord
 from lm_eval_adainfer.strategies import features
 from lm_eval_adainfer.strategies.base import Schedule, Stopper
@@ -21,19 +22,32 @@ def record_of_document(
     deciders = [document.rows[i] for i in document.deciders] or document.rows
     prompt = sum(row.decision + 1 for row in deciders) / len(deciders)
     scored = sum(row.scored for row in document.rows)
+    run_on = sum((counter.n_blocks - k) * counter.run_on(*read) for k, *read in document.reads)
     return ExitRecord(
         exit_layer=layer,
         n_blocks=counter.n_whole,
         flops_ratio=counter.flops_ratio(layer, prompt),
-        layers_run=layer + sum(depth * tokens for depth, tokens in document.decided_by) / sum(lengths),
+        layers_run=layer + (sum(depth * tokens for depth, tokens in document.decided_by) + run_on) / sum(lengths),
         flops=sum(counter.blocks(layer, s) for s in lengths)
+        + sum(counter.read(*read) for read in document.reads)
         + sum(counter.blocks(depth, tokens) for depth, tokens in document.decided_by)
         + counter.head(document.head_rows)
+        + counter.screened(document.choice_rows)
         + counter.decisions(document.decisions),
         flops_dense=sum(counter.dense(s) for s in lengths) + counter.head(scored),
         fingerprint=fingerprint,
         features=tuple(document.logged) if with_features else None,
     )
+
+
+def share_of_checks(documents: Sequence[Document], counter: FlopCounter, schedule: Schedule) -> float:
+    """What asking about all of these documents costs, over their dense work, where none of them leaves; counted."""
+    dense = checks = 0.0
+    for document in documents:
+        dense += sum(counter.dense(len(row.tokens)) + counter.head(row.scored) for row in document.rows)
+        for row in (document.rows[i] for i in document.deciders):
+            checks += sum(counter.read(k, row.decision + 1, 1) + counter.head(1) for k in schedule.blocks)
+    return checks / dense if dense else 0.0
 
 
 def record_of_windows(
@@ -42,6 +56,7 @@ def record_of_windows(
     stopper: Stopper,
     schedule: Schedule,
     fingerprint: str,
+    reader: Reader = HEAD,
 ) -> ExitRecord:
     """The exit record of a text made of windows, each with its scored tokens' exits; counted as if run.
 
@@ -59,6 +74,9 @@ def record_of_windows(
         if features.needs_head(stopper.features):  # the exit's own check is its score
             flops += counter.head(checks)
         flops += counter.head(row.scored) + (counter.decisions(asked) if stopper.features else 0.0)
+        for depth in exits:  # a translated position is read once, for the check and the score
+            read = {k for k in schedule.blocks if k < depth} if features.needs_head(stopper.features) else set()
+            flops += sum(map(reader.flops, {*read, depth} - {counter.n_blocks}))
         eq2 += sum(counter.flops_ratio(depth, row.decision + j + 1) for j, depth in enumerate(exits))
         layers += exits
     mean = sum(layers) / len(layers)

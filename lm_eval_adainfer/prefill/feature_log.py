@@ -53,7 +53,7 @@ class FeatureLog:
         points: tuple[Tensor, Tensor],
         logits: Tensor,
     ) -> None:
-        """Log the features after a block.
+        """Log the features after a block; those among the choices where there are choices of one token each.
 
         Args:
             deciding: n of (document, which of its deciders).
@@ -61,11 +61,13 @@ class FeatureLog:
             points: Rows of the state and positions in them, [n] each.
             logits: [n, V] there.
         """
-        values = features.compute(self.names, Observation(state, *points, logits)).tolist()
+        choices = features.choices_of(logits, [document.choices(j) for document, j in deciding])
+        values = features.compute(self.names, Observation(state, *points, logits, choices=choices)).tolist()
         for (document, j), row in zip(deciding, values, strict=True):
             document.logged[j]["layer"].append(state.block)
             for name, value in zip(self.names, row, strict=True):
-                document.logged[j].setdefault(name, []).append(value)
+                if document.choices(j) or not features.needs_choices([name]):
+                    document.logged[j].setdefault(name, []).append(value)
 
     def cut(self, document: Document, depth: int) -> None:
         """Forget what was logged in blocks that the document does not run: a deciding pass may have gone deeper."""

@@ -23,6 +23,7 @@ from lm_eval_adainfer.structure.calls import AllRowsLeft, bypassed, explicit_mas
 from lm_eval_adainfer.structure.hooks import without_hooks
 from lm_eval_adainfer.structure.rounding import hidden_distance, plain_forward, probed
 from lm_eval_adainfer.structure.state import BlockState
+from lm_eval_adainfer.structure.storing import Stored, Storing
 
 AfterBlock = Callable[[BlockState], "Tensor | None"]
 
@@ -129,6 +130,33 @@ class Forward:
         if len(self._arguments) == self.anatomy.n_blocks:
             raise AllRowsLeft
 
+    def go_on_from(self, block: int, hidden: Tensor) -> None:
+        """Go on from states [n, S, h] after a block, as if the rows had come so far."""
+        self.block, self.hidden = block, hidden
+
+    def _given(self, k: int, hidden: Tensor, beside: Sequence[tuple[int | str, Any]] = ()) -> tuple[list, dict]:
+        """What block k is given."""
+        cut_args, cut_kwargs = self._cutter.cut(k, *self._arguments[k - 1])
+        args, kwargs = list(cut_args), dict(cut_kwargs)
+        for at, value in ((0 if args else "hidden_states", hidden), *beside):
+            place: Any = args if isinstance(at, int) else kwargs
+            place[at] = value
+        return args, kwargs
+
+    @torch.no_grad()
+    def store(self, k: int, hidden: Tensor, storing: Storing) -> None:
+        """Let block k store its keys and values of states [n, S, h] in the forward's cache, and compute nothing else.
+
+        The cache has to raise ``Stored`` once it has them.
+        """
+        args, kwargs = self._given(k, hidden)
+        with storing.without_idle(k):
+            try:
+                self.anatomy.blocks[k - 1](*args, **kwargs)
+            except Stored:
+                return
+        raise RuntimeError("a block ran on after its keys and values were stored")
+
     @torch.no_grad()
     def advance(self) -> BlockState:
         """Run the next block for the rows in flow."""
@@ -136,14 +164,7 @@ class Forward:
         k, before, parts = self.block, self.hidden, {}
         if self.prefix is not None:
             self.prefix.require(k)
-        cut_args, cut_kwargs = self._cutter.cut(k, *self._arguments[k - 1])
-        args, kwargs = list(cut_args), dict(cut_kwargs)
-        for at, value in (
-            (0 if args else "hidden_states", before),
-            *((at, self._beside[n]) for at, n in self.anatomy.handed_on[k - 1]),
-        ):
-            place: Any = args if isinstance(at, int) else kwargs
-            place[at] = value
+        args, kwargs = self._given(k, before, [(at, self._beside[n]) for at, n in self.anatomy.handed_on[k - 1]])
         block, handles = self.anatomy.blocks[k - 1], []
         try:
             for which in self.capture:

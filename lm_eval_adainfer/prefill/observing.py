@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Protocol
 
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from lm_eval_adainfer.prefill.documents import Document, Row
 from lm_eval_adainfer.prefill.forward import Forward, padded
+from lm_eval_adainfer.prefill.reading import Reading, Spot
 from lm_eval_adainfer.prefill.scoring import score_positions
 from lm_eval_adainfer.readers.base import Reader
 from lm_eval_adainfer.structure.anatomy import Anatomy
@@ -26,9 +28,11 @@ class Observer(Protocol):
 
     Attributes:
         parts: Which parts' outputs of a block it reads: of ``"attn"``, ``"mlp"``.
+        readings: By name, the readers that it reads with and that let tokens go on, made ready for the model.
     """
 
     parts: Sequence[str]
+    readings: Mapping[str, Reading]
 
     def after_block(self, state: BlockState, flow: Sequence[tuple[Document, Row]], read: Read) -> None:
         """See a block's state and whose rows these are, in order; after block L the rows' answers are there.
@@ -69,31 +73,21 @@ def run_observed(
             if k == anatomy.n_blocks:
                 points = [(0, r, row.decision + j, row, j) for r, row in enumerate(mine) for j in range(row.scored)]
                 score_positions(anatomy, [state], points, softmax_dtype)
-            observer.after_block(state, flow, partial(_read, anatomy, state, mine))
+            observer.after_block(state, flow, partial(_read, observer.readings, state, mine))
     observer.finished(documents)
 
 
 def _read(
-    anatomy: Anatomy, state: BlockState, rows: Sequence[Row], reader: Reader, places: Sequence[tuple[int, int]]
+    readings: Mapping[str, Reading],
+    state: BlockState,
+    rows: Sequence[Row],
+    reader: Reader,
+    places: Sequence[tuple[int, int]],
 ) -> Tensor:
-    """A ``Read`` of rows that are run whole."""
+    """A ``Read`` of rows that are run whole; it is given all scored positions of a row, or the decision's."""
     if reader.runs_tokens:
-        return run_tokens(anatomy, state, rows, reader, places)
+        positions = Counter(r for r, _ in places)
+        spots = [Spot(r, rows[r], 0, n) for r, n in positions.items()]
+        return readings[reader.name].read(state.block, state.hidden, None, spots)
     at = torch.tensor([(r, rows[r].decision + j) for r, j in places], device=state.hidden.device)
     return reader.translate(state.block, state.hidden[at[:, 0], at[:, 1]])
-
-
-def run_tokens(
-    anatomy: Anatomy, state: BlockState, rows: Sequence[Row], reader: Reader, places: Sequence[tuple[int, int]]
-) -> Tensor:
-    """[n, h] states after block L at n places, where prompts leave after this block under ``copy`` or ``sim``.
-
-    Args:
-        anatomy: The model.
-        state: The block's; rows are whole, no prefix runs a part of them.
-        rows: The rows in flow.
-        reader: ``copy`` or ``sim``.
-        places: (row in flow, index among the row's scored positions).
-    """
-    # prefill.reading is to be called here: a Reading of this model and reader, and a spot for each row among the places
-    raise NotImplementedError(f"reading {reader.name} while observing")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import reduce
 
@@ -50,12 +50,14 @@ class Shared:
         anatomy: The model.
         rule: How the blocks' arguments follow the batch where rows continue a prefix.
         budget: Tokens of which keys and values may stay from batch to batch.
+        asked: Blocks after which prefixes keep their hidden states (``prefixes.Prefix``).
         prefix: What all the documents begin with; None where this is nothing.
     """
 
     anatomy: Anatomy
     rule: BatchRule
     budget: int
+    asked: Collection[int] = ()
     prefix: Prefix | None = None
 
     @property
@@ -70,6 +72,7 @@ def plan(
     size: int | SizeAt,
     rule: Callable[[], BatchRule | None],
     budget: int,
+    asked: Collection[int] = (),
 ) -> Iterator[list[Batch]]:
     """Plan how documents are run: whole documents, longest first, as many to a batch as fit the batch size.
 
@@ -80,6 +83,7 @@ def plan(
         rule: Asked only where something could be run once: how the blocks' arguments follow the batch then; None
             where the model does not allow it.
         budget: Tokens of a prefix that may be run once and kept for the documents that share it; 0 shares nothing.
+        asked: Blocks after which prefixes keep their hidden states.
 
     Yields:
         Batches that go through the blocks together.
@@ -89,8 +93,8 @@ def plan(
     sizes = _Sizes(size, [row for some, _ in parts for d in some for row in d.rows])
     for ordered, tokens in parts:
         if shared is not None:
-            prefix = Prefix(anatomy, [tokens], shared.rule) if tokens else None
-            shared = Shared(anatomy, shared.rule, budget, prefix)
+            prefix = Prefix(anatomy, [tokens], shared.rule, asked=asked) if tokens else None
+            shared = Shared(anatomy, shared.rule, budget, asked, prefix)
         yield from together(_cut(ordered, sizes, shared))
 
 
@@ -115,7 +119,7 @@ def make_batch(
         fits = load.contexts <= size and load.contexts * load.longest_context <= shared.budget
         if is_whole or fits:
             own, owner = contexts(documents, shared.skip)
-            prefix = Prefix(shared.anatomy, own, shared.rule, prefix, stays=not is_whole)
+            prefix = Prefix(shared.anatomy, own, shared.rule, prefix, not is_whole, shared.asked)
             rows_at_once = None if is_whole else max(1, size * longest // load.longest_rest)
     return Batch(documents, size, prefix, owner, rows_at_once, load.rows, load.tokens(longest))
 

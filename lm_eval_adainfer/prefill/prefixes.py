@@ -6,9 +6,9 @@ block by block, no deeper than the rows that continue it, and these read its key
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -18,25 +18,42 @@ from lm_eval_adainfer.prefill.attention import Apart, in_front
 from lm_eval_adainfer.prefill.forward import Forward
 from lm_eval_adainfer.structure.anatomy import Anatomy
 from lm_eval_adainfer.structure.arguments import BatchRule
+from lm_eval_adainfer.structure.storing import Stored, Storing
+
+Pair = tuple[Tensor, Tensor]  # keys and values, [rows, heads, slots, d]
 
 
-class _ContinuedCache(DynamicCache):
+class Source(Protocol):
+    """Keys and values that rows continue, padding in front."""
+
+    @property
+    def width(self) -> int:
+        """Slots."""
+
+    @property
+    def stored(self) -> Mapping[int, Pair]:
+        """By layer, those that are at hand."""
+
+
+class ContinuedCache(DynamicCache):
     """Keys and values of rows behind those of the prefix rows that they continue.
 
     Args:
-        source: The prefix; None for rows that continue nothing.
-        owner: [rows], the prefix row that each continues; None where it has one row.
+        source: What they continue; None for rows that continue nothing.
+        owner: [rows], the row of the source that each continues; None where it has one row, or one for each.
         store: Where to put what attention reads, by layer; None to forget it.
+        leaves: Leave a block once its keys and values are in ``store``.
     """
 
     def __init__(
         self,
-        source: Prefix | None,
+        source: Source | None,
         owner: Tensor | None = None,
-        store: dict[int, tuple[Tensor, Tensor]] | None = None,
+        store: dict[int, Pair] | None = None,
+        leaves: bool = False,
     ) -> None:
         super().__init__()
-        self.source, self.owner, self.store = source, owner, store
+        self.source, self.owner, self.store, self.leaves = source, owner, store, leaves
         self.slots: Tensor | None = None  # [rows, slots], an order that puts the padding in front; None: as it is
         self.apart: Apart | None = None  # set where the prefix's need not be put in front of every row's
 
@@ -62,11 +79,12 @@ class _ContinuedCache(DynamicCache):
             found = tuple(map(self._behind, stored, found))  # type: ignore[assignment]
         if self.store is not None:
             self.store[layer_idx] = found
+        if self.leaves:
+            raise Stored
         return found
 
     def _behind(self, old: Tensor, new: Tensor) -> Tensor:
-        if old.shape[0] > 1:
-            assert self.owner is not None
+        if self.owner is not None and old.shape[0] > 1:
             old = old.index_select(0, self.owner.to(old.device))
         whole = in_front(old, new)
         if self.slots is None:
@@ -84,6 +102,10 @@ class Prefix:
         rule: How the blocks' arguments follow the batch where a cache is used (``slots.Windows.rows``).
         parent: A prefix of one row that all of these continue.
         stays: Keep every block's keys and values, for later batches; else the current block's alone.
+        asked: Blocks after which hidden states are kept for readers that let tokens go on from there (``reading``).
+
+    Attributes:
+        after: Block -> [rows, longest, h], the hidden states kept.
     """
 
     def __init__(
@@ -93,6 +115,7 @@ class Prefix:
         rule: BatchRule,
         parent: Prefix | None = None,
         stays: bool = True,
+        asked: Collection[int] = (),
     ):
         self.anatomy, self.rows, self.rule, self.parent, self.stays = anatomy, rows, rule, parent, stays
         self.shared: int = 0 if parent is None else parent.lengths[0]  # tokens that the parent has of every row
@@ -101,7 +124,11 @@ class Prefix:
         self.lengths: list[int] = [self.shared + len(row) for row in rows]  # of whole rows, in tokens
         self.depth = 0
         self.executed = 0  # block executions x tokens
-        self.stored: dict[int, tuple[Tensor, Tensor]] = {}
+        self.stored: dict[int, Pair] = {}
+        self.asked = frozenset(asked)
+        self.after: dict[int, Tensor] = {}
+        self.copied = 0  # block executions for keys and values alone x tokens
+        self._copies: dict[int, Copies] = {}
         self._forward: Forward | None = None
         self._kept = list(range(len(rows)))  # of those that stay no longer than the batch: the rows still needed
 
@@ -121,17 +148,41 @@ class Prefix:
             if self.parent is not None:
                 self.parent.require(self.depth + 1)
             if self._forward is None:
-                self._forward = self._begun()
+                self._cache = ContinuedCache(self.parent, store=self.stored)
+                self._forward = self.begun(self._cache)
             if not self.stays:
                 self.stored.clear()
+                self._forget()
             self.depth += 1
             self._forward.advance()
-            self.executed += sum(len(self.rows[r]) for r in self._kept)
+            if self.depth in self.asked:
+                self.after[self.depth] = self._forward.hidden.clone()
+            self.executed += self.tokens
             if self.depth == self.anatomy.n_blocks:
                 self._forward = None
 
+    def copies(self, k: int, storing: Storing) -> Copies:
+        """What later blocks would store of these tokens if they went no further than block k, one of ``asked``."""
+        if k not in self._copies:
+            self._copies[k] = Copies(self, k, storing)
+        return self._copies[k]
+
+    def length(self, place: int) -> int:
+        """Tokens of a whole row, by its place among those still needed."""
+        return self.lengths[self._kept[place]]
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of the rows still needed, without the parent's."""
+        return sum(len(self.rows[r]) for r in self._kept)
+
+    def _forget(self) -> None:
+        self.after.clear()
+        self._copies.clear()
+
     def keep(self, rows: list[int]) -> None:
         """Forget all but some (by their place among those left) of the rows; only where nothing stays."""
+        self._forget()
         index = torch.tensor(rows, dtype=torch.long)
         self._kept = [self._kept[r] for r in rows]
         for layer, pair in self.stored.items():
@@ -141,25 +192,62 @@ class Prefix:
         if self._cache.slots is not None:
             self._cache.slots = self._cache.slots[index]
 
-    def _begun(self) -> Forward:
-        """These rows before the first block."""
-        anatomy, ids = self.anatomy, torch.zeros(len(self.rows), self.longest, dtype=torch.long)
-        for r, row in enumerate(self.rows):
+    def begun(self, cache: ContinuedCache) -> Forward:
+        """The rows still needed, before the first block, with a cache that continues the parent."""
+        rows, lengths = [self.rows[r] for r in self._kept], [self.lengths[r] for r in self._kept]
+        anatomy, ids = self.anatomy, torch.zeros(len(rows), self.longest, dtype=torch.long)
+        for r, row in enumerate(rows):
             ids[r, self.longest - len(row) :] = torch.tensor(row, dtype=torch.long)
-        self._cache = _ContinuedCache(self.parent, store=self.stored)
-        given: dict[str, Any] = {"past_key_values": self._cache, "use_cache": True}
+        given: dict[str, Any] = {"past_key_values": cache, "use_cache": True}
         if self.ragged:
             given["attention_mask"] = self.mask(self.width).to(anatomy.input_device)
-        pads = torch.tensor([self.width - n for n in self.lengths])[:, None]
+        pads = torch.tensor([self.width - n for n in lengths])[:, None]
         positions = torch.arange(self.shared, self.width)[None] - pads
         if self.shared and self.ragged:
             # slots are padding, parent, own tokens; what is there are the parent and the padded tokens
             slot = torch.arange(self.width)[None] - pads
             own = torch.arange(self.width)[None].expand_as(slot)
-            self._cache.slots = torch.where(slot < self.shared, slot.clamp(min=0), own)
+            cache.slots = torch.where(slot < self.shared, slot.clamp(min=0), own)
         if anatomy.takes_position_ids:
             given["position_ids"] = positions.clamp(min=0).to(anatomy.input_device)
         return Forward(anatomy, ids.to(anatomy.input_device), rule=self.rule, given=given, masks=self.shared > 0)
+
+
+class Copies:
+    """What blocks behind one block store of a prefix's tokens that go no further than it (CALM's state copy).
+
+    Args:
+        prefix: The prefix.
+        block: k.
+        storing: What blocks have to compute for that.
+
+    Attributes:
+        width: Slots; padding is in front.
+        stored: By layer, the keys and values made so far; where the prefix does not stay, those made last.
+    """
+
+    def __init__(self, prefix: Prefix, block: int, storing: Storing):
+        self._prefix, self._hidden, self._storing = prefix, prefix.after[block], storing
+        self._parent = None if prefix.parent is None else prefix.parent.copies(block, storing)
+        self.width = prefix.width
+        self.stored: dict[int, Pair] = {}
+        self._made: dict[int, Pair] = {}  # by block
+        self._forward = prefix.begun(ContinuedCache(self._parent, store=self.stored, leaves=True))
+
+    def of(self, k: int) -> Pair:
+        """Block k's, the parent's in front; they are made now, unless they are there."""
+        if k not in self._made:
+            if self._parent is not None:
+                self._parent.of(k)
+            if not self._prefix.stays:
+                self.stored.clear()
+                self._made.clear()
+            before = set(self.stored)
+            self._forward.store(k, self._hidden, self._storing)
+            (layer,) = set(self.stored) - before
+            self._made[k] = self.stored[layer]
+            self._prefix.copied += self._prefix.tokens
+        return self._made[k]
 
 
 class Continued:
@@ -172,7 +260,7 @@ class Continued:
 
     def __init__(self, prefix: Prefix, owner: Sequence[int]):
         self.prefix, self.rule = prefix, prefix.rule
-        self.cache = _ContinuedCache(prefix, torch.tensor(owner, dtype=torch.long))
+        self.cache = ContinuedCache(prefix, torch.tensor(owner, dtype=torch.long))
         if prefix.rule.apart and len(prefix.rows) == 1:
             self.cache.apart = Apart()
 

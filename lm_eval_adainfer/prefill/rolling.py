@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lm_eval_adainfer.prefill.documents import Row
 from lm_eval_adainfer.prefill.scoring import positions_at_once, score_points
+from lm_eval_adainfer.readers.base import HEAD, Reader
 from lm_eval_adainfer.strategies.asking import Carried, ask
 from lm_eval_adainfer.strategies.base import Stopper
 from lm_eval_adainfer.structure.anatomy import Anatomy
@@ -26,6 +27,7 @@ class TokenExits:
         checked: After which blocks it is asked.
         softmax_dtype: As ``scoring.score_points``'.
         rows: The rows, run whole.
+        reader: How blocks are read, position by position.
 
     Attributes:
         exits: Per row, the exit block of every scored position.
@@ -41,9 +43,10 @@ class TokenExits:
         checked: frozenset[int],
         softmax_dtype: torch.dtype | None,
         rows: Sequence[Row],
+        reader: Reader = HEAD,
     ):
         self.anatomy, self.stopper, self.checked, self.softmax_dtype = anatomy, stopper, checked, softmax_dtype
-        self.rows = rows
+        self.rows, self.reader = rows, reader
         self.exits = [[anatomy.n_blocks] * row.scored for row in rows]
         self.head_rows = self.block_tokens = self.block_calls = 0
         self._flow = list(range(len(rows)))
@@ -75,14 +78,17 @@ class TokenExits:
         if k < self.anatomy.n_blocks:
             keys = [(r, j) for r, _, _, j in points]
             carried = self._carried.of(keys, device)
-            stops, logits = ask(self.stopper, self.anatomy, state, (rows, positions), carried)
+            stops, logits = ask(self.stopper, self.anatomy, state, (rows, positions), carried, reader=self.reader)
             self._carried.keep(keys, carried)
         else:
             stops, logits = [True] * len(points), self.anatomy.logits(state.hidden[rows, positions])
         done = [n for n, stop in enumerate(stops) if stop]
         self.head_rows += len(done) if logits is None else len(points)
         if done:
-            of_done = self.anatomy.logits(state.hidden[rows[done], positions[done]]) if logits is None else logits[done]
+            if logits is None:
+                of_done = self.anatomy.logits(self.reader.translate(k, state.hidden[rows[done], positions[done]]))
+            else:
+                of_done = logits[done]
             score_points(of_done, [points[n][2:] for n in done], self.softmax_dtype)
         for r, _, _, j in (points[n] for n in done):
             self.exits[r][j] = k

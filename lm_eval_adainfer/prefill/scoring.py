@@ -60,4 +60,4 @@ def score_points(logits: Tensor, points: Sequence[tuple[Row, int]], softmax_dtyp
         answer.logprob += value
         answer.is_greedy = answer.is_greedy and top[n] == token
         if points[n][1] == 0:
-            answer.top1 = top[n] == token
+            answer.top, answer.top1 = top[n], top[n] == token

@@ -61,10 +61,9 @@ class Reader:
 
 
 HEAD = Reader()
-_PLACES = (0.65, 0.75, 0.85, 0.95)
+_PLACES = (0.65, 0.75, 0.85, 0.95)  # of L
 
 
 def default_blocks(n_blocks: int) -> tuple[int, ...]:
-    """After which of L blocks a stopper is asked, and traces are recorded, where asking is dear and nobody says."""
-    found = {round(place * n_blocks) for place in _PLACES}
-    return tuple(sorted(k for k in found if 1 <= k < n_blocks))
+    """After which blocks a reader that runs tokens is asked where nobody says: at most four of the last 40%."""
+    return tuple(sorted({k for share in _PLACES if 1 <= (k := round(share * n_blocks)) < n_blocks}))

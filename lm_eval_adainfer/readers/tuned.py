@@ -24,7 +24,7 @@ class Maps:
     Args:
         arrays: ``bias`` [L - 1, h], and either ``weight`` [L - 1, h, h] (A_k minus the identity) or ``down``
             [L - 1, r, h] and ``up`` [L - 1, h, r] (their product is A_k minus the identity).
-        info: Where they come from: model, L, ``head_hash``, ``weights_hash``, the texts.
+        info: Where they come from: model, L, ``head_hash``, ``signs_hash``, the texts or tasks.
 
     Raises:
         AdaInferError: Where arrays are missing, do not fit each other, or are not finite.
@@ -84,16 +84,26 @@ class Maps:
             return 0
         return 2 * self.hidden_size * (2 * self.rank if self.rank else self.hidden_size)
 
-    def require_model(self, n_blocks: int, hidden_size: int, head_hash: str) -> None:
-        """Raise AdaInferError where these maps were not made for such a model."""
+    def require_model(self, n_blocks: int, hidden_size: int, head_hash: str, signs_hash: str = "") -> None:
+        """Raise AdaInferError where these maps were not made for such a model, in whatever dtype it is loaded.
+
+        Args:
+            n_blocks: L, of the whole model.
+            hidden_size: h, of its blocks.
+            head_hash: ``Anatomy.head_hash``, which counts where there is no other hash.
+            signs_hash: ``structure.hashes.signs_hash``, of head and blocks.
+        """
         if (self.n_blocks, self.hidden_size) != (n_blocks, hidden_size):
             raise AdaInferError(
                 f"reader: it was fitted on a model of {self.n_blocks} blocks of width {self.hidden_size}, this one has "
                 f"{n_blocks} of width {hidden_size}; fit one on this model with adainfer fit reader"
             )
-        theirs = self.info.get("head_hash")
-        if theirs and head_hash and theirs != head_hash:
+        # rounded twice, from float32 to float16 and then to bfloat16, a head may have another hash; signs stay
+        both = bool(signs_hash and self.info.get("signs_hash"))
+        mine, theirs = (signs_hash, self.info["signs_hash"]) if both else (head_hash, self.info.get("head_hash"))
+        if theirs and mine and theirs != mine:
+            what = "another output head" if self.info.get("head_hash") not in ("", None, head_hash) else "other weights"
             raise AdaInferError(
-                f"reader: it was fitted on {self.info.get('model', 'another model')}, which has another output head; "
+                f"reader: it was fitted on {self.info.get('model', 'another model')!s:.200}, which has {what}; "
                 "fit one on this model with adainfer fit reader"
             )

@@ -20,7 +20,7 @@ class Asked(NamedTuple):
 
     Attributes:
         stops: Whether each of them stops.
-        logits: [n, V], which scoring can use again; None where no feature has read the head.
+        logits: [n, V], which scoring can use again; None where no feature has read the whole head.
     """
 
     stops: list[bool]
@@ -35,6 +35,8 @@ def ask(
     carried: Tensor | None = None,
     logits: Tensor | None = None,
     reader: Reader = HEAD,
+    choices: Sequence[Sequence[int]] | None = None,
+    read: Tensor | None = None,
 ) -> Asked:
     """Ask a stopper about n decisions after a block.
 
@@ -47,13 +49,39 @@ def ask(
             changed in place. None where the stopper keeps nothing.
         logits: [n, V] where the head has been read already, or has been read for some candidates alone.
         reader: How the block is read, position by position.
+        choices: Per decision, the token ids of its choices where they are one token each, else nothing; None where no
+            decision has any. A stopper that reads the choices alone has only their rows of the head read, and all of it
+            where :func:`reads_head` says so.
+        read: [n, h], what norm and head are to read, where tokens had to run for it (``copy``, ``sim``); None for the
+            states at ``points``, as ``reader`` translates them.
     """
     rows, positions = points
-    if logits is None and features.needs_head(stopper.features):
-        logits = anatomy.logits(reader.translate(state.block, state.hidden[rows, positions]))
-    observed = features.observe(stopper.features, state, rows, positions, logits, anatomy.n_blocks, carried)
-    margins = stopper.ask(observed, features.compute(stopper.features, observed), carried)
+    names, device = stopper.features, state.hidden.device
+
+    def states() -> Tensor:
+        return reader.translate(state.block, state.hidden[rows, positions]) if read is None else read
+
+    if logits is None and (features.needs_head(names) if choices is None else reads_head(stopper, anatomy)):
+        logits = anatomy.logits(states())
+    seen = None
+    if features.needs_choices(names):
+        tokens = choices if choices is not None else [()] * len(rows)
+        if logits is not None and choices is not None:
+            seen = features.choices_of(logits.to(device), tokens)
+        else:
+            seen = features.read_choices(tokens, lambda at, some: anatomy.logits(states()[at], some), device)
+    observed = features.observe(names, state, rows, positions, logits, anatomy.n_blocks, carried, seen)
+    margins = stopper.ask(observed, features.compute(names, observed), carried)
     return Asked((margins > 0).tolist(), logits)
+
+
+def reads_head(stopper: Stopper, anatomy: Anatomy) -> bool:
+    """Whether asking this stopper about documents reads the whole output head.
+
+    It does so for the choices alone where the model's head can't be read for a few tokens.
+    """
+    names = stopper.features
+    return features.needs_head(names) or (features.needs_choices(names) and not anatomy.reads_few_tokens)
 
 
 class Carried:

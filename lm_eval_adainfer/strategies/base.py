@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from lm_eval_adainfer.errors import AdaInferError
-from lm_eval_adainfer.readers.base import Reader
-from lm_eval_adainfer.strategies.features import PAST, Observation, Recorded, needs_past, remember
+from lm_eval_adainfer.readers.base import HEAD, Reader, default_blocks
+from lm_eval_adainfer.strategies.features import Observation, Recorded, past_width, remember
 
 
 class Stopper(ABC):
@@ -55,20 +55,19 @@ class Stopper(ABC):
     @property
     def carries(self) -> int:
         """Numbers kept per decision from one asked block to the next: the features' and the strategy's own."""
-        return (PAST if needs_past(self.features) else 0) + self.memory
+        return past_width(self.features) + self.memory
 
     def ask(self, seen: Observation | Recorded, values: Tensor, carried: Tensor | None) -> Tensor:
         """:meth:`margin`, with what is carried from block to block; never positive where a feature is not finite.
 
         Args:
-            seen: What is seen after the block; its ``past`` is a view of ``carried``.
+            seen: What is seen after the block; its pasts are views of ``carried``.
             values: The features there.
             carried: [n, self.carries] float32, changed in place; None where nothing is.
         """
         memory = None if carried is None or not self.memory else carried[:, carried.shape[1] - self.memory :]
         margins = self.margin(seen.block, values, memory)
-        if seen.past is not None:
-            remember(seen)
+        remember(seen)
         return margins.masked_fill(~values.isfinite().all(dim=-1).to(margins.device), -torch.inf)
 
     def wants(self, block: int) -> bool:
@@ -110,7 +109,9 @@ class Schedule:
         n_blocks: L.
         stopper: The strategy.
         min_layer: No exit before this block (1 to L).
-        check_layers: ``all``, ``every:2`` (blocks 2, 4, ...), a list like ``8+12+16``, or a sequence of ints.
+        check_layers: ``all``, ``every:2`` (blocks 2, 4, ...), a list like ``8+12+16``, or a sequence of ints. None: all
+            blocks, but under a reader that runs tokens those that the stopper's file names, or ``default_blocks``.
+        reader: How blocks are read.
 
     Raises:
         AdaInferError: Where an argument is out of range, or leaves ``fixed:N`` unchecked.
@@ -119,9 +120,14 @@ class Schedule:
         blocks: The checked blocks, in order; block L is never checked, because the forward ends there anyway.
     """
 
-    def __init__(self, n_blocks: int, stopper: Stopper, min_layer: Any = 1, check_layers: Any = "all"):
+    def __init__(
+        self, n_blocks: int, stopper: Stopper, min_layer: Any = 1, check_layers: Any = None, reader: Reader = HEAD
+    ):
         stopper.bind(n_blocks)
         self.min_layer = _block_number("min_layer", min_layer, n_blocks)
+        if check_layers is None:
+            placed = reader.runs_tokens and bool(stopper.features)  # a stopper that asks nothing costs nothing to ask
+            check_layers = (stopper.info.get("check_layers") or default_blocks(n_blocks)) if placed else "all"
         asked = _parse_check_layers(check_layers, n_blocks)
         wanted = [k for k in range(1, n_blocks) if stopper.wants(k)]
         self.blocks = tuple(k for k in wanted if k in asked and k >= self.min_layer)

@@ -3,7 +3,11 @@
 A function under ``@recorded`` or ``@derived`` is a feature: its name is the feature's, its docstring begins with the
 definition, and the decorator says what has to be there for it, so that nothing else is computed. All are computed at
 the decision positions only. *Recorded* features stand in traces. *Derived* ones follow from the recorded ones, the top
-token and what the blocks asked before had said, so a trace has them too.
+token or choice and what the blocks asked before had said, so a trace has them too.
+
+Features *among the choices* are of the probabilities of a decision's choices alone, where these are two or more and one
+token each. They need so many rows of the output head instead of all, and are NaN where there are no such choices, so
+that no stopper that reads one stops there.
 """
 
 from __future__ import annotations
@@ -12,7 +16,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -21,6 +25,18 @@ from lm_eval_adainfer.errors import AdaInferError
 from lm_eval_adainfer.structure.state import BlockState
 
 _Compute = TypeVar("_Compute", bound=Callable[..., Tensor])
+
+
+class Choices(NamedTuple):
+    """The choices at n decision positions, as one block sees them.
+
+    Attributes:
+        logits: [n, C], float32: -inf beyond a decision's last choice, NaN where it has no choices of one token each.
+        counts: [n], how many choices there are; 0 where there are none.
+    """
+
+    logits: Tensor
+    counts: Tensor
 
 
 class Observation:
@@ -33,6 +49,8 @@ class Observation:
         logits: [n, V], final norm and head of the hidden states there; None where no feature needs them.
         n_blocks: L.
         past: [n, PAST], what the blocks asked before had said (zeros at the first); None where no feature needs it.
+        choices: The choices there; None where no feature needs them.
+        choice_past: [n, CHOICE_PAST], what the blocks asked before had said of the choices, likewise.
     """
 
     def __init__(
@@ -43,9 +61,12 @@ class Observation:
         logits: Tensor | None,
         n_blocks: int = 0,
         past: Tensor | None = None,
+        choices: Choices | None = None,
+        choice_past: Tensor | None = None,
     ):
         self.state, self.rows, self.positions, self.logits = state, rows, positions, logits
         self.block, self.n_blocks, self.past = state.block, n_blocks, past
+        self.choices, self.choice_past = choices, choice_past
 
     @cached_property
     def probabilities(self) -> Tensor:
@@ -69,6 +90,28 @@ class Observation:
         assert self.logits is not None
         return self.logits.argmax(dim=-1)
 
+    @cached_property
+    def choice_probabilities(self) -> Tensor:
+        """[n, C], among the choices alone: the reader's probabilities of these, divided by their sum."""
+        assert self.choices is not None
+        return self.choices.logits.softmax(dim=-1)
+
+    @cached_property
+    def choice_top2(self) -> Tensor:
+        """[n, 2], the two greatest probabilities among the choices."""
+        return self.choice_probabilities.topk(2, dim=-1).values
+
+    @property
+    def best_choice_prob(self) -> Tensor:
+        """[n], that of the best choice; NaN where there are no choices."""
+        return self.choice_top2[:, 0]
+
+    @cached_property
+    def best_choice(self) -> Tensor:
+        """[n], which of the choices is the best, the first of equals; meaningless where there are none."""
+        assert self.choices is not None
+        return self.choices.logits.argmax(dim=-1)
+
     def at(self, tensor: Tensor) -> Tensor:
         """[n, h] of a [rows, S, h] tensor, at the decision positions."""
         return tensor[self.rows.to(tensor.device), self.positions.to(tensor.device)]
@@ -91,6 +134,9 @@ class Recorded:
         best_prob: [n], P(top 1).
         best_token: [n], the top token.
         past: [n, PAST].
+        best_choice_prob: [n], the best choice's probability among the choices; NaN where there are none.
+        best_choice: [n], which of the choices is the best.
+        choice_past: [n, CHOICE_PAST].
     """
 
     block: int
@@ -98,6 +144,9 @@ class Recorded:
     best_prob: Tensor
     best_token: Tensor
     past: Tensor | None
+    best_choice_prob: Tensor
+    best_choice: Tensor
+    choice_past: Tensor | None
 
 
 def cosine(a: Tensor, b: Tensor) -> Tensor:
@@ -112,9 +161,10 @@ class Feature:
     Attributes:
         compute: From an :class:`Observation`, or for a derived feature also a :class:`Recorded`, to [n].
         recorded: Whether traces hold it; if not, it is derived from what they hold.
-        head: Whether it reads the output head's logits.
+        head: Whether it reads the output head's logits, of the whole vocabulary.
         part: The part of the block that it reads (``attn``, ``mlp``), if any.
         past: Whether it reads what the blocks asked before had said.
+        choices: Whether it reads the logits of the choices alone; its past is then that of the choices.
     """
 
     compute: Callable[..., Tensor]
@@ -122,6 +172,7 @@ class Feature:
     head: bool = False
     part: str | None = None
     past: bool = False
+    choices: bool = False
 
     @property
     def name(self) -> str:
@@ -140,23 +191,26 @@ class Feature:
 
 FEATURES: dict[str, Feature] = {}  # in the order in which traces hold and lists name them; the decorators fill it
 PAST = 3  # numbers that are kept per decision for features that read the past (``remember``)
+CHOICE_PAST = 2  # and for those that read the past of the choices
 
 
-def recorded(head: bool = False, part: str | None = None) -> Callable[[_Compute], _Compute]:
+def recorded(
+    head: bool = False, part: str | None = None, choices: bool = False
+) -> Callable[[_Compute], _Compute]:
     """Declare a function as a feature that traces record; the arguments are those of :class:`Feature`."""
 
     def declare(compute: _Compute) -> _Compute:
-        FEATURES[compute.__name__] = Feature(compute, True, head, part)
+        FEATURES[compute.__name__] = Feature(compute, True, head, part, choices=choices)
         return compute
 
     return declare
 
 
-def derived(head: bool = False, past: bool = False) -> Callable[[_Compute], _Compute]:
+def derived(head: bool = False, past: bool = False, choices: bool = False) -> Callable[[_Compute], _Compute]:
     """Declare a function as a feature that follows from what traces record; the arguments are :class:`Feature`'s."""
 
     def declare(compute: _Compute) -> _Compute:
-        FEATURES[compute.__name__] = Feature(compute, False, head, past=past)
+        FEATURES[compute.__name__] = Feature(compute, False, head, past=past, choices=choices)
         return compute
 
     return declare
@@ -199,6 +253,29 @@ def cos_hidden(seen: Observation) -> Tensor:
     return cosine(seen.at(seen.state.hidden), seen.at(seen.state.before))
 
 
+@recorded(choices=True)
+def choice_gap(seen: Observation) -> Tensor:
+    """P(best choice) - P(second) among the choices, in [0, 1].
+
+    NaN where there are no choices of one token each; so are the others of its kind.
+    """
+    return seen.choice_top2[:, 0] - seen.choice_top2[:, 1]
+
+
+@recorded(choices=True)
+def choice_top_prob(seen: Observation) -> Tensor:
+    """P(best choice) among the choices, in [1/C, 1]."""
+    return seen.best_choice_prob
+
+
+@recorded(choices=True)
+def choice_entropy(seen: Observation) -> Tensor:
+    """Entropy of the probabilities among the C choices over its maximum log C, in [0, 1]."""
+    assert seen.choices is not None
+    p = seen.choice_probabilities
+    return -torch.xlogy(p, p).sum(dim=-1) / seen.choices.counts.float().log()
+
+
 @derived()
 def depth(seen: Observation | Recorded) -> Tensor:
     """How deep the block lies in the model: k / L."""
@@ -224,10 +301,23 @@ def top_prob_change(seen: Observation | Recorded) -> Tensor:
     return torch.where(seen.past[:, 0] > 0, seen.best_prob - seen.past[:, 2], 0.0)
 
 
+@derived(past=True, choices=True)
+def choice_agreement(seen: Observation | Recorded) -> Tensor:
+    """How many of the blocks asked last, this one included, have this best choice without a break; 1 at the first."""
+    assert seen.choice_past is not None
+    same = seen.choice_past[:, 0] == seen.best_choice + 1
+    return torch.where(seen.best_choice_prob.isnan(), torch.nan, torch.where(same, seen.choice_past[:, 1], 0.0) + 1)
+
+
 def remember(seen: Observation | Recorded) -> None:
-    """Note this block in ``seen.past`` (in place) for the next one: top token + 1, agreement, P(top 1)."""
-    assert seen.past is not None
-    seen.past[:] = torch.stack([(seen.best_token + 1).float(), agreement(seen), seen.best_prob], dim=-1)
+    """Note this block for the next one, in place.
+
+    In ``seen.past``: top token + 1, agreement, P(top 1). In ``seen.choice_past``: best choice + 1, its agreement.
+    """
+    if seen.past is not None:
+        seen.past[:] = torch.stack([(seen.best_token + 1).float(), agreement(seen), seen.best_prob], dim=-1)
+    if seen.choice_past is not None:
+        seen.choice_past[:] = torch.stack([(seen.best_choice + 1).float(), choice_agreement(seen)], dim=-1)
 
 
 def depends_on_reader(name: str) -> bool:
@@ -240,8 +330,40 @@ DERIVED = {name: feature for name, feature in FEATURES.items() if not feature.re
 
 
 def needs_past(names: Sequence[str]) -> bool:
-    """Whether any of these features reads what earlier blocks had said."""
-    return any(FEATURES[name].past for name in names)
+    """Whether any of these features reads what earlier blocks had said of the vocabulary."""
+    return any(FEATURES[name].past and not FEATURES[name].choices for name in names)
+
+
+def needs_choice_past(names: Sequence[str]) -> bool:
+    """Whether any of these features reads what earlier blocks had said of the choices."""
+    return any(FEATURES[name].past and FEATURES[name].choices for name in names)
+
+
+def needs_recorded(names: Sequence[str]) -> list[str]:
+    """The recorded features from which these follow, themselves included where they are recorded."""
+    found = [name for name in names if name in RECORDED]
+    found += ["top_prob"] if needs_past(names) else []
+    found += ["choice_top_prob"] if needs_choice_past(names) else []
+    return list(dict.fromkeys(found))
+
+
+def past_width(names: Sequence[str]) -> int:
+    """How many numbers are kept per decision for these features from one asked block to the next."""
+    return PAST * needs_past(names) + CHOICE_PAST * needs_choice_past(names)
+
+
+def pasts(names: Sequence[str], carried: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """Views of the two pasts, the vocabulary's and the choices', in what is carried; None where none is needed.
+
+    Args:
+        names: The features.
+        carried: [n, more], which begins with :func:`past_width` numbers for them; None where nothing is carried.
+    """
+    if carried is None:
+        return None, None
+    start = PAST * needs_past(names)
+    past = carried[:, :PAST] if start else None
+    return past, carried[:, start : start + CHOICE_PAST] if needs_choice_past(names) else None
 
 
 def observe(
@@ -252,10 +374,39 @@ def observe(
     logits: Tensor | None,
     n_blocks: int,
     carried: Tensor | None,
+    choices: Choices | None = None,
 ) -> Observation:
     """An observation for these features; ``carried`` ([n, more]) begins with the past, where they need one."""
-    past = carried[:, :PAST] if carried is not None and needs_past(names) else None
-    return Observation(state, rows, positions, logits, n_blocks, past)
+    past, choice_past = pasts(names, carried)
+    return Observation(state, rows, positions, logits, n_blocks, past, choices, choice_past)
+
+
+def read_choices(
+    tokens: Sequence[Sequence[int]], read: Callable[[Tensor, Tensor], Tensor], device: torch.device
+) -> Choices:
+    """The choices at n decision positions.
+
+    Args:
+        tokens: Per decision, the token ids of its choices; empty where it has none of one token each.
+        read: Called with indices of decisions ([m]) and token ids for them ([m, C]), to give the logits of these
+            ([m, C]); not called where no decision has choices.
+        device: Where the result is.
+    """
+    counts = torch.tensor([len(mine) for mine in tokens], dtype=torch.long, device=device)
+    width = max([2, *map(len, tokens)])
+    logits = torch.full((len(tokens), width), torch.nan, device=device)
+    has = counts.nonzero()[:, 0]
+    if len(has):
+        padded = [[*mine, *[mine[0]] * (width - len(mine))] for mine in tokens if mine]
+        found = read(has, torch.tensor(padded, device=device)).to(device).float()
+        beyond = torch.arange(width, device=device) >= counts[has, None]
+        logits[has] = found.masked_fill(beyond, -torch.inf)
+    return Choices(logits, counts)
+
+
+def choices_of(logits: Tensor, tokens: Sequence[Sequence[int]]) -> Choices:
+    """The choices at n decision positions whose logits over the whole vocabulary ([n, V]) are there already."""
+    return read_choices(tokens, lambda at, candidates: logits[at].gather(1, candidates), logits.device)
 
 
 def check_names(names: Sequence[str], argument: str) -> None:
@@ -268,8 +419,13 @@ def check_names(names: Sequence[str], argument: str) -> None:
 
 
 def needs_head(names: Sequence[str]) -> bool:
-    """Whether any of these features reads the output head."""
+    """Whether any of these features reads the whole output head."""
     return any(FEATURES[name].head for name in names)
+
+
+def needs_choices(names: Sequence[str]) -> bool:
+    """Whether any of these features reads the logits of the choices."""
+    return any(FEATURES[name].choices for name in names)
 
 
 def needed_parts(names: Sequence[str]) -> list[str]:

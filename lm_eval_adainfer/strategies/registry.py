@@ -106,6 +106,12 @@ def _threshold(text: str) -> dict[str, Any]:
     return {"threshold": float(text)}
 
 
+def _threshold_and_blocks(text: str) -> dict[str, Any]:
+    """``0.5``, or ``0.5:3`` with a number of blocks."""
+    threshold, colon, blocks = text.partition(":")
+    return {**_threshold(threshold), **(_number_of_blocks(blocks) if colon else {})}
+
+
 def _number_of_blocks(text: str) -> dict[str, Any]:
     if not text.strip().isdecimal() or int(text) < 1:
         raise ValueError(text)
@@ -164,6 +170,15 @@ _DECLARED = (
         specs=("patience:3",),
         read=_number_of_blocks,
         wrong="has no number of blocks of 1 or more; give patience:3, say",
+    ),
+    Strategy(
+        "choice_gap",
+        ".rules:ChoiceGapStopper",
+        "where P(best) - P(second) among choices of one token each exceeds 0.5, after 3 asked blocks in a row where a "
+        "number follows",
+        specs=("choice_gap:0.5", "choice_gap:0.5:3"),
+        read=_threshold_and_blocks,
+        wrong="is neither choice_gap:0.5, say, nor choice_gap:0.5:3 with a number of blocks",
     ),
     Strategy(
         "fixed",

@@ -111,6 +111,49 @@ class PatienceStopper(Stopper):
         return {**super().describe(), "blocks": self.blocks}
 
 
+class ChoiceGapStopper(GapStopper):
+    """``choice_gap:T:N``: stop when P(best) - P(second) among the choices exceeded T after N asked blocks in a row.
+
+    It reads the choices' rows of the head alone, and stops at no decision without choices of one token each.
+
+    Args:
+        threshold: T.
+        blocks: N, this block included.
+
+    Raises:
+        AdaInferError: Where T is not in [0, 1], or N is no whole number of 1 or more.
+    """
+
+    kind = "choice_gap"
+    features = ("choice_gap",)
+
+    def __init__(self, threshold: float = 0.5, blocks: int = 1):
+        super().__init__(threshold)
+        if blocks != int(blocks) or blocks < 1:
+            raise AdaInferError(
+                f"stopper: {self.kind}:{threshold:g}:{blocks} names no number of blocks of 1 or more; give "
+                f"{self.kind}:0.5:3, say"
+            )
+        self.blocks = int(blocks)
+        self.memory = self.blocks - 1  # the gaps of the blocks asked before, plus 1, so that 0 is none
+
+    def parameters(self) -> dict[str, Any]:
+        """Threshold, N."""
+        return {**super().parameters(), "blocks": self.blocks}
+
+    def margin(self, block: int, values: Tensor, memory: Tensor | None = None) -> Tensor:
+        """The least of the last N gaps minus threshold; a block that was not asked counts as -1."""
+        if memory is None:
+            return super().margin(block, values)
+        last = torch.cat([memory, values + 1], dim=1)
+        memory[:] = last[:, 1:]
+        return last.amin(dim=1) - 1 - self.threshold
+
+    def describe(self) -> dict[str, Any]:
+        """Kind, features, threshold, N."""
+        return {**super().describe(), "blocks": self.blocks}
+
+
 class FixedStopper(Stopper):
     """``fixed:N``: always after block N, without asking the head."""
 

@@ -17,8 +17,8 @@ def parse(spec: Any) -> Stopper:
 
     Args:
         spec: ``none`` (also None and ``""``), ``gap``, ``gap:0.8``, ``softmax:0.9``, ``saturation:0.98``,
-            ``patience:3``, ``fixed:24``, ``shortgpt:last5``, ``shortgpt:bi:8:FILE``, a built-in name, the path of a
-            stopper file, or a :class:`Stopper`.
+            ``patience:3``, ``choice_gap:0.5``, ``choice_gap:0.5:3``, ``fixed:24``, ``shortgpt:last5``,
+            ``shortgpt:bi:8:FILE``, a built-in name, the path of a stopper file, or a :class:`Stopper`.
 
     Raises:
         AdaInferError: Where it is none of these.
@@ -74,7 +74,7 @@ def _looks_like_a_path(text: str) -> bool:
 
 def _meant(text: str) -> str | None:
     """What ``gap=0.8``, ``GAP:0.8`` or ``softmx:0.9`` was probably meant to say; None where that is not clear."""
-    parts = re.fullmatch(r"([a-z]+)[^a-z0-9.]*(.*)", _bare(text).lower(), re.DOTALL)
+    parts = re.fullmatch(r"([a-z]+(?:_[a-z]+)*)[^a-z0-9.]*(.*)", _bare(text).lower(), re.DOTALL)
     examples = {s.name: s.specs for s in STRATEGIES.values() if s.specs} | {name: (name,) for name in files.built_in()}
     name = nearest(parts[1], examples) if parts else None
     if parts is None or name is None:

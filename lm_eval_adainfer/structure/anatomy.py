@@ -287,6 +287,14 @@ class Anatomy:
         Returns:
             [n, V] (or [n, C]) logits in the model's dtype.
         """
+        return self._read(hidden, candidates)
+
+    def differentiable_logits(self, hidden: Tensor) -> Tensor:
+        """As :meth:`logits`, on the way of which gradients reach ``hidden``."""
+        with torch.enable_grad():
+            return self._read(hidden, None)
+
+    def _read(self, hidden: Tensor, candidates: Tensor | None) -> Tensor:
         x = hidden.unsqueeze(1)
         for module in self.tail:
             x = module(x)
@@ -297,7 +305,7 @@ class Anatomy:
             head = self.model.get_output_embeddings()
             if candidates is not None:
                 stack.enter_context(replaced_forward(head, lambda y: _candidate_logits(head, y, candidates)))
-            elif _is_slow_with_few_rows(head, len(x)):
+            elif not torch.is_grad_enabled() and _is_slow_with_few_rows(head, len(x)):
                 stack.enter_context(replaced_forward(head, lambda y: few_rows_linear(y, head.weight, head.bias)))
             return self.model(input_ids=ids, use_cache=False).logits[:, -1, :]
 
@@ -309,6 +317,16 @@ class Anatomy:
             if getattr(hook, "offload", False):
                 hook.pre_forward(module)
                 hook.offload = False
+
+    @cached_property
+    def reads_few_tokens(self) -> bool:
+        """Whether :meth:`logits` of a few candidates alone are those of the full head; found out when first asked."""
+        try:
+            with torch.no_grad():
+                self.require_candidates()
+        except UnsupportedModelError:
+            return False
+        return True
 
     def require_candidates(self) -> None:
         """Check that logits of a few candidates alone are those of the full head.

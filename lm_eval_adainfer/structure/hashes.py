@@ -15,10 +15,12 @@ import torch
 from torch import Tensor
 
 from lm_eval_adainfer.structure import private
+from lm_eval_adainfer.structure.weights import values_of
 
 _ROW = 2**16  # 32-bit words to a sum
 _BYTES_AT_ONCE = {"cpu": 2**22}
 _MOST_BYTES = 2**26
+_SIGNS = 2**16  # of one parameter
 # libraries whose hooks are part of how a model is run, and not of what it computes
 _LIBRARIES = ("transformers", "accelerate", "peft", "lm_eval_adainfer")
 
@@ -130,6 +132,22 @@ def tensor_hash(tensor: Tensor) -> str:
     sums.append((rest * multipliers[: rest.numel()]).sum().reshape(1))
     digest.update(torch.cat(sums).cpu().numpy().tobytes())
     return digest.hexdigest()[:32]
+
+
+def signs_hash(model: Any) -> str:
+    """16 hex digits of the signs of a model's weights, which no rounding from one dtype to another changes.
+
+    Of each parameter 2^16 signs are read at most, evenly spread: training that matters flips some of them.
+    """
+    digest = hashlib.sha256()
+    for module in model.modules():
+        for name in private.parameters_of(module):
+            values = values_of(module, name)
+            if values is not None and values.is_floating_point():
+                digest.update(repr(tuple(values.shape)).encode())
+                some = values.reshape(-1)[:: max(1, values.numel() // _SIGNS)]
+                digest.update(np.packbits(torch.signbit(some).cpu().numpy()).tobytes())
+    return digest.hexdigest()[:16]
 
 
 @functools.lru_cache(maxsize=16)

@@ -106,22 +106,33 @@ class Difference(NamedTuple):
         return f"off by {self.seen:.2g} of their size, {self.allowed:.2g} allowed"
 
 
-def probed(anatomy: Probed, of: Literal["hidden", "logits"], probe: Callable[[], float]) -> Difference:
+def probed(
+    anatomy: Probed, of: Literal["hidden", "logits"], probe: Callable[[], float | tuple[float, float]]
+) -> Difference:
     """Run a probe where rounding is small, in float32 copies of the weights, and then in the model's own dtype.
 
     Args:
         anatomy: The model.
         of: What the probe compares.
-        probe: Computes something in two ways and returns their distance.
+        probe: Computes something in two ways and returns their distance; where plain forwards say little about its
+            rounding, also how far one of the ways is from one that is equivalent on paper.
 
     Returns:
         The difference that is the larger one, measured by what is allowed in its dtype.
     """
+
+    def run(copied: bool) -> Difference:
+        rounding, seen, own = getattr(measured(anatomy, copied), of), probe(), 0.0
+        if isinstance(seen, tuple):
+            seen, own = seen
+        most = _MOST if copied or coarsest(anatomy.model) == torch.float32 else _MOST_COARSE
+        return Difference(seen, _STRUCTURE * max(rounding, min(own, most)))
+
     found = []
     with in_float32(anatomy.model) as copied:
         if copied:
-            found.append(Difference(probe(), _STRUCTURE * getattr(measured(anatomy, True), of)))
-    found.append(Difference(probe(), _STRUCTURE * getattr(measured(anatomy, False), of)))
+            found.append(run(True))
+    found.append(run(False))
     return max(found, key=lambda difference: difference.seen / difference.allowed)
 
 

@@ -36,6 +36,7 @@ import numpy as np
 
 from lm_eval_adainfer import container
 from lm_eval_adainfer.errors import AdaInferError
+from lm_eval_adainfer.strategies.features import FEATURES
 from lm_eval_adainfer.traces.views import HEAD, PER_READER, readers_of, require_same_blocks, under, wrong_readers
 
 VERSION = 3
@@ -138,9 +139,36 @@ def require_one_model(path: str | Path, meta: Mapping[str, Any], first: Mapping[
             )
 
 
-def require_finite(path: str | Path, features: np.ndarray) -> None:
-    """Raise AdaInferError where features of recorded blocks are not all finite: nothing fitted on them were sound."""
-    if not np.isfinite(features).all():
+def not_finite(features: np.ndarray, names: Sequence[str]) -> np.ndarray:
+    """[N, L, F] bool, where features are NaN or infinite that should not be.
+
+    Features among the choices may be NaN in a decision without choices of one token each, at every block then.
+
+    Args:
+        features: [N, L, F].
+        names: The F features.
+    """
+    odd = ~np.isfinite(features)
+    of_choices = np.array([name in FEATURES and FEATURES[name].choices for name in names], dtype=bool)
+    return odd & ~(without_choices(features, names)[:, None, None] & of_choices)
+
+
+def without_choices(features: np.ndarray, names: Sequence[str]) -> np.ndarray:
+    """[N] bool, which decisions have no choices of one token each, as far as these features tell.
+
+    Args:
+        features: [N, L, F].
+        names: The F features.
+    """
+    of_choices = [i for i, name in enumerate(names) if name in FEATURES and FEATURES[name].choices]
+    if not of_choices:
+        return np.zeros(len(features), dtype=bool)
+    return np.isnan(features[:, :, of_choices]).all(axis=(1, 2))
+
+
+def require_finite(path: str | Path, features: np.ndarray, names: Sequence[str]) -> None:
+    """Raise AdaInferError where a trace's features ([N, L, F]) are :func:`not_finite`: no fit could be trusted."""
+    if not_finite(features, names).any():
         raise AdaInferError(f"traces: {path} holds NaN or infinite features; trace in a dtype that does not overflow")
 
 

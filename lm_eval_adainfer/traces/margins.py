@@ -86,12 +86,12 @@ def columns(names: Sequence[str], meta: Mapping[str, Any], arrays: Mapping[str, 
     Raises:
         AdaInferError: Where the trace lacks one.
     """
-    carried = torch.zeros(len(arrays["top_token"]), features.PAST) if features.needs_past(names) else None
+    width = features.past_width(names)
+    carried = torch.zeros(len(arrays["top_token"]), width) if width else None
     found = []
     for _, values, seen in _walk(names, meta, arrays, recorded_blocks(meta), carried):
         found.append(values.double().numpy())
-        if seen.past is not None:
-            features.remember(seen)
+        features.remember(seen)
     return np.stack(found, axis=1)
 
 
@@ -103,19 +103,32 @@ def _walk(
     carried: Tensor | None,
 ) -> Iterator[tuple[int, Tensor, Recorded]]:
     """(k, [n, F] features, what was seen) of the blocks, in order; whoever walks notes the past."""
-    recorded = [name for name in names if name in features.RECORDED]
-    needed = [*recorded, *(["top_prob"] if features.needs_past(names) else [])]
+    needed = features.needs_recorded(names)
     if missing := [name for name in needed if name not in meta["features"]]:
         known = ", ".join(meta["features"])
         raise AdaInferError(f"features: the trace of {meta['task']} has no {missing[0]}; it has {known}")
     number = {name: meta["features"].index(name) for name in needed}
     table, top = torch.from_numpy(arrays["features"]), torch.from_numpy(arrays["top_token"])
+    best_choices = _best_choices(meta, arrays) if features.needs_choice_past(names) else None
     nothing = torch.zeros(len(top))
     for k in blocks:
-        best = table[:, k - 1, number["top_prob"]] if "top_prob" in number else nothing
-        past = carried[:, : features.PAST] if carried is not None and features.needs_past(names) else None
-        seen = Recorded(k, meta["n_blocks"], best, top[:, k - 1], past)
+        best, best_choice = (
+            table[:, k - 1, number[name]] if name in number else nothing for name in ("top_prob", "choice_top_prob")
+        )
+        which = nothing if best_choices is None else best_choices[:, k - 1]
+        past, choice_past = features.pasts(names, carried)
+        seen = Recorded(k, meta["n_blocks"], best, top[:, k - 1], past, best_choice, which, choice_past)
         values = [
             table[:, k - 1, number[name]] if name in number else features.DERIVED[name](seen).float() for name in names
         ]
         yield k, torch.stack(values, dim=-1) if values else torch.empty(len(top), 0), seen
+
+
+def _best_choices(meta: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> Tensor:
+    """[N, L], the request of greatest score after every block, the first of equals."""
+    if "scores" not in arrays:
+        raise AdaInferError(f"features: the trace of {meta['task']} has no scores, which choice_agreement follows from")
+    scores = arrays["scores"]
+    if not scores.shape[-1]:  # generated text
+        return torch.zeros(scores.shape[:2])
+    return torch.from_numpy(np.where(np.isnan(scores), -np.inf, scores).argmax(axis=-1))

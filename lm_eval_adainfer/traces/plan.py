@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from lm_eval_adainfer.errors import AdaInferError
 from lm_eval_adainfer.prefill.feature_log import available_features
+from lm_eval_adainfer.prefill.reading import Reading, prepared
 from lm_eval_adainfer.readers import specs
 from lm_eval_adainfer.readers.base import HEAD, Reader, default_blocks
 from lm_eval_adainfer.strategies.features import depends_on_reader
 from lm_eval_adainfer.structure.anatomy import Anatomy
+from lm_eval_adainfer.structure.hashes import signs_hash
 
 if TYPE_CHECKING:
     from lm_eval_adainfer.harness.model import AdaInferLM
@@ -28,11 +30,13 @@ class Plan:
         anatomy: The model.
         readers: Every reader, and the blocks after which it is recorded; the head is the first, after every block.
         hidden: Whether the decision positions' states are kept.
+        readings: By name, the readers that let tokens go on, made ready for the model (:meth:`ready`).
     """
 
     anatomy: Anatomy
     readers: tuple[tuple[Reader, tuple[int, ...]], ...]
     hidden: bool = False
+    readings: Mapping[str, Reading] = field(default_factory=dict)
 
     @classmethod
     def of(cls, anatomy: Anatomy, readers: Any = None, at: Any = None, hidden: bool = False) -> Plan:
@@ -58,7 +62,8 @@ class Plan:
         blocks = default_blocks(anatomy.n_blocks) if at is None else _numbers(at, anatomy.n_blocks)
         for reader in found:
             if reader.maps is not None:
-                reader.maps.require_model(anatomy.n_blocks, anatomy.block_hidden_size, anatomy.head_hash())
+                width, signs = anatomy.block_hidden_size, signs_hash(anatomy.model)
+                reader.maps.require_model(anatomy.n_blocks, width, anatomy.head_hash(), signs)
             if reader.runs_tokens and not blocks:
                 raise AdaInferError(
                     f"readers: {reader.name} can't be recorded of a model of {anatomy.n_blocks} blocks, since there is "
@@ -69,6 +74,22 @@ class Plan:
             raise AdaInferError("at: only copy and sim are recorded after some blocks; name one of them in readers")
         placed = [(reader, blocks if reader.runs_tokens else early) for reader in others]
         return cls(anatomy, ((HEAD, (*early, anatomy.n_blocks)), *placed), hidden)
+
+    def ready(self, lm: AdaInferLM) -> Plan:
+        """The plan with its readings.
+
+        Raises:
+            UnsupportedModelError: Where the model can't be read so.
+        """
+        with lm._autocast():
+            found = {reader.name: prepared(self.anatomy, reader) for reader, _ in self.readers if reader.runs_tokens}
+        return replace(self, readings=found)
+
+    @property
+    def stored_weights(self) -> list[int]:
+        """Per block, weights of the maps that make its keys and values; empty where nothing is copied."""
+        storing = [reading.storing for reading in self.readings.values() if reading.storing is not None]
+        return storing[0].weights if storing else []
 
     @cached_property
     def features(self) -> tuple[str, ...]:
@@ -99,21 +120,9 @@ class Plan:
         if len(self.readers) == 1:
             return {}
         found: dict[str, Any] = {"reader_features": list(self.reader_features)}
-        if any(reader.runs_tokens for reader, _ in self.readers):
-            found["stored_weights"] = stored_weights(self.anatomy)
+        if self.stored_weights:
+            found["stored_weights"] = self.stored_weights
         return found
-
-
-def stored_weights(anatomy: Anatomy) -> list[int]:
-    """Per block, weights of the maps that make its keys and values, from the heads that the model's config names.
-
-    It is for estimates and simulated costs. A config that does not say is taken to make as many keys as queries.
-    """
-    config = anatomy.config.get_text_config()
-    heads = getattr(config, "num_attention_heads", None) or 1
-    width = getattr(config, "head_dim", None) or anatomy.block_hidden_size // heads
-    stored = getattr(config, "num_key_value_heads", None) or heads
-    return [min(2 * anatomy.block_hidden_size * width * stored, whole) for whole in anatomy.block_weights]
 
 
 @dataclass(frozen=True)
@@ -153,7 +162,7 @@ def estimate(lm: AdaInferLM, plan: Plan, instances: Sequence[Any]) -> Estimate:
     for reader, blocks in plan.readers:
         for k in blocks:
             if k < n_blocks:
-                work += counter.head(scored) + _reading(plan.anatomy, counter, reader, k, prompt, scored)
+                work += counter.head(scored) + _reading(plan, counter, reader, k, prompt, scored)
     requests: dict[tuple[int, str], int] = {}
     for instance in instances:
         key = (instance.doc_id, instance.args[0])
@@ -166,18 +175,17 @@ def estimate(lm: AdaInferLM, plan: Plan, instances: Sequence[Any]) -> Estimate:
     return Estimate(work / dense, decisions * bytes_each)
 
 
-def _reading(anatomy: Anatomy, counter: Any, reader: Reader, k: int, prompt: int, scored: int) -> float:
+def _reading(plan: Plan, counter: Any, reader: Reader, k: int, prompt: int, scored: int) -> float:
     """Counted work of reading one prompt and its scored positions after block k, but for the head."""
     if not reader.runs_tokens:
         return float(scored * reader.flops(k))
     run = min(reader.window + (reader.kind == "sim"), prompt) + scored - 1
     seen = prompt + scored - 1 if reader.kind == "copy" else run
     pairs = run * seen - run * (run - 1) // 2
-    later = range(k + 1, anatomy.n_blocks + 1)
+    later = range(k + 1, plan.anatomy.n_blocks + 1)
     work = sum(counter.block(j, run, pairs) for j in later)
     if reader.kind == "copy":
-        stored = stored_weights(anatomy)
-        work += sum(2.0 * stored[j - 1] * max(0, prompt - reader.window) for j in later)
+        work += sum(2.0 * plan.stored_weights[j - 1] * max(0, prompt - reader.window) for j in later)
     return work
 
 

@@ -36,6 +36,7 @@ class Recorder:
     def __init__(self, lm: AdaInferLM, plan: Plan, progress: Any = None):
         self.anatomy, self.softmax_dtype, self.plan = lm.anatomy, lm.softmax_dtype, plan
         self.parts: Sequence[str] = features.needed_parts(plan.features)
+        self.readings = plan.readings
         self.progress = progress
         self.records: dict[int, dict[str, Any]] = {}  # id of a document's first request -> its record
 
@@ -78,7 +79,8 @@ class Recorder:
             device = state.hidden.device
             at = torch.tensor([r for _, r in deciding], device=device)
             positions = torch.tensor([rows[r].decision for _, r in deciding], device=device)
-            values, tops = _read(names, state, at, positions, logits[[n for n, _ in deciding]])
+            choices = [flow[r][1].choices or () for _, r in deciding]
+            values, tops = _read(names, state, at, positions, logits[[n for n, _ in deciding]], choices)
             for (_, r), value, top in zip(deciding, values, tops, strict=True):
                 said = self._record(flow[r][0])["said"][reader.name]
                 said["features"][rows[r].context].append(value)
@@ -169,13 +171,19 @@ class TextRecorder:
 
 
 def _read(
-    names: Sequence[str], state: BlockState, rows: Tensor, positions: Tensor, logits: Tensor
+    names: Sequence[str],
+    state: BlockState,
+    rows: Tensor,
+    positions: Tensor,
+    logits: Tensor,
+    choices: Sequence[Sequence[int]] | None = None,
 ) -> tuple[list[list[float]], list[int]]:
     """The features and the top tokens at some positions ([n] rows of the state and places in them) after a block.
 
-    ``logits`` are a reader's there, [n, V].
+    ``logits`` are a reader's there, [n, V], and ``choices`` the tokens of their choices, where they have any.
     """
-    values = features.compute(names, Observation(state, rows, positions, logits)).tolist()
+    of_choices = features.choices_of(logits, choices or [()] * len(rows))
+    values = features.compute(names, Observation(state, rows, positions, logits, choices=of_choices)).tolist()
     return values, logits.argmax(-1).tolist()
 
 

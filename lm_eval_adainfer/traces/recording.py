@@ -26,7 +26,7 @@ from lm_eval_adainfer.harness.asking import Asking
 from lm_eval_adainfer.harness.identity import generation_settings, tokenizer_hash
 from lm_eval_adainfer.readers.base import HEAD
 from lm_eval_adainfer.tasks.qa import stable_hash
-from lm_eval_adainfer.traces.file import OUTPUT_TYPES, VERSION, read
+from lm_eval_adainfer.traces.file import OUTPUT_TYPES, VERSION, not_finite, read
 from lm_eval_adainfer.traces.plan import Plan, estimate
 from lm_eval_adainfer.traces.recorders import Recorder, TextRecorder, arrays_of, text_arrays_of
 from lm_eval_adainfer.traces.splits import SPLITS, documents_of
@@ -81,6 +81,7 @@ def trace(
     for name, task in tasks.items():
         if task.OUTPUT_TYPE == "generate_until":
             plan.require_texts(name)
+    plan = plan.ready(lm)
     files: list[Path] = []
     model = model_identity(lm)
     numbers = list(num_fewshot) if isinstance(num_fewshot, Sequence) else [num_fewshot]
@@ -228,8 +229,10 @@ def _in_parts(
 def _first_odd(found: dict[str, np.ndarray], plan: Plan) -> tuple[str, int] | None:
     """What of a part is NaN or infinite, and after which block for the first time; None where nothing is."""
     for reader, blocks in plan.readers:
-        values = found["features" if reader.same(HEAD) else f"{reader.name}/features"]
-        if (odd := ~np.isfinite(values).all(axis=(0, 2))).any():
+        is_head = reader.same(HEAD)
+        values = found["features" if is_head else f"{reader.name}/features"]
+        odd = not_finite(values, plan.features if is_head else plan.reader_features).any(axis=(0, 2))
+        if odd.any():
             return "features", blocks[odd.argmax()]
     if plan.hidden and (odd := ~np.isfinite(found["hidden"]).all(axis=(0, 2))).any():
         return "float16 states", int(odd.argmax()) + 1

@@ -59,7 +59,7 @@ def load(files: Sequence[str | Path], split: str | None = None) -> list[TracedDo
 
 
 def _require_numbers(trace: TracedDocuments) -> None:
-    require_finite(trace.path, trace.arrays["features"][:, trace.at])
+    require_finite(trace.path, trace.arrays["features"][:, trace.at], trace.meta["features"])
     trace.require_scores()
 
 
@@ -193,7 +193,7 @@ def replay(
 
 def _quantiles(found: Any) -> list[float]:
     """Thresholds from the strictest (never) to the loosest (always), the strategy's own among them."""
-    everything = np.concatenate([m[~np.isnan(m)] for m in found])
+    everything = np.concatenate([m[np.isfinite(m)] for m in found])  # where none has choices, none of the choices stops
     if len(everything) == 0:
         return [0.0]
     cuts = np.quantile(everything, np.linspace(1, 0, SWEEP_POINTS))

@@ -200,7 +200,7 @@ def evaluate_topics(cache: str | None, dies: bool = False) -> tuple[list, int] |
                 count = killer("forward", 5)
                 self.anatomy.blocks[0].register_forward_pre_hook(lambda *_: count("forward"))
 
-    lm = Watched(pretrained="adainfer-demo", dtype="float32", stopper="gap:0.8", batch_size=4, device="cpu")
+    lm = Watched(pretrained="adainfer-demo", dtype="float32", stopper="gap:0.8", pilot=0, batch_size=4, device="cpu")
     found = lm_eval.simple_evaluate(
         model=lm, tasks=["adainfer_demo_topic"], limit=40, bootstrap_iters=0, use_cache=cache, task_manager=our_tasks()
     )  # fmt: skip

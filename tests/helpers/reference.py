@@ -71,12 +71,29 @@ def gap_after_block(model, blocks, context, k):
     return (top[0] - top[1]).item()
 
 
+def run_of_equals(values):
+    """How many of the last values are the last one, without a break."""
+    run = 1
+    while run < len(values) and values[-1 - run] == values[-1]:
+        run += 1
+    return run
+
+
 def cosine(a, b):
     return (a @ b / (a.norm() * b.norm())).item()
 
 
-def slow_features(model, family, context):
-    """Feature -> its value after each of the L blocks, at the last token of ``context`` run alone."""
+def among(probabilities, tokens):
+    """Those of a vocabulary's probabilities that are of these tokens, divided by their sum."""
+    picked = [probabilities[token] for token in tokens]
+    return [p / sum(picked) for p in picked]
+
+
+def slow_features(model, family, context, choices=()):
+    """Feature -> its value after each of the L blocks, at the last token of ``context`` run alone.
+
+    ``choices`` are the tokens of its choices; none: features among the choices are NaN.
+    """
     blocks, attn, mlp, norm = PARTS[family]
     seen = {"attn": [], "mlp": [], "out": [], "in": []}
     handles = []
@@ -106,7 +123,7 @@ def slow_features(model, family, context):
             handle.remove()
         head = [model.get_output_embeddings()(attrgetter(norm)(model)(h)) for h in seen["out"]]
     found = {name: [] for name in FEATURES}
-    tokens = []
+    tokens, best = [], []
     for k, logits in enumerate(head):
         first, second = sorted(logits.float().softmax(-1).tolist(), reverse=True)[:2]
         found["gap"].append(first - second)
@@ -114,13 +131,70 @@ def slow_features(model, family, context):
         p = logits.double().softmax(-1)
         found["entropy"].append((-(p * p.log()).sum() / math.log(len(p))).item())
         tokens.append(logits.argmax().item())
-        run = 1
-        while run <= k and tokens[k - run] == tokens[k]:
-            run += 1
-        found["agreement"].append(run)
+        found["agreement"].append(run_of_equals(tokens))
         found["depth"].append((k + 1) / len(head))
-        found["top_prob_change"].append(first - found["top_prob"][k - 1] if k else 0.0)
+        found["top_prob_change"].append(found["top_prob"][k] - found["top_prob"][k - 1] if k else 0.0)
+        if not choices:
+            for name in ("choice_gap", "choice_top_prob", "choice_entropy", "choice_agreement"):
+                found[name].append(math.nan)
+        else:
+            shares = among(p.tolist(), choices)
+            first, second = sorted(shares, reverse=True)[:2]
+            best.append(shares.index(first))
+            found["choice_gap"].append(first - second)
+            found["choice_top_prob"].append(first)
+            found["choice_entropy"].append(-sum(q * math.log(q) for q in shares) / math.log(len(shares)))
+            found["choice_agreement"].append(run_of_equals(best))
         found["cos_hidden"].append(cosine(seen["out"][k], seen["out"][k - 1] if k else seen["in"][0]))
         found["cos_attn"].append(cosine(seen["attn"][k], seen["attn"][k - 1]) if k else 0.0)
         found["cos_mlp"].append(cosine(seen["mlp"][k], seen["mlp"][k - 1]) if k else 0.0)
     return found
+
+
+def read_logits(model, blocks, reader, ids, prompt, k):
+    """[len(ids) - prompt + 1, V] logits at the prompt's last token and behind it, read after block k.
+
+    ``reader`` is ``head``, ``copy:W`` or ``sim:W``, as ``docs/readers.md`` defines them, for one row of token ids whose
+    first ``prompt`` are the prompt: one plain forward after the other, and hooks that put states in their places.
+    """
+    kind, _, window = reader.partition(":")
+    window, n_blocks = int(window or 1), len(blocks)
+    if kind == "head" or k == n_blocks:
+        return logits_after_block(model, blocks, ids, k)[prompt - 1 :]
+    away = max(0, prompt - window)
+    left = states_after_blocks(model, blocks, ids)[k - 1]
+    run = list(range(len(ids)))
+    if kind == "sim" and away:
+        run = [0, *range(away, len(ids))]
+    handles = []
+
+    def put(n):
+        def hook(module, args, out):
+            hidden = (out if isinstance(out, torch.Tensor) else out[0]).clone()
+            if n == k:
+                hidden[0] = left[run]
+            elif kind == "copy":
+                hidden[0, :away] = left[:away]
+            return hidden if isinstance(out, torch.Tensor) else (hidden, *out[1:])
+
+        return hook
+
+    for n in range(k, n_blocks + 1):
+        handles.append(blocks[n - 1].register_forward_hook(put(n)))
+    given = {"input_ids": torch.tensor([[ids[t] for t in run]])}
+    if kind == "sim":
+        given |= {"position_ids": torch.tensor([run]), "attention_mask": torch.ones(1, len(run), dtype=torch.long)}
+    with torch.no_grad():
+        logits = model(**given, use_cache=False).logits[0]
+    for handle in handles:
+        handle.remove()
+    return logits[-(len(ids) - prompt + 1) :]
+
+
+def read_score(model, blocks, reader, context, continuation, k, window):
+    """:func:`score` under a reader."""
+    tokens = (context + continuation)[-(window + 1) :][:-1]
+    logits = read_logits(model, blocks, reader, tokens, len(tokens) - len(continuation) + 1, k)
+    logprobs, top = logits.log_softmax(-1), logits.argmax(-1).tolist()
+    total = sum(logprobs[j, token].item() for j, token in enumerate(continuation))
+    return total, top == continuation, top[0] == continuation[0]

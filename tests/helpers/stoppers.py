@@ -23,6 +23,17 @@ class Scripted(Stopper):
         return torch.frac(coarse * 0.618034 + block * 0.37) - 0.6
 
 
+class ScriptedByState(Stopper):
+    """As Scripted, by the hidden states as well: for models whose probabilities are all alike."""
+
+    kind = "scripted_by_state"
+    features = ("gap", "cos_hidden")
+
+    def margin(self, block, values, memory=None):
+        coarse = torch.round(values.sum(-1) * 1000)
+        return torch.frac(coarse * 0.618034 + block * 0.37) - 0.6
+
+
 class Dice(Stopper):
     """Leaves at random; what it did is read from the decoder's record."""
 

@@ -10,7 +10,7 @@ from lm_eval_adainfer.readers.tuned import Maps
 from lm_eval_adainfer.traces import recording
 
 
-def write(path, features, top, document=None, scores=None, request=None, gold=None, **meta):
+def write(path, features, top, document=None, scores=None, request=None, gold=None, names=("gap", "top_prob"), **meta):
     """A trace by hand; by default every decision is a document of two choices, of which the first is right."""
     top = np.array(top, dtype=np.int32)
     n, n_blocks = top.shape
@@ -20,7 +20,7 @@ def write(path, features, top, document=None, scores=None, request=None, gold=No
     base = {
         "model": "m", "n_blocks": n_blocks, "head_hash": "h", "task": "t", "num_fewshot": 0, "split": "test",
         "output_type": "multiple_choice", "hidden_size": 8, "vocab_size": 16, "block_weights": [100] * n_blocks,
-        "features": ["gap", "top_prob"], "documents": n,
+        "features": list(names), "documents": n,
     }  # fmt: skip
     arrays = {
         "features": np.array(features, dtype=np.float32).reshape(n, n_blocks, np.shape(features)[-1]),

@@ -1,0 +1,203 @@
+"""Prompts that leave early: a reader that lets tokens go on decides how deep a prompt goes before new tokens follow.
+
+Where a prompt leaves after a block, later blocks keep the keys and values that the reader has made there: copies of
+what its tokens are (CALM's state copy, for the prompt), and those of the tokens that ran on. New tokens find these in
+their cache, which is therefore not the dense model's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+from lm_eval_adainfer.generation.state import DecoderState
+from lm_eval_adainfer.prefill.documents import Row
+from lm_eval_adainfer.prefill.forward import Forward, padded
+from lm_eval_adainfer.prefill.prefixes import ContinuedCache, Pair
+from lm_eval_adainfer.prefill.reading import Reading, Spot, copies, tokens_that_run
+from lm_eval_adainfer.strategies import features
+from lm_eval_adainfer.strategies.asking import Carried, ask
+from lm_eval_adainfer.strategies.base import Schedule, Stopper
+from lm_eval_adainfer.structure.state import BlockState
+from lm_eval_adainfer.structure.storing import Storing
+
+
+class PromptExits:
+    """Decides how deep prompts go.
+
+    Args:
+        stopper: Says after a block whether a prompt leaves.
+        schedule: After which blocks it is asked.
+        reading: The reader, made ready for the model.
+        storing: What blocks have to compute for their keys and values.
+    """
+
+    def __init__(self, stopper: Stopper, schedule: Schedule, reading: Reading, storing: Storing):
+        self.stopper, self.checked, self.reading, self.storing = stopper, frozenset(schedule.blocks), reading, storing
+
+    @torch.no_grad()
+    def run(self, state: DecoderState, prompts: Sequence[Sequence[int]]) -> Tensor:
+        """Run the prompts of a decoder's rows, each as deep as it goes, and fill the cache.
+
+        Args:
+            state: The decoder's, before its first step.
+            prompts: Token ids of its rows.
+
+        Returns:
+            [rows, V] float32 logits of each row's first new token.
+        """
+        return _Run(self, state, [Row(list(prompt), 1) for prompt in prompts]).logits()
+
+
+class _Run:
+    """The prompts of one batch on their way.
+
+    Attributes:
+        flow: The rows that have not left.
+        found: Per row that has left, its logits [V]; or, where no check has computed these, its state [h] for the head.
+    """
+
+    def __init__(self, exits: PromptExits, state: DecoderState, rows: Sequence[Row]):
+        self.exits, self.state, self.rows = exits, state, rows
+        self.anatomy, self.stopper = state.anatomy, exits.stopper
+        self.needs_head = features.needs_head(self.stopper.features)
+        self.flow = list(range(len(rows)))
+        self.carried = Carried(self.stopper.carries)
+        self.states: dict[int, Tensor] = {}
+        self.known: dict[int, Tensor] = {}
+
+    def logits(self) -> Tensor:
+        """Run them all; [rows, V] float32 logits where each has left."""
+        stored: dict[int, Pair] = {}
+        given = {"past_key_values": ContinuedCache(None, store=stored), "use_cache": True}
+        parts = features.needed_parts(self.stopper.features)
+        forward = Forward(self.anatomy, padded(self.anatomy, [row.tokens for row in self.rows]), parts, given=given)
+        while self.flow:
+            after = forward.advance()
+            for r in self.flow:
+                self._count(r, after.block)
+            lengths = [len(self.rows[r].tokens) for r in self.flow]
+            self._write(stored, self.flow, range(len(self.flow)), [range(n) for n in lengths], [0] * len(lengths))
+            stored.clear()
+            leaving = self._leaving(after)
+            stay = [n for n in range(len(self.flow)) if n not in leaving]
+            if stay and leaving:
+                forward.keep(torch.tensor(stay, dtype=torch.long))
+            self.flow = [self.flow[n] for n in stay]
+        state, device = self.state, self.state.device
+        state.known = [[state.length] * len(self.rows) for _ in range(self.anatomy.n_blocks)]
+        if self.states:  # the head's weights are read once for all of them
+            read = self.anatomy.logits(torch.stack([x.to(device) for x in self.states.values()]))
+            self.known.update(zip(self.states, read, strict=True))
+            for r in self.states:
+                state.results[r].head_rows += 1
+        return torch.stack([self.known[r].to(device) for r in range(len(self.rows))]).float()
+
+    def _count(self, r: int, k: int) -> None:
+        n, result = len(self.rows[r].tokens), self.state.results[r]
+        result.block_tokens[k - 1] += n
+        result.pairs[k - 1] += n * (n + 1) // 2
+
+    def _leaving(self, after: BlockState) -> set[int]:
+        """The rows in flow that leave after a block, by their places; what they say is kept and the cache filled."""
+        k, last = after.block, [self.rows[r].decision for r in self.flow]
+        if k == self.anatomy.n_blocks:
+            for n, r in enumerate(self.flow):
+                self._leave(r, k, state=after.hidden[n, last[n]])
+            return set(range(len(self.flow)))
+        if k not in self.exits.checked:
+            return set()
+        store: dict[int, Pair] = {}
+        leaving = asked = list(range(len(self.flow)))
+        read = logits = None
+        if self.stopper.features:
+            if self.needs_head:
+                read = self._read(after, asked, store)
+                logits = self.anatomy.logits(read)
+                for r in self.flow:
+                    self.state.results[r].head_rows += 1
+            device = after.hidden.device
+            points = torch.tensor(asked, device=device), torch.tensor(last, device=device)
+            kept = self.carried.of(self.flow, device)
+            stops = ask(self.stopper, self.anatomy, after, points, kept, logits).stops
+            self.carried.keep(self.flow, kept)
+            for r in self.flow:
+                self.state.results[r].reading += self.stopper.flops
+            leaving = [n for n in asked if stops[n]]
+        if not leaving:
+            return set()
+        if read is None:
+            read, asked = self._read(after, leaving, store), leaving
+        places = [asked.index(n) for n in leaving]
+        for n, i in zip(leaving, places, strict=True):
+            self._leave(self.flow[n], k, *((read[i],) if logits is None else (None, logits[i])))
+        self._fill(after, leaving, asked, places, store)
+        return set(leaving)
+
+    def _leave(self, r: int, k: int, state: Tensor | None = None, logits: Tensor | None = None) -> None:
+        self.state.results[r].layers.append(k)
+        self.state.results[r].prompt_exit = k
+        if state is not None:
+            self.states[r] = state
+        if logits is not None:
+            self.known[r] = logits
+
+    def _read(self, after: BlockState, places: Sequence[int], store: dict[int, Pair]) -> Tensor:
+        for n in places:
+            r = self.flow[n]
+            self.state.results[r].reads.append((after.block, len(self.rows[r].tokens), 1))
+        return self.exits.reading.read(after.block, after.hidden, None, self._spots(places), store)
+
+    def _spots(self, places: Sequence[int]) -> list[Spot]:
+        return [Spot(n, self.rows[self.flow[n]], 0) for n in places]
+
+    def _fill(
+        self, after: BlockState, leaving: Sequence[int], asked: Sequence[int], places: Sequence[int], store: dict
+    ) -> None:
+        """Fill the cache's later blocks for rows that leave after a block.
+
+        Args:
+            after: The block's.
+            leaving: The rows, by their places in the flow.
+            asked: Those that were read, too.
+            places: Where the leaving ones are among these.
+            store: What the later blocks have stored for those that were read.
+        """
+        reader, gone = self.exits.reading.reader, [self.flow[n] for n in leaving]
+        whole = [range(len(self.rows[r].tokens)) for r in gone]
+        if reader.kind == "copy":
+            away = [max(0, len(self.rows[self.flow[n]].tokens) - reader.window) for n in asked]
+            self._write(store, gone, places, whole, [max(away) - away[i] for i in places])
+            return
+        # what did not run on has no keys and values in later blocks but copies
+        for copied in copies(self.anatomy, self.exits.storing, after.block, after.hidden, self._spots(leaving)):
+            starts = [max(map(len, whole)) - len(tokens) for tokens in whole]
+            self._write(copied, gone, range(len(gone)), whole, starts)
+        self._write(store, gone, places, [tokens_that_run(reader, self.rows[r]) for r in gone], [0] * len(gone))
+        for r in gone:
+            self.state.results[r].copied_prompt = len(self.rows[r].tokens)
+
+    def _write(
+        self,
+        stored: dict[int, Pair],
+        rows: Sequence[int],
+        places: Iterable[int],
+        tokens: Sequence[Sequence[int]],
+        starts: Sequence[int],
+    ) -> None:
+        """Write keys and values into the cache.
+
+        Args:
+            stored: By layer: [n, heads, slots, d].
+            rows: The rows.
+            places: Where each row is among the n.
+            tokens: Which of each row's tokens they are of.
+            starts: Per row, the slot of the first of these.
+        """
+        for layer, pair in stored.items():
+            for r, i, some, start in zip(rows, places, tokens, starts, strict=True):
+                slots = torch.tensor(some) + self.state.pad[r]
+                found = tuple(x[i, :, start : start + len(some)] for x in pair)
+                self.state.cache.put(layer, len(self.rows), r, slots, found)
