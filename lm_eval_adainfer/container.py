@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -64,19 +64,22 @@ def write_atomically(path: Path, data: bytes, argument: str = "output") -> None:
         raise
 
 
-def read(path: str | Path, what: str, version: int, argument: str) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+def read(
+    path: str | Path, what: str, version: int | Sequence[int], argument: str
+) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """The JSON meta and the arrays of a file that :func:`write` made.
 
     Args:
         path: The file.
         what: What it must hold (``"stopper"`` or ``"trace"``).
-        version: The only version that is read.
+        version: The version that is read, or all that are.
         argument: The user's argument, for messages.
 
     Raises:
         AdaInferError: Where the file is missing, truncated, a pickle or anything else.
     """
     shown, path = str(path), Path(path)
+    versions = [version] if isinstance(version, int) else list(version)
     if not path.is_file():
         found = "is a folder" if path.is_dir() else "does not exist"
         raise AdaInferError(f"{argument}: {shown} {found}; give a {what} file")
@@ -107,10 +110,10 @@ def read(path: str | Path, what: str, version: int, argument: str) -> tuple[dict
                 )
             if header.get("what") != what:
                 raise AdaInferError(f"{argument}: {path} holds a {header.get('what')}, not a {what}")
-            if header.get("version") != version:
+            if header.get("version") not in versions:
                 raise AdaInferError(
                     f"{argument}: {path} has the format version {header.get('version')}, but this release reads "
-                    f"version {version}; make it again"
+                    f"version {' or '.join(map(str, versions))}; make it again"
                 )
             return header["meta"], {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except AdaInferError:

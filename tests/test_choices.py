@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 
 from lm_eval_adainfer.fitting import calibration, check_layers, fit
 from lm_eval_adainfer.prefill.documents import Answer, Document, Row
+from lm_eval_adainfer.readers import specs as readers
 from lm_eval_adainfer.strategies import features, specs
 from lm_eval_adainfer.strategies.asking import ask
 from lm_eval_adainfer.strategies.base import Stopper
@@ -25,7 +26,8 @@ from lm_eval_adainfer.strategies.features import FEATURES, Observation
 from lm_eval_adainfer.structure.state import BlockState
 from lm_eval_adainfer.traces import documents as traced_documents
 from lm_eval_adainfer.traces import file, margins, replay
-from lm_eval_adainfer.traces.recording import Recorder
+from lm_eval_adainfer.traces.plan import Plan
+from lm_eval_adainfer.traces.recorders import Recorder
 from lm_eval_adainfer.verification import OK, verify_model
 
 NAMES = tuple(name for name in FEATURES if FEATURES[name].choices)
@@ -192,17 +194,17 @@ def test_they_are_logged_and_recorded_where_there_are_choices(model, tokenizer):
     lm, asked = lm_of(model, tokenizer, stopper="choice_gap:0.01", batch_size=7, log_features=True), asked_of(9)
     answers = lm.loglikelihood(asked, True)
     records = {r.doc_id: a.exit_record for r, a in zip(asked, answers, strict=True)}
-    recorder = Recorder(lm_of(model, tokenizer))
     dense = lm_of(model, tokenizer)
+    recorder = Recorder(dense, Plan.of(dense.anatomy))
     with dense.engine.observed(recorder):
         dense.loglikelihood(asked, True)
-    kept = {asked[first].doc_id: record["features"] for first, record in recorder.records.items()}
+    kept = {asked[first].doc_id: record["said"]["head"]["features"] for first, record in recorder.records.items()}
     logged = 0
     for doc, mine in decisions_of(lm, asked).items():
         for (context, choices), seen, found in zip(mine, records[doc].features, kept[doc], strict=True):
             slow = slow_features(model, "llama", context, choices)
             for name in RECORDED:
-                column = [row[recorder.names.index(name)] for row in found]
+                column = [row[recorder.plan.features.index(name)] for row in found]
                 assert column == pytest.approx(slow[name], abs=2e-5, nan_ok=True)
                 depth = records[doc].exit_layer
                 assert seen.get(name, []) == pytest.approx(slow[name][:depth] if choices else [], abs=2e-5)
@@ -348,23 +350,27 @@ def task():
         {**d, "choices": rng.sample("uvwxyz", 3) if i % 3 else d["choices"], "question": d["question"] + ":"}
         for i, d in enumerate(documents(40, 7))
     ]
-    return make_task({"train": docs, "test": docs[:3]}, doc_to_choice="{{choices}}", target_delimiter="")
+    return make_task({"train": docs[:3], "test": docs}, doc_to_choice="{{choices}}", target_delimiter="")
 
 
 @pytest.fixture(scope="module")
 def trace(model, tokenizer, task, tmp_path_factory):
     lm = lm_of(model, tokenizer, max_length=400)
-    path, _, _ = traced(lm, task, tmp_path_factory.mktemp("traces"))
+    plan = Plan.of(lm.anatomy, "copy:1", "2+4")
+    path, _, _ = traced(lm, task, tmp_path_factory.mktemp("traces"), split="test", plan=plan)
     return path
 
 
-@pytest.mark.parametrize("options", [{}, {"check_layers": "2+4"}], ids=str)
-def test_replay_is_the_real_run_of_every_document(options, model, tokenizer, task, trace):
-    (traced_task,) = replay.load([trace])
-    fitted = fit.fit_classifier("logistic", [trace], features=[*NAMES, "depth"], threshold=0.5)
+@pytest.mark.parametrize(
+    ("options", "reader"), [({}, "head"), ({"check_layers": "2+4"}, "head"), ({"check_layers": "2+4"}, "copy:1")], ids=str
+)
+def test_replay_is_the_real_run_of_every_document(options, reader, model, tokenizer, task, trace):
+    traced_task = replay.load([trace])[0].under(reader)
+    names, own = [*NAMES, "depth"], readers.parse(reader)
+    fitted = fit.fit_classifier("logistic", [trace], features=names, threshold=0.5, reader=own)
     layers = set()
     for spec in ("choice_gap:0.02", "choice_gap:0.01:3", Watching(), fitted):
-        run = lm_of(model, tokenizer, stopper=spec, batch_size=5, max_length=400, **options)
+        run = lm_of(model, tokenizer, stopper=spec, reader=own, batch_size=5, max_length=400, **options)
         said = replay.document_margins(replay.parse(spec, 5), traced_task, **options)
         mine = traced_documents.exits(said)
         answers = run.loglikelihood(task.instances, True)
@@ -388,7 +394,7 @@ def test_a_fit_on_them_is_on_the_decisions_that_have_them(trace):
     assert 10 < has.sum() < 40
     found = fit.collect([trace], ["choice_gap", "choice_agreement"], "final")
     assert len(found.x) == 5 * has.sum() and np.isfinite(found.x).all()
-    assert found.seen == {"toy/train": arrays["doc_id"][has].tolist()}
+    assert found.seen == {"toy/test": arrays["doc_id"][has].tolist()}
     assert not {*fit.fit_classifier("logistic", [trace]).features} & {*NAMES}
 
 

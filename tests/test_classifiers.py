@@ -146,9 +146,10 @@ def test_the_label_stable_is_of_the_documents_answer(tmp_path):
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_real_run_leaves_where_the_trace_says(kind, tokenizer, tmp_path):
     """On a tiny model, with features that remember: every document whose margins are clear."""
-    task = make_task({"train": documents(40, 11), "test": documents(3, 2)})
+    task = make_task({"train": documents(3, 2), "test": documents(40, 11)})
     model = make_model("llama", vocab_size=257, num_hidden_layers=6, max_position_embeddings=512)
-    (path,) = recording.trace(lm_of(model, tokenizer, batch_size=8, max_length=400), {"toy": task}, tmp_path)
+    lm = lm_of(model, tokenizer, batch_size=8, max_length=400)
+    (path,) = recording.trace(lm, {"toy": task}, tmp_path, split="test")
     meta, arrays = recording.read(path)
     stopper = fit.fit_classifier(kind, [path], label="final", threshold=0.5)
     assert set(stopper.features) == {name for name in FEATURES if not FEATURES[name].choices}, "some have long choices"

@@ -29,6 +29,7 @@ from helpers import killed
 from helpers.models import lm_of, make_model
 from helpers.processes import in_two_processes
 from helpers.tasks import instance, make_task
+from helpers.traces import lens
 from helpers.traces import write_labelled as write_trace
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -43,8 +44,10 @@ from lm_eval_adainfer.output import per_block
 from lm_eval_adainfer.strategies.crf import CRFStopper
 from lm_eval_adainfer.strategies.network import LogisticStopper
 from lm_eval_adainfer.strategies.trees import BoostedStopper
-from lm_eval_adainfer.traces import recording, replay
+from lm_eval_adainfer.traces import documents, recording, replay
 from lm_eval_adainfer.traces.file import SHAPES, not_finite
+from lm_eval_adainfer.traces.plan import Plan
+from lm_eval_adainfer.traces.views import PER_READER, readers_of
 
 
 def same(found, expected):
@@ -316,7 +319,7 @@ def test_a_trace_on_a_full_disk_keeps_its_parts_and_goes_on(tmp_path, traces):
     most = max(len(f.read_bytes()) for f in _parts(tmp_path / "parts"))
     with small_disk(most + 100), pytest.raises(AdaInferError) as caught:  # parts fit, the whole file does not
         killed.trace(str(tmp_path / "t"))
-    one_sentence(caught.value, "output", "choices_0shot_train.trace", "can't be written")
+    one_sentence(caught.value, "output", "choices_0shot_test.trace", "can't be written")
     assert not list((tmp_path / "t").glob("*.trace")) and list((tmp_path / "t").rglob("*.part"))
     again: Counter = Counter()
     assert killed.trace(str(tmp_path / "t"), lambda what: again.update([what])) == files
@@ -521,7 +524,7 @@ def test_generated_text_with_nan_runs_on_and_is_warned_of(overflowing, tokenizer
 def test_a_trace_with_nan_is_recorded_warned_of_and_refused_by_those_who_read_it(overflowing, tokenizer, tmp_path, caplog):
     lm = lm_of(overflowing, tokenizer, max_length=200)
     docs = [{"question": q, "choices": ["a", "b"], "answer": 0} for q in ("the fox", "the taq")]
-    (path,) = recording.trace(lm, {"toy": make_task({"train": docs, "test": docs})}, tmp_path)
+    (path,) = recording.trace(lm, {"toy": make_task({"train": docs, "test": docs})}, tmp_path, split="test")
     meta, arrays = recording.read(path)
     odd = not_finite(arrays["features"], meta["features"]).any(axis=2)  # there are no choices of a token each
     assert odd.tolist() == [[False] * 5, [False, False, True, True, True]]
@@ -636,7 +639,9 @@ def test_a_tokenizer_without_special_tokens_needs_a_token_to_begin_with(tokenize
 @pytest.fixture(scope="module")
 def trace_file(tmp_path_factory):
     folder = tmp_path_factory.mktemp("good")
-    (path,) = recording.trace(killed.make_lm("none"), {"choices": killed.make_tasks()["choices"]}, folder)
+    lm = killed.make_lm("none")
+    plan = Plan.of(lm.anatomy, [lens(lm.anatomy)], hidden=True)
+    (path,) = recording.trace(lm, {"choices": killed.make_tasks()["choices"]}, folder, plan=plan)
     return path
 
 
@@ -647,7 +652,8 @@ def read_everywhere(path):
         lambda: recording.read(path),
         lambda: replay.replay(replay.load([path]), ["gap:0.5", "oracle:stable"]),
         lambda: fit.collect([path], ["gap", "agreement"], "stable"),
-        lambda: per_block.load(str(path)),
+        lambda: per_block.accuracy_panels(per_block.load(str(path)), 1),
+        lambda: [documents.read([path], name)[0].stable for name in readers_of(recording.read(path)[0])],
     ):
         try:
             read()
@@ -675,6 +681,23 @@ def test_a_cut_trace_is_refused(trace_file, tmp_path):
         assert read_everywhere(path)
 
 
+ODD_READERS = [
+    ("copy:1", [2]),  # of which there is no array
+    ("copy:1", []),
+    ("copy:1", "2"),
+    ("copy:1", [5]),
+    ("copy:1", [0]),
+    ("copy:1", [3, 2]),
+    ("copy:1", [2, 2]),
+    ("copy:1", [True]),
+    ("copy:1", [10**30]),
+    ("copy:0", [2]),
+    ("head:1", [2]),
+    ("../copy", [2]),
+    ("tuned:maps.reader", [2]),
+]
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -688,6 +711,18 @@ def test_a_cut_trace_is_refused(trace_file, tmp_path):
         {"task": ["choices"]},
         {"num_fewshot": None},
         {"hidden_size": "big"},
+        {"readers": None},
+        {"readers": {}},
+        {"readers": ["head"]},
+        {"readers": {"head": [1, 2, 3, 4]}},
+        *({"readers": {"head": [1, 2, 3, 4, 5], name: blocks}} for name, blocks in ODD_READERS),
+        {"reader_features": None},
+        {"reader_features": ["gap"]},
+        {"reader_features": ["gap", "top_prob", "top_prob"]},
+        {"reader_features": ["gap", "top_prob", "courage"]},
+        {"reader_features": [1, 2, 3]},
+        {"stored_weights": [1]},
+        {"stored_weights": ["x"] * 5},
     ],
 )
 def test_a_trace_that_says_what_it_does_not_hold_is_refused(change, trace_file, tmp_path):
@@ -697,15 +732,16 @@ def test_a_trace_that_says_what_it_does_not_hold_is_refused(change, trace_file, 
     assert read_everywhere(path)
 
 
-@pytest.mark.parametrize("name", sorted(SHAPES))
+@pytest.mark.parametrize("name", [*sorted(SHAPES), *(f"reader/{name}" for name in PER_READER)])
 @pytest.mark.parametrize("how", ["cut", "flat", "kind", "empty"])
 def test_arrays_of_another_shape_or_kind_are_refused(name, how, trace_file, tmp_path):
     meta, arrays = recording.read(trace_file)
+    name = name.replace("reader", list(meta["readers"])[1])
     array = arrays[name]
     arrays[name] = {
         "cut": array[:-1],
         "flat": array.reshape(-1, 1, 1, 1),
-        "kind": array.astype(np.int32 if array.dtype.kind == "f" else np.float32),
+        "kind": np.nan_to_num(array).astype(np.int32 if array.dtype.kind == "f" else np.float32),
         "empty": np.zeros((2**40, 0), dtype=array.dtype),
     }[how]
     path = tmp_path / "odd.trace"

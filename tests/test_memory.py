@@ -31,8 +31,8 @@ def model():
 def stoppers(model, tokenizer, tmp_path_factory):
     """Name to strategy; the fitted ones from a trace, with thresholds that half of the examples exceed."""
     lm = lm_of(model, tokenizer, max_length=400)
-    task = make_task({"train": documents(30, 5), "test": documents(3, 2)})
-    path, meta, arrays = traced(lm, task, tmp_path_factory.mktemp("traces"))
+    task = make_task({"train": documents(3, 2), "test": documents(30, 5)})
+    path, meta, arrays = traced(lm, task, tmp_path_factory.mktemp("traces"), split="test")
     crf = fit.fit_crf([path], features=("gap", "top_prob", "top_prob_change"))
     svm = fit.fit_svm([path], features=LEARNED)
     for stopper in (crf, svm):
@@ -61,8 +61,8 @@ def agree(real, simulated):
 @pytest.mark.parametrize(("kind", "batch_size"), [("shared context", 5), ("many inputs", 5), ("many inputs", 2)])
 def test_documents_exit_as_simulated_on_their_trace(kind, batch_size, check_layers, stoppers, model, tokenizer, tmp_path):
     """At a batch size of 2 a document's three contexts are decided in parts."""
-    task = make_task({"train": documents(25, 7), "test": documents(3, 2)}, **KINDS[kind])
-    _, meta, arrays = traced(lm_of(model, tokenizer, max_length=400), task, tmp_path)
+    task = make_task({"train": documents(3, 2), "test": documents(25, 7)}, **KINDS[kind])
+    _, meta, arrays = traced(lm_of(model, tokenizer, max_length=400), task, tmp_path, split="test")
     groups = [np.flatnonzero(arrays["doc_id"] == doc) for doc in sorted(set(arrays["doc_id"].tolist()))]
     layers = set()
     for stopper in stoppers.values():
@@ -150,8 +150,8 @@ def test_patience_counts_asked_blocks_with_one_top_token():
 
 @pytest.mark.parametrize("label", ["final", "gold"])
 def test_a_crf_is_fitted_on_one_sequence_per_instance(label, model, tokenizer, tmp_path):
-    lm, task = lm_of(model, tokenizer, max_length=400), make_task({"train": documents(30, 5), "test": documents(3, 2)})
-    path, meta, arrays = traced(lm, task, tmp_path)
+    lm, task = lm_of(model, tokenizer, max_length=400), make_task({"train": documents(3, 2), "test": documents(30, 5)})
+    path, meta, arrays = traced(lm, task, tmp_path, split="test")
     if label == "gold":  # a random model never finds the gold answer
         from lm_eval_adainfer import container
         from lm_eval_adainfer.traces import recording

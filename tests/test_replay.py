@@ -15,7 +15,7 @@ import torch
 from helpers.models import lm_of, make_model, tiny_lm
 from helpers.refusals import refused
 from helpers.tasks import KINDS, documents, make_task, our_tasks
-from helpers.traces import write
+from helpers.traces import lens, write
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -25,11 +25,13 @@ from lm_eval_adainfer.fitting import fit
 from lm_eval_adainfer.harness import loading
 from lm_eval_adainfer.harness.model import AdaInferLM
 from lm_eval_adainfer.output import tables
+from lm_eval_adainfer.readers.base import Reader
 from lm_eval_adainfer.statistics import tango_interval, wilson_interval
 from lm_eval_adainfer.strategies import files
 from lm_eval_adainfer.strategies.rules import GapStopper, NoStopper
 from lm_eval_adainfer.traces import recording, replay
 from lm_eval_adainfer.traces.documents import TracedDocuments, exits
+from lm_eval_adainfer.traces.plan import Plan
 
 # ------------------------------------------------------------------------------------------------ real runs
 
@@ -67,8 +69,8 @@ def model():
 @pytest.mark.parametrize("options", [{}, {"check_layers": "2+4"}, {"min_layer": 3}], ids=str)
 @pytest.mark.parametrize("kind", KINDS)
 def test_replay_is_the_real_run_of_every_document(kind, options, model, tokenizer, tmp_path):
-    task = make_task({"train": documents(16, 7), "test": documents(3, 2)}, **KINDS[kind])
-    (path,) = recording.trace(lm_of(model, tokenizer, max_length=400), {"toy": task}, tmp_path)
+    task = make_task({"train": documents(3, 2), "test": documents(16, 7)}, **KINDS[kind])
+    (path,) = recording.trace(lm_of(model, tokenizer, max_length=400), {"toy": task}, tmp_path, split="test")
     (trace,) = replay.load([path])
     svm = fit.fit_svm([path])
     fixed = "fixed:4"
@@ -78,6 +80,25 @@ def test_replay_is_the_real_run_of_every_document(kind, options, model, tokenize
         assert clear >= 12
         assert spec != fixed or set(mine) == {4}
         assert spec != "none" or set(mine) == {5}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_replay_is_the_real_run_under_every_reader(kind, model, tokenizer, tmp_path):
+    task = make_task({"train": documents(3, 2), "test": documents(16, 7)}, **KINDS[kind])
+    lm = lm_of(model, tokenizer, max_length=400)
+    readers = [lens(lm.anatomy), Reader("copy", 1), Reader("copy", 5), Reader("sim", 3)]
+    plan = Plan.of(lm.anatomy, readers, "2+3+4")
+    (path,) = recording.trace(lm, {"toy": task}, tmp_path, split="test", plan=plan)
+    (whole,) = replay.load([path])
+    for reader in readers:
+        trace, left = whole.under(reader.name), set()
+        for spec in ("gap:0.1", "gap:0.3", fit.fit("svm", [path], reader=reader), "fixed:3"):
+            checked = {"check_layers": "2+3+4"} if isinstance(spec, str) else {}  # the fitted one knows its blocks
+            run = lm_of(model, tokenizer, stopper=spec, reader=reader, batch_size=5, max_length=400, **checked)
+            clear, mine = check_against_a_real_run(run, task, trace, spec, **checked)
+            assert clear >= 12
+            left |= set(mine)
+        assert len(left) > 1
 
 
 @pytest.mark.parametrize("name", ["sentiment", "fact", "odd_of_six"])
@@ -111,7 +132,7 @@ def test_replay_is_the_real_run_of_a_small_real_model(name, shared, hub, tmp_pat
 def test_accuracy_with_several_right_answers_is_lm_evals(model, tokenizer, tmp_path):
     docs = [{**d, "golds": [0, 2]} for d in documents(8, 3)]
     task = make_task({"train": docs, "test": docs}, doc_to_target="golds")
-    (path,) = recording.trace(lm_of(model, tokenizer, max_length=400), {"toy": task}, tmp_path)
+    (path,) = recording.trace(lm_of(model, tokenizer, max_length=400), {"toy": task}, tmp_path, split="test")
     (trace,) = replay.load([path])
     clear, _ = check_against_a_real_run(lm_of(model, tokenizer, max_length=400), task, trace, "none")
     assert clear == 8 and 0 < trace.right.mean() < 1
@@ -360,7 +381,7 @@ def test_unusable_input_is_one_sentence(tmp_path):
     refused(lambda: replay.load([good], "train"), "split", "train")
     meta, arrays = recording.read(good)
     container.write(tmp_path / "old.trace", "trace", 1, meta, arrays)
-    refused(lambda: replay.load([tmp_path / "old.trace"]), "traces", "old.trace", "version 1", "version 2")
+    refused(lambda: replay.load([tmp_path / "old.trace"]), "traces", "old.trace", "version 1", "version 2 or 3")
     for name in ("scores", "doc_id", "request"):
         container.write(tmp_path / "cut.trace", "trace", 2, meta, {k: v for k, v in arrays.items() if k != name})
         refused(lambda name=name: replay.load([tmp_path / "cut.trace"]), "traces", "cut.trace", name)
@@ -396,7 +417,7 @@ KILLED = """
 import os, signal, sys
 sys.path.insert(0, sys.argv[1])
 from helpers.models import tiny_lm
-from helpers.tasks import make_task
+from helpers.tasks import documents, make_task
 from lm_eval_adainfer import container
 from lm_eval_adainfer.traces import recording
 
@@ -409,7 +430,7 @@ def watched(path, *rest):
 container.write = watched
 recording.PART_DOCUMENTS = 4
 lm = tiny_lm()
-recording.trace(lm, {"toy": make_task()}, sys.argv[2])
+recording.trace(lm, {"toy": make_task({"train": documents(6, 2), "test": documents(9, 1)})}, sys.argv[2], split="test")
 """
 
 
@@ -417,19 +438,20 @@ def test_finished_documents_survive_a_kill(tmp_path, monkeypatch, caplog):
     here = Path(__file__).resolve().parent
     done = subprocess.run([sys.executable, "-c", KILLED, str(here), str(tmp_path)], cwd=here, capture_output=True)
     assert done.returncode == -9, done.stderr.decode()[-2000:]
-    folder = tmp_path / "toy_0shot_train.trace.parts"
+    folder = tmp_path / "toy_0shot_test.trace.parts"
     assert sorted(p.name for p in folder.iterdir()) == ["00000000.part", "00000004.part"]
     refused(lambda: fit.find([tmp_path]), "traces")
-    assert "toy_0shot_train.trace is not finished and is left out" in caplog.text
+    assert "toy_0shot_test.trace is not finished and is left out" in caplog.text
 
     monkeypatch.setattr(recording, "PART_DOCUMENTS", 4)
     lm, asked = tiny_lm(), []
     loglikelihood = lm.loglikelihood
     monkeypatch.setattr(lm, "loglikelihood", lambda r, **o: asked.extend(i.doc_id for i in r) or loglikelihood(r, **o))
-    (path,) = recording.trace(lm, {"toy": make_task()}, tmp_path)
+    docs = {"train": documents(6, 2), "test": documents(9, 1)}
+    (path,) = recording.trace(lm, {"toy": make_task(docs)}, tmp_path, split="test")
     assert set(asked) == {8}, "eight of nine documents were done"
     assert not folder.exists()
-    (whole,) = recording.trace(tiny_lm(), {"toy": make_task()}, tmp_path / "whole")
+    (whole,) = recording.trace(tiny_lm(), {"toy": make_task(docs)}, tmp_path / "whole", split="test")
     assert path.read_bytes() == whole.read_bytes()
 
 

@@ -48,10 +48,10 @@ def prompts(task):
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_trace_is_the_slow_recomputation_of_every_block(kind, lm, model, tmp_path):
     task = make_task(**KINDS[kind])
-    _, meta, arrays = traced(lm, task, tmp_path)
-    docs = task.dataset["train"]
+    _, meta, arrays = traced(lm, task, tmp_path, split="test")
+    docs = task.dataset["test"]
     assert meta["features"] == list(RECORDED)
-    assert (meta["documents"], meta["task"], meta["split"], meta["n_blocks"]) == (9, "toy", "train", 5)
+    assert (meta["documents"], meta["task"], meta["split"], meta["n_blocks"]) == (6, "toy", "test", 5)
 
     expected = [(doc_id, context) for doc_id, contexts in prompts(task).items() for context in contexts]
     n, width = len(expected), 3 if kind not in ("loglikelihood", "many inputs") else 1
@@ -100,7 +100,7 @@ def test_a_trace_is_the_slow_recomputation_of_every_block(kind, lm, model, tmp_p
 
 def test_documents_of_unlike_numbers_of_choices_are_padded(lm, tmp_path):
     docs = [{"question": f"{i}?", "choices": ANIMALS[: i + 2], "answer": i} for i in range(3)]
-    _, _, arrays = traced(lm, make_task({"train": docs, "test": docs}), tmp_path)
+    _, _, arrays = traced(lm, make_task({"train": docs, "test": docs}), tmp_path, split="test")
     assert arrays["request"].tolist() == [[0, 1, -1, -1], [0, 1, 2, -1], [0, 1, 2, 3]]
     assert (np.isnan(arrays["scores"]) == (arrays["request"] < 0)[:, None, :]).all()
 
@@ -117,7 +117,8 @@ def test_documents_of_unlike_numbers_of_choices_are_padded(lm, tmp_path):
 )
 def test_gold_is_found_however_the_task_names_it(target, gold, lm, tmp_path):
     docs = [{"question": f"{i}?", "choices": ANIMALS[i : i + 3], "answer": i} for i in range(2)]
-    _, _, arrays = traced(lm, make_task({"train": docs, "test": docs}, doc_to_target=target), tmp_path)
+    task = make_task({"train": docs, "test": docs}, doc_to_target=target)
+    _, _, arrays = traced(lm, task, tmp_path, split="test")
     first = [lm.tok_encode(" " + docs[i]["choices"][g], add_special_tokens=False)[0] for i, g in enumerate(gold)]
     assert arrays["gold"].tolist() == gold
     assert arrays["gold_token"].tolist() == [t if g >= 0 else -1 for t, g in zip(first, gold, strict=True)]
@@ -126,7 +127,7 @@ def test_gold_is_found_however_the_task_names_it(target, gold, lm, tmp_path):
 @pytest.mark.parametrize("kind", KINDS)
 def test_scores_are_those_of_dense_and_fixed_runs(kind, lm, model, tokenizer, tmp_path):
     task = make_task(**KINDS[kind])
-    _, _, arrays = traced(lm, task, tmp_path)
+    _, _, arrays = traced(lm, task, tmp_path, split="test")
     rows = [(doc_id, context) for doc_id, contexts in prompts(task).items() for context in contexts]
     for k, stopper in [(5, "none"), (1, "fixed:1"), (3, "fixed:3")]:
         run = lm_of(model, tokenizer, stopper=stopper, max_length=400).loglikelihood(task.instances, True)
@@ -139,8 +140,8 @@ def test_scores_are_those_of_dense_and_fixed_runs(kind, lm, model, tokenizer, tm
 
 @pytest.mark.parametrize("kind", ["shared context", "with shots", "many inputs"])
 def test_the_gap_rule_replayed_on_a_trace_exits_where_a_real_run_does(kind, lm, model, tokenizer, tmp_path):
-    task = make_task({"train": documents(20, 7), "test": documents(3, 2)}, **KINDS[kind])
-    _, meta, arrays = traced(lm, task, tmp_path)
+    task = make_task({"train": documents(3, 2), "test": documents(20, 7)}, **KINDS[kind])
+    _, meta, arrays = traced(lm, task, tmp_path, split="test")
     gaps = arrays["features"][:, :, meta["features"].index("gap")]
     layers_seen = set()
     for threshold in (0.05, 0.2, 0.4, 0.7):
@@ -164,7 +165,7 @@ def test_a_long_prompt_is_traced_as_it_is_truncated(model, tokenizer, tmp_path):
     lm = lm_of(model, tokenizer, max_length=12)
     docs = [{"question": "the quick brown fox jumps", "choices": ["a", "b"], "answer": 1}]
     task = make_task({"train": docs, "test": docs})
-    _, _, arrays = traced(lm, task, tmp_path)
+    _, _, arrays = traced(lm, task, tmp_path, split="test")
     context = lm._encode_pair(*task.instances[0].args)[0][-11:]  # two tokens of continuation, one is input
     assert arrays["prompt_tokens"].tolist() == [11]
     expected = slow_features(model, "llama", context)["gap"]
@@ -192,13 +193,16 @@ def test_a_document_without_training_split_is_never_among_its_own_shots(lm, tmp_
     assert all(r.args[0].count(r.doc["question"]) == 1 for r in task.instances)
 
 
-def test_train_and_test_are_the_official_splits_where_there_is_a_training_split(lm, tmp_path):
-    for split in ("train", "test"):
+def test_a_training_split_is_for_fitting_and_calibrating_and_testing_is_on_the_evaluation_documents(lm, tmp_path):
+    ids = {}
+    for split in splits.SPLITS:
         task = make_task()
         _, _, arrays = traced(lm, task, tmp_path, split=split)
-        own = [d["question"] for d in task.dataset[split]]
-        assert arrays["doc_id"].tolist() == list(range(len(own)))
-        assert [own[i] for i in arrays["doc_id"]] == list(dict.fromkeys(r.doc["question"] for r in task.instances))
+        own = [d["question"] for d in task.dataset["test" if split == "test" else "train"]]
+        ids[split] = arrays["doc_id"].tolist()
+        assert [own[i] for i in ids[split]] == list(dict.fromkeys(r.doc["question"] for r in task.instances))
+    assert ids["test"] == list(range(6)) and sorted(ids["train"] + ids["calibrate"]) == list(range(9))
+    assert ids["train"] and ids["calibrate"]
 
 
 def test_limit_draws_the_same_documents_again_and_others_with_another_seed(lm, tmp_path):
@@ -218,42 +222,54 @@ def test_limit_draws_the_same_documents_again_and_others_with_another_seed(lm, t
 
 
 def test_a_limit_beyond_the_split_takes_all_of_it(lm, tmp_path):
-    _, meta, arrays = traced(lm, make_task(), tmp_path, limit=1000)
-    assert meta["documents"] == len(arrays["doc_id"]) == 9
+    _, meta, arrays = traced(lm, make_task(), tmp_path, limit=1000, split="test")
+    assert meta["documents"] == len(arrays["doc_id"]) == 6
 
 
-def hash_parts(docs):
-    """Both parts of a task without training split, as sets of questions (no model is run)."""
+def hash_parts(docs, training=None):
+    """The parts of a task, by default without training split, as sets of questions (no model is run)."""
     parts = {}
-    for split in ("train", "test"):
-        task = make_task({"test": docs})
+    for split in splits.SPLITS:
+        task = make_task({"test": docs, **({"train": training} if training else {})})
         with splits.documents_of(task, "toy", split, None, 0, 0) as doc_ids:
             chosen = [d["question"] for d in task.eval_docs]
-        assert chosen == [docs[i]["question"] for i in doc_ids]
+        own = training if training and split != "test" else docs
+        assert chosen == [own[i]["question"] for i in doc_ids]
         parts[split] = set(chosen)
     return parts
 
 
-def test_without_training_split_a_hash_of_the_document_sets_30_percent_apart_whatever_the_order():
+def test_without_training_split_a_hash_of_the_document_divides_30_20_50_whatever_the_order():
     docs = documents(1000, 5)
     parts = hash_parts(docs)
-    assert not parts["train"] & parts["test"]
-    assert parts["train"] | parts["test"] == {d["question"] for d in docs}
-    assert 240 < len(parts["train"]) < 360
+    assert sum(map(len, parts.values())) == 1000  # disjoint, since together they are all
+    assert parts["train"] | parts["calibrate"] | parts["test"] == {d["question"] for d in docs}
+    assert 240 < len(parts["train"]) < 360 and 150 < len(parts["calibrate"]) < 250
     shuffled = [dict(reversed(d.items())) for d in random.Random(0).sample(docs, 1000)]
     assert hash_parts(shuffled) == parts
     some = hash_parts(docs[:100])
-    assert some["train"] == {d["question"] for d in docs[:100]} & parts["train"]
+    for split in splits.SPLITS:
+        assert some[split] == {d["question"] for d in docs[:100]} & parts[split]
+
+
+def test_a_training_split_is_divided_60_40_by_the_hash_of_the_document():
+    training, docs = documents(1000, 6), documents(5, 7)
+    parts = hash_parts(docs, training)
+    assert parts["test"] == {d["question"] for d in docs}
+    assert parts["train"] | parts["calibrate"] == {d["question"] for d in training}
+    assert len(parts["train"]) + len(parts["calibrate"]) == 1000 and 540 < len(parts["train"]) < 660
+    again = hash_parts(docs, random.Random(0).sample(training, 500))
+    assert again["train"] <= parts["train"] and again["calibrate"] <= parts["calibrate"]
 
 
 def test_the_parts_that_are_traced_are_those_of_the_hash(lm, tmp_path):
     docs = documents(20, 5)
     ids = {}
-    for split in ("train", "test"):
+    for split in splits.SPLITS:
         _, _, arrays = traced(lm, make_task({"test": docs}), tmp_path, split=split)
         ids[split] = arrays["doc_id"].tolist()
-    assert ids["train"] == [i for i, d in enumerate(docs) if splits.in_fitting_part(d)]
-    assert sorted(ids["train"] + ids["test"]) == list(range(20))
+        assert ids[split] == [i for i, d in enumerate(docs) if splits.split_of(d, False) == split]
+    assert sorted(ids["train"] + ids["calibrate"] + ids["test"]) == list(range(20))
 
 
 @pytest.mark.parametrize("splits", [{"train": documents(9, 1), "test": documents(6, 2)}, {"test": documents(20, 5)}])
@@ -442,8 +458,8 @@ def test_a_trace_without_its_parts_is_refused(missing, tmp_path):
 
 @pytest.mark.parametrize("features", [("gap", "top_prob"), ("cos_hidden", "gap", "cos_mlp", "cos_attn")])
 def test_a_fitted_svm_exits_where_scikit_learn_predicts_stop_on_the_trace(features, lm, model, tokenizer, tmp_path):
-    task = make_task({"train": documents(24, 11), "test": documents(3, 2)})
-    path, meta, arrays = traced(lm, task, tmp_path)
+    task = make_task({"train": documents(3, 2), "test": documents(24, 11)})
+    path, meta, arrays = traced(lm, task, tmp_path, split="test")
     stopper = fit.fit_svm([path], features=features)
     x, y, _ = fit.examples([path], features, "final")
     svc = SVC().fit(x, y)

@@ -24,7 +24,8 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
         help="choose a stopper's threshold with a guarantee",
         description="Choose the loosest threshold at which, with the given confidence, at most a share of "
         "--max-drop of all documents loses its right answer (Learn-then-Test). The documents must be like those that "
-        "will be evaluated and must not have been used in fitting. Where no threshold qualifies, the file that is "
+        "will be evaluated and must not have been used in fitting (adainfer "
+        "trace --split calibrate). Where no threshold qualifies, the file that is "
         "written never stops, and the exit status is 0 all the same: that is a result. A crf can't be told never to "
         "stop: there, nothing is written and the exit status is 2.",
         epilog="example: adainfer calibrate traces/ --stopper svm.pkl --max-drop 0.01 --confidence 0.95 -o safe.pkl",
@@ -39,7 +40,12 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
         help="a document is lost where the dense answer was right and the early one is not (gold), or where they "
         "differ (agreement, which needs no gold answers)",
     )
-    parser.add_argument("--check_layers", default="all", help="as in the runs that will use the stopper")
+    options.add_reader(parser)
+    parser.add_argument(
+        "--check_layers",
+        help="as in the runs that will use the stopper (default: all that were recorded under the reader, or those "
+        "that a file under copy or sim names)",
+    )
     parser.add_argument("--output", "-o", required=True, help="the stopper file")
     return parser
 
@@ -47,6 +53,7 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
 def run(arguments: argparse.Namespace) -> None:
     """Choose the threshold, save the stopper, and print what is promised of it."""
     from lm_eval_adainfer.fitting import calibration, fit
+    from lm_eval_adainfer.readers import specs as readers
     from lm_eval_adainfer.strategies import files, specs
 
     given = specs.parse(arguments.stopper)
@@ -59,6 +66,7 @@ def run(arguments: argparse.Namespace) -> None:
         arguments.confidence,
         arguments.loss,
         arguments.check_layers,
+        readers.resolve(arguments.reader, given.reader),
     )
     _warn(found, fitted=bool(stopper.arrays))
     promised = f"at most {arguments.max_drop:.2%} lost ({arguments.loss}) at {arguments.confidence:.0%} confidence"

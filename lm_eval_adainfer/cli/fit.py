@@ -65,6 +65,7 @@ def _add_svm(kinds: Any) -> None:
         help="stop when the decision function exceeds it: 0 is the paper's, higher stops later (1: outside the margin)",
     )
     parser.add_argument("--output", "-o", required=True, help="the stopper file (safetensors, whatever its extension)")
+    _add_reader(parser)
     parser.set_defaults(own_options=("max_examples",))
 
 
@@ -91,6 +92,7 @@ def _add_crf(kinds: Any) -> None:
         "probabilities at the first blocks are far too high (move --threshold then)",
     )
     parser.add_argument("--output", "-o", required=True, help="the stopper file (safetensors, whatever its extension)")
+    _add_reader(parser)
     parser.set_defaults(own_options=("max_instances", "prefixes"))
 
 
@@ -116,7 +118,17 @@ def _add_classifier(kinds: Any, kind: str, name: str) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the examples, the held-out fifth and the model")
     parser.add_argument("--threshold", type=float, default=0.95, help="stop when the probability exceeds it")
     parser.add_argument("--output", "-o", required=True, help="the stopper file")
+    _add_reader(parser)
     parser.set_defaults(own_options=("max_examples",))
+
+
+def _add_reader(parser: Any) -> None:
+    parser.add_argument(
+        "--reader",
+        default="head",
+        help="fit under this reader, as reader= of lm_eval --model adainfer; the traces must hold what it says ("
+        "adainfer trace --readers), and the stopper's file holds the reader",
+    )
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -125,6 +137,7 @@ def run(arguments: argparse.Namespace) -> None:
         fit_reader.run(arguments)
         return
     from lm_eval_adainfer.fitting import fit
+    from lm_eval_adainfer.readers import specs as readers
     from lm_eval_adainfer.strategies import files
 
     features: list[str] | None = [name for name in arguments.features.split(",") if name]
@@ -137,6 +150,7 @@ def run(arguments: argparse.Namespace) -> None:
         features=features,
         seed=arguments.seed,
         threshold=arguments.threshold,
+        reader=readers.parse(arguments.reader),
         **{name: getattr(arguments, name) for name in arguments.own_options},
     )
     files.save(stopper, arguments.output)
@@ -145,6 +159,9 @@ def run(arguments: argparse.Namespace) -> None:
         about = f"{stopper.arrays['support_vectors'].shape[0]} support vectors"
     else:
         about = f"{'a ' if arguments.kind == 'crf' else ''}{arguments.kind} on {', '.join(stopper.features)}"
+    if arguments.reader != "head":
+        asked = info.get("check_layers")
+        about += f", under {arguments.reader}" + (f", asked after {'+'.join(map(str, asked))}" if asked else "")
     held_out = info.get("held_out_log_loss")
     measured = "" if held_out is None else f"; on the held-out fifth, log-loss {held_out:.3f} (measured)"
     print(

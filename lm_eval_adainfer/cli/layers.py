@@ -23,17 +23,23 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     parser.add_argument(
         "--stopper", "-s", required=True, help="as stopper= of lm_eval --model adainfer: gap:0.8, svm, a file, ..."
     )
+    options.add_reader(parser)
     parser.add_argument("--count", "-n", type=int, help="at most so many blocks (default: as many as pay)")
+    parser.add_argument(
+        "--output", "-o", help="write a stopper file that names its reader and, under copy or sim, these blocks"
+    )
     return parser
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Print where the stopper leaves, and the ``check_layers`` that pay."""
     from lm_eval_adainfer.fitting import check_layers, fit
-    from lm_eval_adainfer.strategies import specs
+    from lm_eval_adainfer.readers import specs as readers
+    from lm_eval_adainfer.strategies import files, specs
 
     stopper = specs.parse(arguments.stopper)
-    shares, everywhere, chosen = check_layers.choose(fit.find(arguments.traces), stopper, arguments.count)
+    reader = readers.resolve(arguments.reader, stopper.reader)
+    shares, everywhere, chosen = check_layers.choose(fit.find(arguments.traces), stopper, arguments.count, reader)
     print("block  leaves here (simulated, every block checked)")
     for k, share in enumerate(shares, start=1):
         print(f"{k:5d}  {share:6.1%} {'#' * round(60 * share)}{'  <- check' if k in chosen.blocks else ''}")
@@ -42,6 +48,11 @@ def run(arguments: argparse.Namespace) -> None:
             f"{name}: exit_layer {choice.exit_layer:.2f}, {choice.checks:.2f} checks a decision, cost {choice.cost:.3f}"
             f" of dense, same token as the last block {choice.agreement:.1%} (simulated)"
         )
+    if arguments.output and chosen.blocks:
+        stopper.reader = reader
+        if reader.runs_tokens:
+            stopper.info = {**stopper.info, "check_layers": list(chosen.blocks)}
+        files.save(stopper, arguments.output)
     if chosen.blocks:
         print(f"check_layers={'+'.join(map(str, chosen.blocks))}")
     else:

@@ -54,6 +54,15 @@ def traces(more: str = "") -> argparse.ArgumentParser:
     return parent
 
 
+def add_reader(where: Any) -> None:
+    """Add ``--reader``: under which reader traces are seen."""
+    where.add_argument(
+        "--reader",
+        help="as reader= of lm_eval --model adainfer; the traces must hold what it says (adainfer trace --readers) "
+        "(default: that of the stopper's file, else head)",
+    )
+
+
 # ------------------------------------------------------------------------------------------------ models and documents
 
 

@@ -29,9 +29,16 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
         "answer never changes again), oracle:first (the first block that agrees with the final answer), "
         "shortgpt:lastN (skips the last N blocks); may be given several times",
     )
-    parser.add_argument("--check_layers", default="all", help="as the model argument: all, every:2, 8+12+16")
+    options.add_reader(parser)
+    parser.add_argument(
+        "--check_layers",
+        help="as the model argument: all, every:2, 8+12+16 (default: all that were recorded under the reader, or those "
+        "that a file under copy or sim names)",
+    )
     parser.add_argument("--min_layer", default="1", help="no exit before this block")
-    parser.add_argument("--split", choices=["train", "test"], help="only traces of this split (default: all, apart)")
+    parser.add_argument(
+        "--split", choices=["train", "calibrate", "test"], help="only traces of this split (default: all, apart)"
+    )
     parser.add_argument(
         "--sweep", action="store_true", help="move each stopper's threshold over the quantiles of its margins"
     )
@@ -54,6 +61,7 @@ def run(arguments: argparse.Namespace) -> None:
         check_layers=arguments.check_layers,
         sweep=arguments.sweep,
         seed=arguments.seed,
+        reader=arguments.reader,
     )
     meta = traces[0].meta
     print(tables.render(rows, arguments.format, f"{meta['model']}, {meta['n_blocks']} blocks"), end="")

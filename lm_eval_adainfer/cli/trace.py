@@ -19,7 +19,8 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
         parents=[documents],
         formatter_class=options.Help,
         help="record every block's features on training documents",
-        description="Run a dense pass over documents and record every block's features, top token and scores: one "
+        description="Run a dense pass over documents and record every block's features, top token and scores, "
+        "under one or more readers: one "
         ".trace file per task and number of shots. Of generate_until tasks every new token is recorded. A document is "
         "never among its own shots. What is finished is kept when interrupted: the same command goes on.",
         epilog="example: adainfer trace --model_args pretrained=adainfer-demo,dtype=float32 "
@@ -28,9 +29,25 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     parser.add_argument(
         "--split",
         default="train",
-        choices=["train", "test"],
-        help="train: the training split, or the 30%% of the evaluation documents that a fixed hash sets apart where "
-        "there is none; test: the evaluation documents without these",
+        choices=["train", "calibrate", "test"],
+        help="a fixed hash of the document divides the training documents into train (60%%) and calibrate (40%%), and "
+        "test are the evaluation documents; without a training split it divides these into train (30%%, to fit on), "
+        "calibrate (20%%) and test (50%%)",
+    )
+    parser.add_argument(
+        "--readers",
+        help="what besides head is recorded, separated by commas: copy:1, sim:32, tuned:FILE, ...; tuned after every "
+        "block, copy and sim after those of --at",
+    )
+    parser.add_argument(
+        "--at",
+        metavar="BLOCKS",
+        help="after which blocks copy and sim are recorded: 16+20+22+24, say (default: four of the last 40%%)",
+    )
+    parser.add_argument(
+        "--hidden",
+        action="store_true",
+        help="keep the decision's states after every block, too (float16), for adainfer fit reader",
     )
     options.add_draws(parser)
     parser.add_argument("--output", "-o", required=True, help="the folder for the .trace files")
@@ -40,6 +57,7 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
 def run(arguments: argparse.Namespace) -> None:
     """Trace the documents and print the files."""
     from lm_eval_adainfer.traces import recording
+    from lm_eval_adainfer.traces.plan import Plan
 
     recording.check_arguments(arguments.split, arguments.limit, arguments.num_fewshot)
     asked = options.asking(arguments)
@@ -54,6 +72,7 @@ def run(arguments: argparse.Namespace) -> None:
         seed=arguments.seed,
         fewshot_seed=arguments.fewshot_seed,
         asked=asked,
+        plan=Plan.of(lm.anatomy, arguments.readers, arguments.at, arguments.hidden),
     )
     for file in files:
         print(file)

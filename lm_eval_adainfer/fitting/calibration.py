@@ -22,11 +22,13 @@ import numpy as np
 from scipy.stats import binom
 
 from lm_eval_adainfer.errors import AdaInferError
-from lm_eval_adainfer.strategies.base import Schedule, Stopper
+from lm_eval_adainfer.readers.base import HEAD, Reader
+from lm_eval_adainfer.strategies.base import Stopper
 from lm_eval_adainfer.strategies.features import needs_recorded
 from lm_eval_adainfer.traces.documents import TracedDocuments, exits, read
 from lm_eval_adainfer.traces.file import require_finite
-from lm_eval_adainfer.traces.margins import margins
+from lm_eval_adainfer.traces.margins import asked, margins
+from lm_eval_adainfer.traces.splits import overlap
 
 LOSSES = ("gold", "agreement")
 NEVER = float(np.finfo(np.float32).max)  # as a threshold of unbounded margins: it never stops
@@ -121,7 +123,8 @@ def calibrate(
     max_drop: float = 0.01,
     confidence: float = 0.95,
     loss: str = "gold",
-    check_layers: Any = "all",
+    check_layers: Any = None,
+    reader: Reader = HEAD,
 ) -> tuple[Stopper, Calibration]:
     """Choose a stopper's threshold so that the promise holds.
 
@@ -131,10 +134,12 @@ def calibrate(
         max_drop: The greatest risk that is allowed.
         confidence: With what probability, over draws of the calibration documents.
         loss: ``gold`` or ``agreement`` (``TracedDocuments.losses``).
-        check_layers: As in a run; the promise holds for runs with the same.
+        check_layers: As in a run; the promise holds for runs with the same. None as ``margins.asked``'s.
+        reader: Under which it is asked.
 
     Returns:
-        A copy of the stopper with the threshold and the promise (``info["promise"]``), and what testing came to.
+        A copy of the stopper with the threshold, the reader and the promise (``info["promise"]``), and what testing
+        came to.
 
     Raises:
         AdaInferError: On arguments out of range or unusable traces.
@@ -149,7 +154,7 @@ def calibrate(
     thresholds = grid(stopper)
     free = copy.copy(stopper)
     free.threshold = 0.0  # type: ignore[attr-defined]  # margins become bare scores
-    parts, n_blocks = _read(files, free, loss, check_layers)
+    parts, n_blocks, blocks = _read(files, free, loss, check_layers, reader)
     left = [part.exits(thresholds) for part in parts]
     depths: np.ndarray = np.concatenate(left, axis=1)  # [G, decisions]
     lost = np.concatenate([part.losses(of, loss) for part, of in zip(parts, left, strict=True)], axis=1)  # [G, n]
@@ -162,7 +167,7 @@ def calibrate(
     views = [part.documents for part in parts]
     metas = [view.meta for view in views]
     used = {f"{view.meta['task']}/{view.meta['split']}": np.unique(view.doc_ids).tolist() for view in views}
-    shared = [len({*ids} & {*stopper.seen.get(name, [])}) for name, ids in used.items()]
+    shared = [overlap(stopper.seen, view.meta["task"], view.meta["split"], view.doc_ids) for view in views]
     promise = {
         "max_drop": max_drop,
         "confidence": confidence,
@@ -171,14 +176,17 @@ def calibrate(
         "losses": int(losses[at]),
         "tasks": sorted({meta["task"] for meta in metas}),
         "num_fewshot": sorted({meta["num_fewshot"] for meta in metas}),
-        "check_layers": str(check_layers),
+        "reader": reader.name,
+        "check_layers": _said(check_layers, blocks, reader),
         "documents_sha256": hashlib.sha256(json.dumps(used, sort_keys=True).encode()).hexdigest()[:16],
         "thresholds": [float(thresholds[at]), float(thresholds[0])],  # the promise holds for every one between
         "stops": stops,
     }
     chosen = copy.copy(stopper)
     chosen.threshold = float(thresholds[at])  # type: ignore[attr-defined]
-    chosen.info = {**stopper.info, "promise": promise}
+    chosen.info, chosen.reader = {**stopper.info, "promise": promise}, reader
+    if reader.runs_tokens:
+        chosen.info["check_layers"] = blocks
     for key in ("model", "n_blocks", "head_hash"):
         chosen.info.setdefault(key, metas[0][key])
     return chosen, Calibration(
@@ -192,6 +200,13 @@ def calibrate(
         first_token_only=any(view.first_token_only for view in views),
         promise=promise,
     )
+
+
+def _said(check_layers: Any, blocks: Sequence[int], reader: Reader) -> str:
+    """What a run has to say for the promise to hold."""
+    if check_layers is not None:
+        return str(check_layers)
+    return "+".join(map(str, blocks)) if reader.runs_tokens else "all"
 
 
 @dataclass
@@ -210,11 +225,14 @@ class _Part:
         return np.array([self.documents.losses(loss, exit_layer) for exit_layer in left])
 
 
-def _read(files: Sequence[Path], stopper: Stopper, loss: str, check_layers: Any) -> tuple[list[_Part], int]:
+def _read(
+    files: Sequence[Path], stopper: Stopper, loss: str, check_layers: Any, reader: Reader
+) -> tuple[list[_Part], int, list[int]]:
     parts: list[_Part] = []
     tried: set[tuple[str, str]] = set()
     used = needs_recorded(stopper.features)
-    for found in read(files):
+    blocks: tuple[int, ...] = ()
+    for found in read(files, reader.name):
         meta = found.meta
         if (meta["task"], meta["split"]) in tried:
             raise AdaInferError(
@@ -223,9 +241,9 @@ def _read(files: Sequence[Path], stopper: Stopper, loss: str, check_layers: Any)
         tried.add((meta["task"], meta["split"]))
         columns = [i for i, name in enumerate(meta["features"]) if name in used]
         names = [meta["features"][i] for i in columns]
-        require_finite(found.path, found.arrays["features"][:, :, columns], names)
+        require_finite(found.path, found.arrays["features"][:, found.at][:, :, columns], names)
         if loss == "gold" and (found.gold < 0).any():
             raise AdaInferError(f"loss: {found.path} has documents without a gold answer; give --loss agreement")
-        blocks = Schedule(meta["n_blocks"], stopper, check_layers=check_layers).blocks
+        blocks = asked(stopper, meta, check_layers=check_layers)
         parts.append(_Part(found, found.together(margins(stopper, meta, found.arrays, blocks))))
-    return parts, parts[0].documents.n_blocks
+    return parts, parts[0].documents.n_blocks, list(blocks)

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from lm_eval_adainfer.errors import AdaInferError
+from lm_eval_adainfer.readers.base import HEAD, Reader
 from lm_eval_adainfer.strategies import features
 from lm_eval_adainfer.strategies.base import Stopper
 from lm_eval_adainfer.traces.file import read_of_one_model
-from lm_eval_adainfer.traces.margins import margins
+from lm_eval_adainfer.traces.margins import asked, margins
 
 
 @dataclass
@@ -39,35 +41,39 @@ class _Instances:
     stops: np.ndarray  # [N, L] bool
     agrees: np.ndarray  # [N, L] bool
     block_cost: np.ndarray  # [N, L + 1], of blocks 1..k
-    check_cost: float
+    reading_cost: np.ndarray  # [N, L], of what the reader runs after block k, before the head
+    check_cost: np.ndarray  # [N], of the head at a check, or of its rows for the choices
     head_cost: float
+    reads: bool  # whether a check reads either
     check_is_head: bool  # whether a check reads the whole head, so that the one at the exit is the answer's
 
 
-def choose(files: Sequence[Path], stopper: Stopper, count: int | None = None) -> tuple[list[float], Choice, Choice]:
+def choose(
+    files: Sequence[Path], stopper: Stopper, count: int | None = None, reader: Reader = HEAD
+) -> tuple[list[float], Choice, Choice]:
     """Choose blocks greedily: always the one that saves most, until none saves or ``count`` are chosen.
 
     The cost of a decision are the linear maps of the blocks that it runs (its prompt's tokens, or one token where text
-    is being generated; fills of skipped cache entries are not simulated) and hV for every check that reads the head, or
-    hC for one that reads C choices alone.
+    is being generated; fills of skipped cache entries are not simulated) and for every check that reads the head hV, or
+    hC for one that reads C choices alone, and what the reader runs for it.
 
     Args:
         files: Trace files of one model.
         stopper: The strategy.
         count: At most so many blocks.
+        reader: Under which it is asked; only blocks that were recorded under it can be chosen.
 
     Returns:
-        Share of the decisions that leave after each block if all are checked ([L]); what checking all comes to; and
-        what checking the chosen ones comes to.
+        Share of the decisions that leave after each block if all recorded ones are checked ([L]); what checking these
+        comes to; and what checking the chosen ones comes to.
 
     Raises:
         AdaInferError: On unusable traces or a count below 1.
     """
     if count is not None and count < 1:
         raise AdaInferError(f"count: {count} blocks are none; give 1 or more")
-    data = _read(files, stopper)
+    data, everywhere = _read(files, stopper, reader)
     n, n_blocks = data.stops.shape
-    everywhere = [k for k in range(1, n_blocks) if stopper.wants(k)]
     exits = _exits(data.stops, everywhere)
     shares = [float((exits == k).mean()) for k in range(1, n_blocks + 1)]
     chosen: list[int] = []
@@ -86,29 +92,47 @@ def choose(files: Sequence[Path], stopper: Stopper, count: int | None = None) ->
     return shares, _summary(data, exits, everywhere), _summary(data, current, chosen)
 
 
-def _read(files: Sequence[Path], stopper: Stopper) -> _Instances:
+def _read(files: Sequence[Path], stopper: Stopper, reader: Reader) -> tuple[_Instances, list[int]]:
     parts: list[_Instances] = []
-    for _, meta, arrays in read_of_one_model(files):
-        stops = margins(stopper, meta, arrays) > 0
+    blocks: tuple[int, ...] = ()
+    for _, meta, arrays in read_of_one_model(files, reader.name):
+        blocks = asked(stopper, meta)
+        stops = margins(stopper, meta, arrays, blocks) > 0
         top = arrays["top_token"]
         tokens = np.where(arrays["position"] > 0, 1, arrays["prompt_tokens"]).astype(np.float64)
         weights = np.concatenate([[0.0], np.cumsum(meta["block_weights"], dtype=np.float64)])
-        head = float(meta["hidden_size"] * meta["vocab_size"])
-        is_head = features.needs_head(stopper.features)
-        check = head if is_head else 0.0
-        if features.needs_choices(stopper.features) and not is_head:
-            check = meta["hidden_size"] * float((arrays["request"] >= 0).sum(axis=1).mean())
-        parts.append(
-            _Instances(stops, top == top[:, -1:], tokens[:, None] * weights, check, head, is_head)
-        )
-    return _Instances(
+        head, is_head = float(meta["hidden_size"] * meta["vocab_size"]), features.needs_head(stopper.features)
+        of_choices = features.needs_choices(stopper.features) and not is_head
+        check = np.full(len(top), head if is_head else 0.0)
+        if of_choices:
+            check = meta["hidden_size"] * (arrays["request"] >= 0).sum(axis=1).astype(np.float64)
+        costs = tokens[:, None] * weights, _reading(reader, meta, tokens), check
+        parts.append(_Instances(stops, top == top[:, -1:], *costs, head, is_head or of_choices, is_head))
+    found = _Instances(
         np.concatenate([p.stops for p in parts]),
         np.concatenate([p.agrees for p in parts]),
         np.concatenate([p.block_cost for p in parts]),
-        float(np.average([p.check_cost for p in parts], weights=[len(p.stops) for p in parts])),
+        np.concatenate([p.reading_cost for p in parts]),
+        np.concatenate([p.check_cost for p in parts]),
         parts[0].head_cost,
+        parts[0].reads,
         parts[0].check_is_head,
     )
+    return found, list(blocks)
+
+
+def _reading(reader: Reader, meta: Mapping[str, Any], tokens: np.ndarray) -> np.ndarray:
+    """[N, L], multiplications of what a reader runs for a prompt of so many tokens ([N]) after every block."""
+    n_blocks, weights = meta["n_blocks"], np.array(meta["block_weights"], dtype=float)
+    if not reader.runs_tokens:
+        per_token = np.array([reader.flops(k) / 2 for k in range(1, n_blocks + 1)])
+        return np.tile(per_token, (len(tokens), 1))
+    # what the blocks behind each come to: all of their maps, and those that lead to keys and values
+    keys = np.array(meta.get("stored_weights", weights), dtype=float)
+    whole, stored = (np.append(np.cumsum(of[::-1])[::-1], 0.0)[1:] for of in (weights, keys))
+    run = np.minimum(reader.window + (reader.kind == "sim"), tokens)
+    others = tokens - run if reader.kind == "copy" else 0 * tokens
+    return run[:, None] * whole + others[:, None] * stored
 
 
 def _exits(stops: np.ndarray, blocks: Sequence[int]) -> np.ndarray:
@@ -131,9 +155,14 @@ def _checks(exits: np.ndarray, blocks: Sequence[int], n_blocks: int) -> np.ndarr
 def _cost(data: _Instances, exits: np.ndarray, blocks: Sequence[int]) -> float:
     """Mean multiplications of a decision; a check at the exit is the token's own head."""
     n, n_blocks = data.stops.shape
-    checks = _checks(exits, blocks, n_blocks)
-    final = data.head_cost * ((exits == n_blocks) | (not data.check_is_head))
-    return float((data.block_cost[np.arange(n), exits] + data.check_cost * checks + final).mean())
+    decision = np.arange(n)
+    early = exits < n_blocks
+    cost = data.block_cost[decision, exits] + data.head_cost * ~(early & data.check_is_head)
+    if data.reads:
+        for k in blocks:
+            cost = cost + (exits >= k) * (data.reading_cost[:, k - 1] + data.check_cost)
+        return float(cost.mean())
+    return float((cost + early * data.reading_cost[decision, exits - 1]).mean())
 
 
 def _summary(data: _Instances, exits: np.ndarray, blocks: Sequence[int]) -> Choice:

@@ -12,6 +12,7 @@ import numpy as np
 
 from lm_eval_adainfer._version import __version__
 from lm_eval_adainfer.errors import AdaInferError
+from lm_eval_adainfer.readers.base import HEAD, Reader
 from lm_eval_adainfer.strategies import crf, registry
 from lm_eval_adainfer.strategies.base import Stopper
 from lm_eval_adainfer.strategies.classifier import ClassifierStopper
@@ -21,9 +22,10 @@ from lm_eval_adainfer.strategies.network import MLPStopper
 from lm_eval_adainfer.strategies.registry import PAPER_FEATURES
 from lm_eval_adainfer.strategies.svm import SVMStopper
 from lm_eval_adainfer.strategies.trees import BoostedStopper
-from lm_eval_adainfer.traces.documents import TracedDocuments, stable
+from lm_eval_adainfer.traces.documents import TracedDocuments
 from lm_eval_adainfer.traces.file import ASKED, find, read, read_of_one_model, require_finite, without_choices
 from lm_eval_adainfer.traces.margins import columns
+from lm_eval_adainfer.traces.views import recorded_blocks
 
 LABELS = ("final", "gold", "stable")
 HELD_OUT = 5  # one in so many documents is for Platt scaling
@@ -32,9 +34,10 @@ _HOW = registry.fitted()  # the defaults of the functions below
 
 @dataclass
 class Examples:
-    """One example per (instance, block).
+    """One example per (instance, block), of the E blocks after which examples were taken.
 
     Attributes:
+        blocks: These blocks, in order.
         x: [n, F] float64 features.
         y: [n] ints, 1 = stop.
         document: [n] ints, which document (over all traces) an example is of.
@@ -42,6 +45,7 @@ class Examples:
         seen: ``"task/split"`` to the documents' indices there.
     """
 
+    blocks: list[int]
     x: np.ndarray
     y: np.ndarray
     document: np.ndarray
@@ -71,21 +75,30 @@ def examples(
     return found.x, found.y, found.metas
 
 
-def collect(files: Sequence[Path], features: Sequence[str], label: str) -> Examples:
-    """:func:`examples`, and which documents they are of."""
+def collect(files: Sequence[Path], features: Sequence[str], label: str, reader: Reader = HEAD) -> Examples:
+    """:func:`examples` under a reader, and which documents they are of.
+
+    Where every block was recorded, they are of every block, as in the paper. Else they are of the recorded ones but
+    block L, after which nobody asks and every decision is to stop: it would be a large share of them.
+    """
     check_names(features, "features")
     check_label(label)
     xs, ys, owners = [], [], []
     metas: list[dict[str, Any]] = []
     numbers: dict[tuple[str, str, int], int] = {}
+    blocks: list[int] = []
     has_choices = False
-    for path, meta, arrays in read_of_one_model(files):
+    for path, meta, arrays in read_of_one_model(files, reader.name):
         x = columns(features, meta, arrays)
         require_finite(path, x, features)
         y, known = _labels(path, meta, arrays, label)
         lacks = without_choices(x, features)
         has_choices = has_choices or not lacks.all()
         known = known & ~lacks
+        blocks = recorded_blocks(meta)
+        if len(blocks) < meta["n_blocks"]:
+            blocks = blocks[:-1]
+        x, y = x[:, : len(blocks)], y[:, [k - 1 for k in blocks]]
         xs.append(x[known].reshape(-1, len(features)))
         ys.append(y[known].astype(int).reshape(-1))
         place = (meta["task"], meta["split"])
@@ -105,7 +118,7 @@ def collect(files: Sequence[Path], features: Sequence[str], label: str) -> Examp
     seen: dict[str, list[int]] = {}
     for task, split, i in numbers:
         seen.setdefault(f"{task}/{split}", []).append(i)
-    return Examples(x_all, y_all, np.concatenate(owners), metas, seen)
+    return Examples(blocks, x_all, y_all, np.concatenate(owners), metas, seen)
 
 
 def _labels(
@@ -117,24 +130,25 @@ def _labels(
         raise AdaInferError(f"traces: the trace of {meta['task']} holds no document; trace some")
     if label == "stable":
         documents = TracedDocuments(path, meta, arrays)
-        return stable(documents.answers)[documents.owner], np.ones(len(top), dtype=bool)
+        return documents.stable[documents.owner], np.ones(len(top), dtype=bool)
     goal = top[:, -1] if label == "final" else arrays["gold_token"]
     return top == goal[:, None], goal >= 0
 
 
-def fit(kind: str, paths: Sequence[str | Path], **options: Any) -> Stopper:
+def fit(kind: str, paths: Sequence[str | Path], reader: Reader = HEAD, **options: Any) -> Stopper:
     """Fit a stopper of any kind that the registry declares as fitted.
 
     Args:
         kind: What to fit.
         paths: Trace files or folders of them.
+        reader: Under which it is fitted; the stopper knows it, and where asking is dear also after which blocks to.
         **options: Those that all of them take (``label``, ``features``, ``seed``, ``threshold``), or the kind's own.
 
     Raises:
         AdaInferError: On an unknown kind, and as :func:`fit_svm`, :func:`fit_crf` and :func:`fit_classifier`.
     """
     check_kind(kind)
-    return FITTERS[kind](paths, **options)
+    return FITTERS[kind](paths, reader=reader, **options)
 
 
 def check_kind(kind: Any) -> None:
@@ -157,6 +171,7 @@ def fit_svm(
     max_examples: int = _HOW["svm"].most,
     seed: int = 0,
     threshold: float = _HOW["svm"].threshold,
+    reader: Reader = HEAD,
 ) -> SVMStopper:
     """Fit the paper's SVM: scikit-learn's SVC with its default settings.
 
@@ -168,6 +183,7 @@ def fit_svm(
             without replacement from all (instance, block) pairs, with ``seed``.
         seed: Of the draw.
         threshold: Stop when the decision function exceeds it; 0 is scikit-learn's ``predict``.
+        reader: As :func:`fit`'s.
 
     Raises:
         AdaInferError: On unusable traces, or where all examples have one label.
@@ -176,13 +192,13 @@ def fit_svm(
 
     if max_examples < 2:
         raise AdaInferError(f"max_examples: {max_examples} can't hold both labels; give 2 or more")
-    found = collect(find(paths), features, label)
+    found = collect(find(paths), features, label, reader)
     chosen = _draw(np.arange(len(found.x)), max_examples, seed)
     x, y = found.x[chosen], found.y[chosen]
     _need_both_labels(y)
     info = _info(found, label, y, seed, "scikit-learn")
     stopper = SVMStopper.from_sklearn(SVC().fit(x, y), features, threshold, info)
-    stopper.seen = found.seen
+    _note(stopper, found, reader)
     return stopper
 
 
@@ -194,6 +210,7 @@ def fit_crf(
     seed: int = 0,
     threshold: float = _HOW["crf"].threshold,
     prefixes: bool = False,
+    reader: Reader = HEAD,
 ) -> CRFStopper:
     """Fit a conditional random field along the blocks (paper, section 5.3): CRFsuite with its default settings.
 
@@ -205,21 +222,22 @@ def fit_crf(
         seed: Of the draw.
         threshold: Stop when the filtered probability of stopping exceeds it.
         prefixes: Train on every prefix of every sequence (see ``crf.train``).
+        reader: As :func:`fit`'s.
 
     Raises:
         AdaInferError: On unusable traces, where all examples have one label, or without python-crfsuite.
     """
     if max_instances < 1:
         raise AdaInferError(f"max_instances: {max_instances} sequences are none; give 1 or more")
-    found = collect(find(paths), features, label)
-    n_blocks = found.metas[0]["n_blocks"]
-    x, y = found.x.reshape(-1, n_blocks, len(features)), found.y.reshape(-1, n_blocks)
+    found = collect(find(paths), features, label, reader)
+    length = len(found.blocks)
+    x, y = found.x.reshape(-1, length, len(features)), found.y.reshape(-1, length)
     chosen = _draw(np.arange(len(x)), max_instances, seed)
     x, y = x[chosen], y[chosen]
     _need_both_labels(y.reshape(-1))
     info = {**_info(found, label, y.reshape(-1), seed, "python-crfsuite"), "prefixes": prefixes}
     stopper = CRFStopper.from_crfsuite(crf.train(x, y, features, prefixes), features, threshold, info)
-    stopper.seen = found.seen
+    _note(stopper, found, reader)
     return stopper
 
 
@@ -231,6 +249,7 @@ def fit_classifier(
     max_examples: int | None = None,
     seed: int = 0,
     threshold: float | None = None,
+    reader: Reader = HEAD,
 ) -> ClassifierStopper:
     """Fit one of scikit-learn's other small models, and Platt-scale it on documents that it has not seen.
 
@@ -244,6 +263,7 @@ def fit_classifier(
             number.
         seed: Of the draw, of the held-out fifth of the documents and of the model.
         threshold: Stop when the probability exceeds it; None takes the registry's.
+        reader: As :func:`fit`'s.
 
     Raises:
         AdaInferError: On unusable traces or a wrong argument, or where all examples have one label.
@@ -264,7 +284,7 @@ def fit_classifier(
     files = find(paths)
     if features is None:
         features = _all_features(files)
-    found = collect(files, features, label)
+    found = collect(files, features, label, reader)
     documents = np.random.default_rng(seed).permutation(found.document.max() + 1)
     held_out = np.isin(found.document, documents[: len(documents) // HELD_OUT])
     chosen = _draw(np.flatnonzero(~held_out), max_examples, seed)
@@ -283,7 +303,7 @@ def fit_classifier(
     info = _info(found, label, y, seed)
     info["held_out_log_loss"] = float(log_loss(found.y[held_out], platt.predict_proba(scores)[:, 1]))
     stopper = stopper_class(arrays, features, threshold, slope, offset, info)
-    stopper.seen = found.seen
+    _note(stopper, found, reader)
     return stopper
 
 
@@ -340,6 +360,13 @@ _ARRAYS: dict[str, Callable[[np.ndarray, np.ndarray, int], dict[str, np.ndarray]
 FITTERS: dict[str, Callable[..., Stopper]] = {
     "svm": fit_svm, "crf": fit_crf, **{kind: partial(fit_classifier, kind) for kind in _ARRAYS},
 }  # fmt: skip
+
+
+def _note(stopper: Stopper, found: Examples, reader: Reader) -> None:
+    """Note what a stopper was fitted on: documents, reader, and blocks where asking is dear."""
+    stopper.seen, stopper.reader = found.seen, reader
+    if reader.runs_tokens:
+        stopper.info["check_layers"] = found.blocks
 
 
 def _draw(indices: np.ndarray, most: int, seed: int) -> np.ndarray:

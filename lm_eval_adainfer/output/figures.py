@@ -165,9 +165,10 @@ def _heat_map(title_of: dict[str, dict[str, np.ndarray]], n_blocks: int) -> Figu
     return figure
 
 
-def accuracy(lines: Sequence[Line]) -> Figure:
-    """Accuracy per task and block (the paper's Figure 1)."""
-    return _accuracy_map(lines) if len(lines) > LINES else _panels({"accuracy": lines}, "accuracy (%)")
+def accuracy(panels: Mapping[str, Sequence[Line]]) -> Figure:
+    """Accuracy per task and block (the paper's Figure 1), or per task, reader and block (``accuracy_panels``)."""
+    (lines, *others) = panels.values()
+    return _accuracy_map(lines) if not others and len(lines) > LINES else _panels(panels, "accuracy (%)")
 
 
 def features(lines_of: Mapping[str, Sequence[Line]]) -> Figure:
@@ -196,7 +197,7 @@ def _accuracy_map(lines: Sequence[Line]) -> Figure:
 
 
 def _panels(panels: Mapping[str, Sequence[Line]], unit: str) -> Figure:
-    """One panel per quantity, one line per task, over the blocks; the bands are 95% intervals."""
+    """One panel per quantity or task, one line per task or reader, over the known blocks; bands are 95% intervals."""
     columns = min(2, len(panels))
     rows = math.ceil(len(panels) / columns)
     figure = Figure(figsize=(5.8, 3.9) if len(panels) == 1 else (6.2, 1.0 + 1.9 * rows), layout="constrained")
@@ -204,18 +205,19 @@ def _panels(panels: Mapping[str, Sequence[Line]], unit: str) -> Figure:
     handles: dict[str, Any] = {}
     for axes, (name, lines) in zip(grid.flat, panels.items(), strict=False):
         for line in lines:
-            blocks = np.arange(1, len(line.values) + 1)
+            at = np.flatnonzero(~np.isnan(line.values))
+            blocks, values = at + 1, line.values[at]
             colour = COLOURS[line.colour % 6]
             if line.faint:
-                (handle,) = axes.plot(blocks, line.values, color=_FAINT, lw=0.8, alpha=0.6, zorder=1)
+                (handle,) = axes.plot(blocks, values, color=_FAINT, lw=0.8, alpha=0.6, zorder=1)
                 handles.setdefault(line.label, handle)
                 continue
             (handle,) = axes.plot(
-                blocks, line.values, color=colour, ls="--" if line.dashed else "-", lw=1.6,
+                blocks, values, color=colour, ls="--" if line.dashed else "-", lw=1.6,
                 marker=_MARKERS[(line.colour + line.colour // 6) % 6], ms=3.5,
             )  # fmt: skip
             if line.lower is not None and line.upper is not None:
-                axes.fill_between(blocks, line.lower, line.upper, color=colour, alpha=0.18, lw=0)
+                axes.fill_between(blocks, line.lower[at], line.upper[at], color=colour, alpha=0.18, lw=0)
             handles.setdefault(short(line.label, 36), handle)
         if len(panels) > 1:
             axes.set_title(name, fontsize=10)

@@ -18,11 +18,12 @@ from lm_eval_adainfer.statistics import wilson
 from lm_eval_adainfer.traces import documents
 from lm_eval_adainfer.traces.documents import TracedDocuments
 from lm_eval_adainfer.traces.file import without_choices
+from lm_eval_adainfer.traces.views import HEAD, readers_of
 
 
 @dataclass(frozen=True)
 class Line:
-    """A quantity after every block, with a 95% interval, if it has one."""
+    """A quantity after every block (NaN where it is not known), with a 95% interval, if it has one."""
 
     label: str
     values: np.ndarray  # [blocks]
@@ -59,23 +60,41 @@ def labels(traces: Sequence[TracedDocuments]) -> list[str]:
 
 
 def accuracy_rows(traces: Sequence[TracedDocuments]) -> list[dict[str, Any]]:
-    """A row per trace and block: ``acc``, ``top1_acc`` and agreement if every document left there."""
+    """A row per trace and block: ``acc``, ``top1_acc`` and agreement if every document left there.
+
+    Where some trace has several readers, it is a row per reader, too, and says which.
+    """
     rows = []
-    for trace in traces:
-        answers = trace.answers
-        for k in range(1, trace.n_blocks + 1):
+    several = len(readers(traces)) > 1
+    for view in (view for trace in traces for view in _views(trace)):
+        answers = view.answers
+        for k in view.blocks:
             rows.append(
                 {
-                    "task": trace.meta["task"],
-                    "shots": trace.meta["num_fewshot"],
+                    "task": view.meta["task"],
+                    "shots": view.meta["num_fewshot"],
+                    **({"reader": view.reader} if several else {}),
                     "block": k,
                     "documents": len(answers),
-                    "acc": _mean(trace.right[:, k - 1]),
-                    "top1_acc": _mean(trace.top1[:, k - 1]),
+                    "acc": _mean(view.right[:, k - 1]),
+                    "top1_acc": _mean(view.top1[:, k - 1]),
                     "agreement": float((answers[:, k - 1] == answers[:, -1]).mean()),
                 }
             )
     return rows
+
+
+def readers(traces: Sequence[TracedDocuments]) -> list[str]:
+    """The names of the readers that some trace was recorded under; the head is the first."""
+    return list(dict.fromkeys([HEAD, *(name for trace in traces for name in readers_of(trace.meta))]))
+
+
+def _views(trace: TracedDocuments) -> list[TracedDocuments]:
+    """The trace under each of its readers."""
+    found = [trace.under(name) for name in readers_of(trace.meta)]
+    for view in found:
+        view.require_scores()
+    return found
 
 
 def _mean(values: np.ndarray) -> float | None:
@@ -110,7 +129,10 @@ def feature_rows(traces: Sequence[TracedDocuments]) -> list[dict[str, Any]]:
 
 
 def accuracy_lines(traces: Sequence[TracedDocuments]) -> list[Line]:
-    """``acc`` in percent if every document left after the block; of the first token where a trace knows no more."""
+    """``acc`` in percent if every document left after the block, as the head reads it; a line per trace.
+
+    It is that of the first token where a trace knows no more.
+    """
     found = []
     for i, (trace, label) in enumerate(zip(traces, labels(traces), strict=True)):
         hits = _known_hits(trace)
@@ -119,6 +141,36 @@ def accuracy_lines(traces: Sequence[TracedDocuments]) -> list[Line]:
             share, lower, upper = wilson(hits)
             found.append(Line(label + kind, 100 * share, 100 * lower, 100 * upper, trace.first_token_only, i))
     return found
+
+
+def accuracy_panels(traces: Sequence[TracedDocuments], most: int) -> dict[str, list[Line]]:
+    """:func:`accuracy_lines` in one panel; where some trace has several readers, a panel per trace, a line per reader.
+
+    A reader has the same colour in all panels. Beyond ``most`` traces there is one panel of the means over them.
+    """
+    names = readers(traces)
+    if len(names) == 1:
+        return {"accuracy": accuracy_lines(traces)}
+    panels: dict[str, list[Line]] = {}
+    for trace, label in zip(traces, labels(traces), strict=True):
+        for view in _views(trace):
+            if len(hits := _known_hits(view)):
+                found = np.full((3, view.n_blocks), np.nan)
+                found[:, view.at] = 100 * np.stack(wilson(hits[:, view.at]))
+                share, lower, upper = found
+                line = Line(view.reader, share, lower, upper, view.first_token_only, names.index(view.reader))
+                panels.setdefault(label, []).append(line)
+    if len(panels) <= most:
+        return panels or {"accuracy": []}
+    means = []
+    for colour, name in enumerate(names):
+        mine = np.array([line.values for lines in panels.values() for line in lines if line.label == name])
+        if not len(mine):
+            continue
+        known = (~np.isnan(mine)).sum(axis=0)
+        mean = np.where(known > 0, np.nansum(mine, axis=0) / np.maximum(known, 1), np.nan)
+        means.append(Line(name, mean, None, None, False, colour))
+    return {f"accuracy, mean over {len(panels)} traces": means}
 
 
 def feature_lines(traces: Sequence[TracedDocuments]) -> dict[str, list[Line]]:

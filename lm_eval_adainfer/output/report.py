@@ -238,16 +238,21 @@ def _figures(
                  figures.speed(rows))
             )  # fmt: skip
         many = len(traces) > figures.LINES
-        if lines := per_block.accuracy_lines(traces):
+        panels = per_block.accuracy_panels(traces, figures.PANELS)
+        if any(panels.values()):
+            lines = per_block.accuracy_lines(traces)
+            several = len(per_block.readers(traces)) > 1
             how = (
                 f"All {len(lines)} traces with gold answers, in the order of their last block; brighter is better."
-                if len(lines) > figures.LINES
+                if len(lines) > figures.LINES and not several
                 else "Solid: acc; dashed: the answer's first token, where a trace knows no more. Bands: 95% intervals."
             )
+            if several:
+                how = f"One line per reader, after the blocks that were recorded. {how}"
             found.append(
                 ("accuracy_per_block", "Accuracy per block",
                  f"Simulated from traces: what each block would have answered (the paper's Figure 1). {how}",
-                 figures.accuracy(lines))
+                 figures.accuracy(panels))
             )  # fmt: skip
         if traces:
             how = (

@@ -15,6 +15,7 @@ _SHOWN: dict[str, tuple[str, str]] = {
     "task": ("task", ""),
     "shots": ("shots", ""),
     "stopper": ("stopper", ""),
+    "reader": ("reader", ""),
     "threshold": ("threshold", ".4g"),
     "documents": ("n", "d"),
     "acc": ("acc %", "%"),
@@ -46,7 +47,7 @@ def render(rows: Sequence[Mapping[str, Any]], form: str, title: str, columns: Se
         return to_csv(rows)
     shown = [c for c in columns or _SHOWN if any(row.get(c) is not None for row in rows)]
     headings = [_SHOWN.get(c, (c, ""))[0] for c in shown]
-    left = [i for i, c in enumerate(shown) if c in ("task", "shots", "stopper")]
+    left = [i for i, c in enumerate(shown) if c in ("task", "shots", "stopper", "reader")]
     table = rendering.Table(headings, [[_cell(row, c) for c in shown] for row in rows], left)
     if form == "markdown":
         lines = [f"{title} (*{LABEL}*; 95% intervals in brackets)", "", *rendering.markdown(table)]

@@ -320,6 +320,11 @@ def remember(seen: Observation | Recorded) -> None:
         seen.choice_past[:] = torch.stack([(seen.best_choice + 1).float(), choice_agreement(seen)], dim=-1)
 
 
+def depends_on_reader(name: str) -> bool:
+    """Whether a recorded feature is of what a reader says; cosines are of the states themselves."""
+    return not name.startswith("cos_")
+
+
 RECORDED = {name: feature for name, feature in FEATURES.items() if feature.recorded}
 DERIVED = {name: feature for name, feature in FEATURES.items() if not feature.recorded}
 

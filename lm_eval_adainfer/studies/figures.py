@@ -49,21 +49,22 @@ def _markdown(study: str, title: str, rows: Sequence[dict[str, Any]]) -> str:
     lines = [f"# {title}", "", f"*{tables.LABEL}*"]
     for panel in panels:
         what = "acc, if all documents left after the block" if study == "accuracy" else f"{panel}, mean"
-        of = _values(study, rows, panel)
-        cells = [[label, *(f"{value:.2f}" for value in values)] for label, values in of.items()]
+        lines_of = _values(study, rows, panel)
+        cells = [[label, *(f"{of[k]:.2f}" if k in of else "" for k in blocks)] for label, of in lines_of.items()]
         lines += ["", *rendering.markdown(rendering.Table([what, *map(str, blocks)], cells))]
     return "\n".join(lines) + "\n"
 
 
-def _values(study: str, rows: Sequence[dict[str, Any]], panel: str) -> dict[str, list[float]]:
-    """Label -> values block by block; accuracy falls back on top1_acc where a task has no other."""
-    found: dict[str, list[float]] = {}
+def _values(study: str, rows: Sequence[dict[str, Any]], panel: str) -> dict[str, dict[int, float]]:
+    """Label -> block -> value; accuracy falls back on top1_acc where a task has no other."""
+    found: dict[str, dict[int, float]] = {}
     for row in rows:
         if study == "features" and row["feature"] != panel:
             continue
         value = row["mean"] if study == "features" else row["acc"] if row["acc"] is not None else row["top1_acc"]
         if value is not None:
-            found.setdefault(f"{row['task']}, {row['shots']} shots", []).append(value)
+            reader = f", {row['reader']}" if "reader" in row else ""
+            found.setdefault(f"{row['task']}, {row['shots']} shots{reader}", {})[row["block"]] = value
     return found
 
 
@@ -73,7 +74,7 @@ def _picture(study: str, name: str, title: str, traces: Sequence[TracedDocuments
 
     with figures.style():
         if study == "accuracy":
-            figure = figures.accuracy(per_block.accuracy_lines(traces))
+            figure = figures.accuracy(per_block.accuracy_panels(traces, figures.PANELS))
         else:
             figure = figures.features(per_block.feature_lines(traces))
         figure.suptitle(f"{title} ({tables.LABEL})", fontsize=9)

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from lm_eval_adainfer.errors import AdaInferError
+from lm_eval_adainfer.traces import views
 from lm_eval_adainfer.traces.file import read_of_one_model
 
 ORACLES = ("oracle:stable", "oracle:first")
@@ -25,9 +26,10 @@ ORACLES = ("oracle:stable", "oracle:first")
 
 @dataclass
 class TracedDocuments:
-    """The documents of one trace file, of N decisions, L blocks and D documents.
+    """The documents of one trace file under one reader, of N decisions, L blocks and D documents.
 
-    In generated text a token leaves on its own, so there each of the D "documents" is a token of a text.
+    In generated text a token leaves on its own, so there each of the D "documents" is a token of a text. After blocks
+    that were not recorded under the reader (``views``) nobody knows the answer: it is -1, and right is NaN.
 
     Attributes:
         path: The file, for messages.
@@ -67,6 +69,31 @@ class TracedDocuments:
     def n_blocks(self) -> int:
         """L."""
         return self.meta["n_blocks"]
+
+    @property
+    def reader(self) -> str:
+        """The name of the reader."""
+        return views.reader_of(self.meta)
+
+    @property
+    def blocks(self) -> list[int]:
+        """The recorded blocks, in order; L is the last."""
+        return views.recorded_blocks(self.meta)
+
+    @cached_property
+    def at(self) -> np.ndarray:
+        """The places of the recorded blocks on axes of L."""
+        return np.array(self.blocks) - 1
+
+    def under(self, reader: str) -> TracedDocuments:
+        """The same documents under another recorded reader.
+
+        Raises:
+            AdaInferError: Where it was not recorded.
+        """
+        if reader == self.reader:
+            return self
+        return TracedDocuments(self.path, *views.under(self.path, self.meta, self.arrays, reader))
 
     @property
     def generated(self) -> bool:
@@ -111,17 +138,22 @@ class TracedDocuments:
             AdaInferError: As :meth:`require_scores`.
         """
         self.require_scores()
+        found = np.full((len(self.doc_ids), self.n_blocks), -1)
         if self.has_choices:
-            return self.scores.argmax(axis=-1)  # the first of equals, as lm-eval takes it
+            found[:, self.at] = self.scores[:, self.at].argmax(axis=-1)  # the first of equals, as lm-eval takes it
+            return found
         top = self.arrays["top_token"].astype(np.int64)
         if "greedy" in self.arrays and not self.generated:
             top = 2 * top + self.arrays["greedy"][:, :, 0]
-        return top[self._first]
+        found[:, self.at] = top[self._first][:, self.at]
+        return found
 
     def require_scores(self) -> None:
         """Raise AdaInferError where the score of a request is NaN: then nobody knows what would be answered."""
         scores, request = self.arrays.get("scores"), self.arrays.get("request")
-        if scores is not None and request is not None and np.isnan(scores.transpose(0, 2, 1)[request >= 0]).any():
+        if scores is None or request is None:
+            return
+        if np.isnan(scores[:, self.at].transpose(0, 2, 1)[request >= 0]).any():
             raise AdaInferError(f"traces: {self.path} holds NaN scores; trace in a dtype that does not overflow")
 
     @cached_property
@@ -138,13 +170,13 @@ class TracedDocuments:
         if self.generated or self.first_token_only:
             return unknown
         if not self.has_choices:
-            return self.arrays["greedy"][self._first, :, 0].astype(float)
+            return self._known(self.arrays["greedy"][self._first, :, 0].astype(float))
         request = self.arrays["request"]
         flags = self.arrays["right"] > 0 if "right" in self.arrays else request == self.arrays["gold"][:, None]
         good = np.zeros((len(self.doc_ids), self.scores.shape[-1]), dtype=bool)  # a task may have several right choices
         rows, columns = np.nonzero(flags & (request >= 0))
         good[self.owner[rows], request[rows, columns]] = True
-        return np.take_along_axis(good, self.answers, axis=1).astype(float) if good.any() else unknown
+        return self._known(np.take_along_axis(good, self.answers, axis=1).astype(float)) if good.any() else unknown
 
     @cached_property
     def top1(self) -> np.ndarray:
@@ -155,7 +187,13 @@ class TracedDocuments:
             return unknown
         found = (self.arrays["top_token"] == gold[:, None]).astype(float)
         found[gold < 0] = np.nan
-        return found[self._first]
+        return self._known(found[self._first])
+
+    def _known(self, values: np.ndarray) -> np.ndarray:
+        """[D, L] floats, NaN after blocks that were not recorded."""
+        found = np.full_like(values, np.nan)
+        found[:, self.at] = values[:, self.at]
+        return found
 
     @property
     def hits(self) -> np.ndarray:
@@ -174,9 +212,19 @@ class TracedDocuments:
         return found
 
     def oracle(self, name: str) -> np.ndarray:
-        """[D, L], 1 where the oracle (one of ``ORACLES``) stops, -1 elsewhere."""
-        agrees = stable(self.answers) if name == "oracle:stable" else self.answers == self.answers[:, -1:]
-        return np.where(agrees, 1.0, -1.0)
+        """[D, L], 1 where the oracle (one of ``ORACLES``) stops, -1 elsewhere; it knows the recorded blocks."""
+        if name == "oracle:stable":
+            return np.where(self.stable, 1.0, -1.0)
+        found = np.full(self.answers.shape, -1.0)
+        found[:, self.at] = np.where(self.answers[:, self.at] == self.answers[:, -1:], 1.0, -1.0)
+        return found
+
+    @cached_property
+    def stable(self) -> np.ndarray:
+        """[D, L] bool: whether the answer after a recorded block is the last's, and so are all recorded after it."""
+        found = np.zeros(self.answers.shape, dtype=bool)
+        found[:, self.at] = stable(self.answers[:, self.at])
+        return found
 
     def losses(self, kind: str, exit_layer: Sequence[int] | np.ndarray) -> np.ndarray:
         """Losses of whole documents or texts: 0 and 1, in the order of ``np.unique(doc_ids)``.
@@ -194,13 +242,14 @@ class TracedDocuments:
         return np.bincount(text, weights=lost).clip(max=1)
 
 
-def read(files: Sequence[str | Path]) -> list[TracedDocuments]:
-    """The documents of trace files of one model.
+def read(files: Sequence[str | Path], reader: str = views.HEAD) -> list[TracedDocuments]:
+    """The documents of trace files of one model, under a reader.
 
     Raises:
-        AdaInferError: On a file that is damaged, empty or incomplete, or of another model than the first.
+        AdaInferError: On a file that is damaged, empty or incomplete, of another model than the first, or without the
+            reader.
     """
-    return [TracedDocuments(*found) for found in read_of_one_model(files)]
+    return [TracedDocuments(*found) for found in read_of_one_model(files, reader)]
 
 
 def stable(answers: np.ndarray) -> np.ndarray:

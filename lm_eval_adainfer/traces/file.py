@@ -16,7 +16,11 @@ gold_token       [N] int32          the first token of the gold answer, -1 where
 prompt_tokens    [N] int32          tokens up to the decision, after truncation
 position         [N] int32          index among the new tokens of a generated text, else 0
 doc_id           [N] int64          the document's index in its split
+hidden           [N, L, h] float16  the decision position's states after every block, where they were asked for
 ===============  =================  =====================================================================
+
+``features``, ``top_token``, ``scores`` and ``greedy`` are what the head says. What another reader says after the B
+blocks that ``meta["readers"]`` names is in ``copy:1/top_token`` [N, B] and so on (``views.py``).
 
 ``docs/traces.md`` describes the file for other programs.
 """
@@ -33,13 +37,16 @@ import numpy as np
 from lm_eval_adainfer import container
 from lm_eval_adainfer.errors import AdaInferError
 from lm_eval_adainfer.strategies.features import FEATURES
+from lm_eval_adainfer.traces.views import HEAD, PER_READER, readers_of, require_same_blocks, under, wrong_readers
 
-VERSION = 2
+VERSION = 3
+VERSIONS = (2, 3)  # that are read; 2 knows the head alone
 # N decisions, L blocks, F features, at most C requests per context; "f" floats, "i" integers
 SHAPES = {
     "features": ("NLF", "f"), "top_token": ("NL", "i"), "scores": ("NLC", "f"), "greedy": ("NLC", "i"),
     "request": ("NC", "i"), "right": ("NC", "i"), "gold": ("N", "i"), "gold_token": ("N", "i"),
     "prompt_tokens": ("N", "i"), "position": ("N", "i"), "doc_id": ("N", "i"),
+    "hidden": ("NLH", "f"),
 }  # fmt: skip
 # what every reader needs
 ARRAYS = ("features", "top_token", "gold_token", "prompt_tokens", "position")
@@ -84,7 +91,7 @@ def read(path: str | Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     Raises:
         AdaInferError: Where it is missing, damaged or no trace.
     """
-    meta, arrays = container.read(path, "trace", VERSION, "traces")
+    meta, arrays = container.read(path, "trace", VERSIONS, "traces")
     missing = [f"array {n}" for n in ARRAYS if n not in arrays] + [n for n in META if n not in meta]
     if missing:
         raise AdaInferError(f"traces: {path} is incomplete: it has no {missing[0]}; make it again with adainfer trace")
@@ -93,17 +100,26 @@ def read(path: str | Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     return meta, arrays
 
 
-def read_of_one_model(files: Sequence[str | Path]) -> Iterator[tuple[Path, dict[str, Any], dict[str, np.ndarray]]]:
+def read_of_one_model(
+    files: Sequence[str | Path], reader: str = HEAD
+) -> Iterator[tuple[Path, dict[str, Any], dict[str, np.ndarray]]]:
     """Path, meta and arrays of trace files that are read together, one after the other.
 
+    Args:
+        files: The files.
+        reader: The name of the reader under which they are seen (``views.under``).
+
     Raises:
-        AdaInferError: As :func:`read`, and where one is not of the first one's model or was asked in another way.
+        AdaInferError: As :func:`read`, and where one is not of the first one's model, was asked in another way, or was
+            not recorded under the reader after the same blocks.
     """
     first: dict[str, Any] | None = None
     for path in map(Path, files):
         meta, arrays = read(path)
         first = first or meta
         require_one_model(path, meta, first)
+        meta, arrays = under(path, meta, arrays, reader)
+        require_same_blocks(path, meta, first, reader)
         yield path, meta, arrays
 
 
@@ -168,10 +184,22 @@ def _wrong(meta: dict[str, Any], arrays: dict[str, np.ndarray]) -> str | None:
         return "block_weights are no numbers"
     if meta["n_blocks"] != len(meta["block_weights"]) or meta["n_blocks"] < 1:
         return f"{meta['n_blocks']} blocks, but weights of {len(meta['block_weights'])}"
-    sizes = {"L": meta["n_blocks"], "F": len(meta["features"])}
-    for name, (letters, kind) in SHAPES.items():
+    if wrong := wrong_readers(meta, arrays):
+        return wrong
+    stored = meta.get("stored_weights", meta["block_weights"])
+    numbers = isinstance(stored, list) and all(isinstance(n, (int, float)) for n in stored)
+    if not numbers or len(stored) != meta["n_blocks"]:
+        return "stored_weights are no weights of every block"
+    sizes = {"L": meta["n_blocks"], "F": len(meta["features"]), "R": len(meta.get("reader_features", []))}
+    shapes = [*((name, *of) for name, of in SHAPES.items())]
+    for reader in readers_of(meta):
+        if reader != HEAD:
+            shapes += [(f"{reader}/{name}", letters, kind) for name, (letters, kind, _) in PER_READER.items()]
+    for name, letters, kind in shapes:
         if name not in arrays:
             continue
+        if "B" in letters:
+            sizes["B"] = len(readers_of(meta)[name.partition("/")[0]])
         array = arrays[name]
         expected = tuple(
             sizes.setdefault(letter, size) for letter, size in zip(letters, array.shape, strict=False)

@@ -11,8 +11,38 @@ from torch import Tensor
 
 from lm_eval_adainfer.errors import AdaInferError
 from lm_eval_adainfer.strategies import features
-from lm_eval_adainfer.strategies.base import Stopper
+from lm_eval_adainfer.strategies.base import Schedule, Stopper
 from lm_eval_adainfer.strategies.features import Recorded
+from lm_eval_adainfer.traces.views import reader_of, recorded_blocks, require_recorded
+
+
+def asked(
+    stopper: Stopper, meta: Mapping[str, Any], min_layer: Any = 1, check_layers: Any = None
+) -> tuple[int, ...]:
+    """After which blocks of a trace a strategy is asked.
+
+    Args:
+        stopper: The strategy.
+        meta: A trace's, under a reader.
+        min_layer: As the model's argument.
+        check_layers: As the model's argument. None takes the blocks that the stopper's file names for this reader, or
+            all that were recorded.
+
+    Raises:
+        AdaInferError: On arguments out of range, or where a block was not recorded under the reader.
+    """
+    recorded = recorded_blocks(meta)
+    if check_layers is None:
+        named = stopper.info.get("check_layers")
+        own = stopper.reader is not None and stopper.reader.runs_tokens and stopper.reader.name == reader_of(meta)
+        check_layers = "all"
+        if own and isinstance(named, list) and named:
+            check_layers = named
+        elif stopper.features and len(recorded) < meta["n_blocks"]:
+            check_layers = recorded
+    blocks = Schedule(meta["n_blocks"], stopper, min_layer, check_layers).blocks
+    require_recorded(meta, blocks)
+    return blocks
 
 
 def margins(
@@ -22,9 +52,10 @@ def margins(
 
     Args:
         stopper: The strategy.
-        meta: A trace's.
-        arrays: A trace's.
-        blocks: After which blocks it is asked, in order; by default after all but the last at which it can stop.
+        meta: A trace's, under a reader.
+        arrays: Its arrays.
+        blocks: After which blocks it is asked, in order; by default after all recorded ones but the last at which it
+            can stop.
 
     Returns:
         [N, L] margins (positive: stop), NaN where it is not asked.
@@ -40,7 +71,8 @@ def margins(
         )
     n_blocks, n = meta["n_blocks"], len(arrays["top_token"])
     if blocks is None:
-        blocks = [k for k in range(1, n_blocks) if stopper.wants(k)]
+        blocks = asked(stopper, meta)
+    require_recorded(meta, blocks)
     found = np.full((n, n_blocks), np.nan)
     carried = torch.zeros(n, stopper.carries) if stopper.carries else None
     for k, values, seen in _walk(stopper.features, meta, arrays, blocks, carried):
@@ -49,16 +81,15 @@ def margins(
 
 
 def columns(names: Sequence[str], meta: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> np.ndarray:
-    """[N, L, F] float64: the named features after every block, as if every block were asked.
+    """[N, B, F] float64: the named features after every recorded block, as if all of these were asked.
 
     Raises:
         AdaInferError: Where the trace lacks one.
     """
-    n_blocks = meta["n_blocks"]
     width = features.past_width(names)
     carried = torch.zeros(len(arrays["top_token"]), width) if width else None
     found = []
-    for _, values, seen in _walk(names, meta, arrays, range(1, n_blocks + 1), carried):
+    for _, values, seen in _walk(names, meta, arrays, recorded_blocks(meta), carried):
         found.append(values.double().numpy())
         features.remember(seen)
     return np.stack(found, axis=1)

@@ -15,15 +15,17 @@ from typing import Any
 import numpy as np
 
 from lm_eval_adainfer.errors import AdaInferError
+from lm_eval_adainfer.readers import specs as readers
 from lm_eval_adainfer.strategies import specs
-from lm_eval_adainfer.strategies.base import Schedule, Stopper
+from lm_eval_adainfer.strategies.base import Stopper
 from lm_eval_adainfer.strategies.fitted import warn_if_foreign
 from lm_eval_adainfer.strategies.rules import FixedStopper, GapStopper
-from lm_eval_adainfer.traces import documents
+from lm_eval_adainfer.traces import documents, views
 from lm_eval_adainfer.traces.documents import ORACLES, TracedDocuments
 from lm_eval_adainfer.traces.evaluation import evaluate
 from lm_eval_adainfer.traces.file import require_finite
-from lm_eval_adainfer.traces.margins import margins
+from lm_eval_adainfer.traces.margins import asked, margins
+from lm_eval_adainfer.traces.splits import overlap
 
 SWEEP_POINTS = 20
 _logger = logging.getLogger(__name__)
@@ -43,8 +45,7 @@ def load(files: Sequence[str | Path], split: str | None = None) -> list[TracedDo
     traces: list[TracedDocuments] = []
     seen: dict[tuple[str, int, str], Path] = {}
     for trace in documents.read(files):
-        require_finite(trace.path, trace.arrays["features"], trace.meta["features"])
-        trace.require_scores()
+        _require_numbers(trace)
         if trace.setting in seen:
             raise AdaInferError(
                 f"traces: {seen[trace.setting]} and {trace.path} are both of {trace.name}; give one of them"
@@ -55,6 +56,11 @@ def load(files: Sequence[str | Path], split: str | None = None) -> list[TracedDo
     if not traces:
         raise AdaInferError(f"split: none of these {len(files)} traces is of split {split}; give another, or leave out")
     return traces
+
+
+def _require_numbers(trace: TracedDocuments) -> None:
+    require_finite(trace.path, trace.arrays["features"][:, trace.at], trace.meta["features"])
+    trace.require_scores()
 
 
 def parse(spec: Any, n_blocks: int) -> Stopper | str:
@@ -87,7 +93,7 @@ def parse(spec: Any, n_blocks: int) -> Stopper | str:
 
 
 def document_margins(
-    strategy: Stopper | str, trace: TracedDocuments, min_layer: Any = 1, check_layers: Any = "all"
+    strategy: Stopper | str, trace: TracedDocuments, min_layer: Any = 1, check_layers: Any = None
 ) -> np.ndarray:
     """[D, L] margins of whole documents (the least of their decisions'; positive: stop), NaN where none is asked.
 
@@ -95,15 +101,15 @@ def document_margins(
         strategy: A :class:`Stopper` or an oracle's name.
         trace: The documents.
         min_layer: As the model's argument.
-        check_layers: As the model's argument.
+        check_layers: As ``margins.asked``'s.
     """
     found = np.full((len(trace.doc_ids), trace.n_blocks), np.nan)
     if isinstance(strategy, str):
-        asked = Schedule(trace.n_blocks, GapStopper(), min_layer, check_layers).blocks  # it may stop after any block
-        at = [k - 1 for k in asked]
+        # it may stop after any block
+        at = [k - 1 for k in asked(GapStopper(), trace.meta, min_layer, check_layers)]
         found[:, at] = trace.oracle(strategy)[:, at]
         return found
-    blocks = Schedule(trace.n_blocks, strategy, min_layer, check_layers).blocks
+    blocks = asked(strategy, trace.meta, min_layer, check_layers)
     return trace.together(margins(strategy, trace.meta, trace.arrays, blocks))
 
 
@@ -130,9 +136,10 @@ def replay(
     traces: Sequence[TracedDocuments],
     stoppers: Sequence[Any],
     min_layer: Any = 1,
-    check_layers: Any = "all",
+    check_layers: Any = None,
     sweep: bool = False,
     seed: int = 0,
+    reader: Any = None,
 ) -> list[dict[str, Any]]:
     """A row per group of traces and strategy; with ``sweep`` per threshold as well.
 
@@ -140,17 +147,21 @@ def replay(
         traces: Of one model.
         stoppers: What :func:`parse` takes.
         min_layer: As the model's argument.
-        check_layers: As the model's argument.
+        check_layers: As ``margins.asked``'s.
         sweep: Move each strategy's threshold over the quantiles of its margins.
         seed: Of the bootstrap.
+        reader: What ``reader=`` takes, for all strategies; None for each file's own, else the head.
 
     Returns:
-        Rows: ``task``, ``shots``, ``split``, ``stopper``, ``threshold`` (with ``sweep``), and :func:`evaluate`'s.
+        Rows: ``task``, ``shots``, ``split``, ``stopper``, ``reader`` (where one is not the head), ``threshold`` (with
+        ``sweep``), and :func:`evaluate`'s.
 
     Raises:
-        AdaInferError: On a strategy that is unknown, does not fit the traces or has no threshold to sweep.
+        AdaInferError: On a strategy that is unknown, does not fit the traces or has no threshold to sweep, and on a
+            reader that is not the strategy's or was not recorded.
     """
     rows = []
+    under: dict[str, list[TracedDocuments]] = {}
     n_blocks = traces[0].n_blocks
     for spec in stoppers:
         strategy = parse(spec, n_blocks)
@@ -159,14 +170,23 @@ def replay(
             warn(strategy, traces)
         if sweep and (isinstance(strategy, str) or not strategy.features):
             raise AdaInferError(f"sweep: {name} has no threshold to move; give gap, svm or another stopper that has")
-        found = {t.setting: document_margins(strategy, t, min_layer, check_layers) for t in traces}
+        said_by = readers.resolve(reader, strategy.reader if isinstance(strategy, Stopper) else None).name
+        if said_by not in under:
+            under[said_by] = [trace.under(said_by) for trace in traces]
+            for trace in under[said_by]:
+                views.require_same_blocks(trace.path, trace.meta, traces[0].meta, said_by)
+                _require_numbers(trace)
+        found = {t.setting: document_margins(strategy, t, min_layer, check_layers) for t in under[said_by]}
         thresholds = _quantiles(found.values()) if sweep else [0.0]
         for threshold in thresholds:
             own = {"threshold": threshold + getattr(strategy, "threshold", 0.0)} if sweep else {}
-            for task, shots, split, members in groups(traces):
+            for task, shots, split, members in groups(under[said_by]):
                 said = [found[t.setting] for t in members]
                 numbers = evaluate(members, said, threshold, seed)
-                rows.append({"task": task, "shots": shots, "split": split, "stopper": name, **own, **numbers})
+                where = {"task": task, "shots": shots, "split": split}
+                rows.append({**where, "stopper": name, "reader": said_by, **own, **numbers})
+    if set(under) <= {views.HEAD}:
+        rows = [{key: value for key, value in row.items() if key != "reader"} for row in rows]
     order = {group[:3]: i for i, group in enumerate(groups(traces))}
     return sorted(rows, key=lambda row: order[row["task"], row["shots"], row["split"]])
 
@@ -186,8 +206,10 @@ def warn(stopper: Stopper, traces: Sequence[TracedDocuments]) -> None:
     meta = traces[0].meta
     warn_if_foreign(stopper, meta["model"], meta["n_blocks"], meta["head_hash"])
     info = getattr(stopper, "info", None) or {}
+    fitted = set(info.get("split", ()))
     same = sorted(
-        {t.meta["task"] for t in traces if t.meta["split"] in info.get("split", ()) and
+        {t.meta["task"] for t in traces if
+         (t.meta["split"] in fitted or overlap(stopper.seen, t.meta["task"], t.meta["split"], t.doc_ids)) and
          all(t.meta[key] == info.get(key) for key in ("n_blocks", "head_hash"))} & set(info.get("tasks", ()))
     )  # fmt: skip
     if same:

@@ -2,21 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from random import Random
 from typing import Any
 
+import numpy as np
+
 from lm_eval_adainfer.errors import AdaInferError
 from lm_eval_adainfer.tasks.qa import canonical_json, stable_hash
 
-SPLITS = ("train", "test")
-_FIT_PERCENT = 30
+SPLITS = ("train", "calibrate", "test")
+_TRAINING = (60, 100)  # up to which per cent of the training documents are for fitting, for calibrating
+_EVALUATION = (30, 50)  # the same of the evaluation documents of a task without training split; the rest is for testing
 
 
-def in_fitting_part(doc: Any) -> bool:
-    """Whether a document of a task without training split is among the 30% for fitting (docs/numbers.md, Splits)."""
-    return stable_hash("split", canonical_json(doc)) % 100 < _FIT_PERCENT
+def split_of(doc: Any, has_training: bool) -> str:
+    """The split of a training document, or of an evaluation document of a task that has none (docs/numbers.md)."""
+    percent = stable_hash("split", canonical_json(doc)) % 100
+    fit, calibrate = _TRAINING if has_training else _EVALUATION
+    return "train" if percent < fit else "calibrate" if percent < calibrate else "test"
+
+
+def overlap(seen: Mapping[str, Sequence[int]], task: str, split: str, documents: Sequence[int] | np.ndarray) -> int:
+    """How many of a split's documents were used in fitting.
+
+    Args:
+        seen: ``Stopper.seen``.
+        task: The task.
+        split: The split.
+        documents: Their indices.
+    """
+    # train and calibrate number the same documents, and train was once all of them
+    alike = ("train", "calibrate") if split in ("train", "calibrate") else (split,)
+    used = {int(i) for name in alike for i in seen.get(f"{task}/{name}", [])}
+    return len(used & {int(i) for i in documents})
 
 
 @contextmanager
@@ -25,10 +45,9 @@ def documents_of(
 ) -> Iterator[list[int]]:
     """Make the task evaluate these documents for a while; yields their indices in the split they come from."""
     has_training = task.has_training_docs()
-    docs = task.training_docs() if split == "train" and has_training else task.eval_docs
-    indices = list(range(len(docs)))
-    if not has_training:
-        indices = [i for i in indices if in_fitting_part(docs[i]) == (split == "train")]
+    is_whole = has_training and split == "test"
+    docs = task.training_docs() if has_training and not is_whole else task.eval_docs
+    indices = [i for i in range(len(docs)) if is_whole or split_of(docs[i], has_training) == split]
     if limit is not None and limit < len(indices):
         indices = sorted(Random(seed).sample(indices, limit))
     if not indices:

@@ -22,11 +22,13 @@ from sqlitedict import SqliteMultithread
 
 from helpers.models import tiny_lm
 from helpers.tasks import KINDS, documents, make_task, our_tasks
+from helpers.traces import lens
 from lm_eval_adainfer import container
 from lm_eval_adainfer.cli import main
 from lm_eval_adainfer.harness.model import AdaInferLM
 from lm_eval_adainfer.prefill import planning
 from lm_eval_adainfer.traces import recording
+from lm_eval_adainfer.traces.plan import Plan
 
 STOPPER = "gap:0.3"
 _processes = multiprocessing.get_context("forkserver")
@@ -35,7 +37,7 @@ _processes.set_forkserver_preload(["helpers.killed"])
 
 def make_lm(stopper: str = STOPPER) -> AdaInferLM:
     lm = tiny_lm()
-    return AdaInferLM(pretrained=lm.model, tokenizer=lm.tokenizer, stopper=stopper, batch_size=4, max_length=400)
+    return AdaInferLM(pretrained=lm.model, tokenizer=lm.tokenizer, stopper=stopper, batch_size=4, max_length=400, pilot=0)
 
 
 def make_tasks() -> dict:
@@ -151,7 +153,9 @@ def trace(folder: str, count=lambda what: None) -> dict[str, bytes]:
     shutil.rmtree = counted("rmtree", rmtree)
     try:
         tasks = make_tasks()
-        files = recording.trace(lm, {name: tasks[name] for name in ("choices", "texts")}, folder)
+        plan = Plan.of(lm.anatomy, [lens(lm.anatomy)], hidden=True)
+        chosen = {name: tasks[name] for name in ("choices", "texts")}
+        files = recording.trace(lm, chosen, folder, split="test", limit=9, plan=plan)
     finally:
         tempfile.NamedTemporaryFile, os.replace, shutil.rmtree = open_temporary, replace, rmtree
         recording.PART_DOCUMENTS = part_documents

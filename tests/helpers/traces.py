@@ -5,6 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from lm_eval_adainfer import container
+from lm_eval_adainfer.readers.base import Reader
+from lm_eval_adainfer.readers.tuned import Maps
 from lm_eval_adainfer.traces import recording
 
 
@@ -91,6 +93,14 @@ def write_random(path, n=400, seed=0, gap=None, gold=None, arrays=(), version=re
     }
     container.write(path, "trace", version, meta, found)
     return path
+
+
+def lens(anatomy, seed=0):
+    """A tuned reader of affine maps that are far from the identity."""
+    rng = np.random.default_rng(seed)
+    n, h = anatomy.n_blocks - 1, anatomy.block_hidden_size
+    arrays = {"bias": rng.normal(size=(n, h)) / 2, "weight": rng.normal(size=(n, h, h)) / h**0.5}
+    return Reader("tuned", maps=Maps({name: array.astype(np.float32) for name, array in arrays.items()}))
 
 
 def traced(lm, task, folder, **options):
