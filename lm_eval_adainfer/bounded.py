@@ -7,10 +7,11 @@ exponential variables, as in the Bayesian bootstrap), beside one more unit, as l
 could (Gaffke, "Three test statistics for a nonparametric one-sided hypothesis on the mean of a nonnegative variable",
 Mathematical Methods of Statistics 14, 2005; Learned-Miller & Thomas, arXiv 1905.06208, 2019).
 
-What is proven: where units of one size take two values, this is Clopper and Pearson's binomial bound. Beyond that no
-counterexample is known to the literature, and ``tests/test_bounded.py`` enumerates three values and simulates clusters,
-unequal sizes and weights. Betting bounds (Waudby-Smith & Ramdas, JRSS B 86, 2024) are proven for all, and settle the
-same question with about twice the documents; the tests hold one, to compare.
+What is proven: where units of one size take two values, this is Clopper and Pearson's binomial bound. Beyond that it is
+a conjecture of which no counterexample is known; ``tests/test_bounded.py`` enumerates three values and simulates
+clusters, unequal sizes, weights, and sparse and rare losses, and none breaks the stated error. Betting bounds
+(Waudby-Smith & Ramdas, JRSS B 86, 2024) are proven for all distributions and settle less; the tests hold one, to
+compare.
 
 Where no document differs, at K units the 95% bound is 1 - 0.05^(1/K) of what a unit can lose: nothing that holds for
 any dependence within clusters could be smaller.
@@ -108,8 +109,9 @@ def gaffke_interval(totals: np.ndarray, sizes: np.ndarray, level: float = 0.95, 
 def _distinct(totals: np.ndarray, sizes: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Each kind of unit and how many there are of it: most documents lose nothing, and so are alike."""
     scale = 1e-12 * max(float(np.max(sizes)), 1e-300)
-    kinds, counts = np.unique(np.round(np.stack([totals, sizes], 1) / scale), axis=0, return_counts=True)
-    return kinds[:, 0] * scale, kinds[:, 1] * scale, counts.astype(float)
+    pairs = np.round(totals / scale) + 1j * np.round(sizes / scale)  # complex numbers sort faster than rows
+    kinds, counts = np.unique(pairs, return_counts=True)
+    return kinds.real * scale, kinds.imag * scale, counts.astype(float)
 
 
 def _chance(

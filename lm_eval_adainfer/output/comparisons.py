@@ -16,7 +16,8 @@ _LEGEND = (
     "diff: candidate minus baseline, with a 95% interval over documents (right-or-wrong metrics: Tango's score "
     "interval, exact McNemar p; metrics from 0 to 1, clusters and tasks that weigh the same: Gaffke's, sign-flip "
     "permutation p; unbounded ones, approximate: t, for ratios of sums resampled documents). agree: same answer. "
-    "weighs the same: tasks, where a group's own score weighs these and not documents. exit layer, pruned, FLOPs (flops_ratio_total): counted, of the candidate."
+    "weighs the same: tasks, where a group's own score weighs these and not documents. exit layer, pruned, FLOPs "
+    "(flops_ratio_total): counted, of the candidate."
 )
 
 
