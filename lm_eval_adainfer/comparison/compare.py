@@ -115,11 +115,11 @@ def weighs_tasks(baseline: Run, candidate: Run, group: str) -> frozenset[str]:
 
 
 def group_of_all(baseline: Run, candidate: Run) -> str | None:
-    """The group that holds all tasks of the runs and lets them weigh the same; None where there is no such group."""
+    """The group that is all that was compared and lets its tasks weigh the same; None where there is no such group."""
     return next(
         (
             name
-            for name, tasks in baseline.groups.items()
+            for name, tasks in baseline.held_groups.items()
             if set(tasks) == set(baseline.tasks) and len(tasks) > 1 and weighs_tasks(baseline, candidate, name)
         ),
         None,

@@ -50,13 +50,14 @@ class Evidence:
 
         Args:
             pairs: The tasks.
-            by_task: Tasks weigh the same, whatever their sizes; where documents weigh by their words they go on to.
+            by_task: Tasks weigh the same, whatever their sizes; not in perplexities, whose mean over tasks is none of
+                what is compared in their place.
             seed: Of what is drawn.
         """
         weights, equal = weights_of(pairs), DOCUMENTS
         if weights is not None:
             equal = WORDS
-        elif by_task and len(pairs) > 1:
+        elif by_task and len(pairs) > 1 and not pairs[0].unit:
             sizes = np.array([len(p.drops) for p in pairs])
             equal = TASKS
             if len(set(sizes.tolist())) > 1:
