@@ -235,6 +235,27 @@ def test_groups_whose_tasks_weigh_the_same_pass_wrongly_at_most_5_percent_of_the
     assert found <= 0.05 + spread
 
 
+WRONG_FAILURES = {  # totals and sizes whose mean drop is the limit, of one point
+    "clusters": lambda rng: (clustered(rng, 200, 5, 0.04, 0.01).sum(1), np.full(200, 5.0)),
+    "few large clusters": lambda rng: (clustered(rng, 30, 10, 0.2, 0.01).sum(1), np.full(30, 10.0)),
+    "rare losses": lambda rng: (SPARSE["rare whole losses"](rng, 200, 0.01), np.ones(200)),
+    "many small losses, rare gains": lambda rng: (np.where(rng.random(200) < 0.04, -1.0, 0.05 / 0.96), np.ones(200)),
+    "group": lambda rng: bounded.by_cluster(
+        np.concatenate(group_drops(rng, [100, 1900], 0.01, "all in the smallest")), np.repeat([10.0, 10 / 19], [100, 1900])
+    ),
+}
+
+
+@pytest.mark.parametrize("how", WRONG_FAILURES)
+def test_a_drop_of_the_limit_fails_wrongly_at_most_5_percent_of_the_time(how):
+    def draw(rng):
+        totals, sizes = WRONG_FAILURES[how](rng)
+        return passes(-totals, sizes, -0.01)
+
+    found, spread = rate(draw, 600, seed=1)
+    assert found <= 0.05 + spread
+
+
 # ------------------------------------------------------------------------------------------------ power
 
 

@@ -198,6 +198,21 @@ def test_the_gate_rarely_passes_a_real_drop_in_clusters_and_says_how_many_docume
     assert said.documents_needed > 4 * alone.documents_needed  # five times the variance
 
 
+@pytest.mark.parametrize(("drop", "limit"), [(0.0, 0.02), (0.08, 0.03)])
+def test_as_many_documents_in_clusters_as_it_asks_for_settle_it_four_times_in_five(drop, limit):
+    rng = np.random.default_rng(0)
+
+    def draw(passages):
+        each = rng.choice([1.0, -1.0, 0.0], (passages, 5), p=[0.05 + drop / 2, 0.05 - drop / 2, 0.9])
+        drops = np.where(rng.random((passages, 1)) < 0.5, each[:, :1], each).ravel()  # in half of all passages, all alike
+        return Evidence(drops, None, np.repeat(np.arange(passages), 5).astype(str), 1.0, 1.0)
+
+    seen = next(e for e in (draw(60) for _ in range(1000)) if abs(e.mean - drop) < 1e-9 and 0.09 < np.mean(e.drops != 0) < 0.11)
+    needed = seen.needed(limit, 0.05, 1.0, 0.001)
+    settled = [min(e.p_above(limit), e.p_below(limit)) <= 0.05 for e in (draw(needed // 5) for _ in range(300))]
+    assert 0.65 < np.mean(settled) < 0.95
+
+
 # ------------------------------------------------------------------------------------------------ groups
 
 

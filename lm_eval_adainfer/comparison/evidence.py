@@ -176,10 +176,11 @@ class Evidence:
         if self.clusters is not None:  # about what one cluster that lost all would give
             spread = max(spread, float(np.max(sizes) * self.reach) ** 2)
         variance = n * spread / float(np.sum(sizes)) ** 2
-        needed = statistics.documents_needed(n, drop, variance, max_drop, error)
+        unseen = n * float(np.max(sizes) / np.sum(sizes)) * self.reach if self.method == GAFFKE else 0.0
+        needed = statistics.documents_needed(n, drop, variance, max_drop, error, unseen=unseen)
         if drop >= max_drop or needed is None:
             return needed
-        also = statistics.documents_needed(n, drop, variance, far, far_error)
+        also = statistics.documents_needed(n, drop, variance, far, far_error, unseen=unseen)
         return None if also is None else max(needed, also)
 
 
