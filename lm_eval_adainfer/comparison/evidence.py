@@ -50,8 +50,8 @@ class Evidence:
 
         Args:
             pairs: The tasks.
-            by_task: Tasks weigh the same, whatever their sizes; not in perplexities, whose mean over tasks is none of
-                what is compared in their place.
+            by_task: Tasks weigh the same, whatever their sizes; not in perplexities, whose mean over tasks is no
+                mean of the nats that are compared.
             seed: Of what is drawn.
         """
         weights, equal = weights_of(pairs), DOCUMENTS
