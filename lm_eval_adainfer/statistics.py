@@ -284,7 +284,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 def documents_needed(
-    n: int, drop: float, variance: float, limit: float, error: float = 0.05, power: float = 0.8
+    n: int, drop: float, variance: float, limit: float, error: float = 0.05, power: float = 0.8, unseen: float = 0.0
 ) -> int | None:
     """Documents at which a drop as seen would be told from ``limit`` with this probability.
 
@@ -295,6 +295,7 @@ def documents_needed(
         limit: The largest drop that is allowed.
         error: Of the one-sided test.
         power: The probability.
+        unseen: Documents that the test adds and takes for lost (Gaffke's does, ``bounded.py``).
 
     Returns:
         The number, above ``n``; None where the seen drop is so near the limit that more than a hundred million
@@ -305,4 +306,7 @@ def documents_needed(
     distance = abs(drop - limit)
     if variance * z**2 > 1e8 * distance**2:
         return None
+    if unseen:  # distance - unseen / n is z standard errors, sqrt(variance / n)
+        root = sqrt(variance * z**2 + 4 * unseen * distance) - sqrt(variance) * z
+        return max(n + 1, ceil((2 * unseen / root) ** 2))
     return max(n + 1, ceil(variance * z**2 / distance**2))

@@ -164,7 +164,7 @@ def test_names_that_lm_eval_does_not_know_are_refused_before_anything_runs(tmp_p
     run = ["check", "--run", "--model_args", "pretrained=m", "--tasks", "adainfer_demo", "--max-drop", "0.2"]
     for option in (["--exclude", "adainfer_demo_fcat"], ["--metric", "adainfer_demo_fcat=acc"]):
         assert main([*run, *option]) == 2
-        assert "'adainfer_demo_fcat' in --exclude or --metric is no task" in capsys.readouterr().err
+        assert "'adainfer_demo_fcat' in --exclude, --metric or --cluster is no task" in capsys.readouterr().err
 
 
 def test_a_folder_of_several_runs_names_their_paths_and_times(tmp_path, capsys):

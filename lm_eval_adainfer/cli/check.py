@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 # set when the config file has been read, which may give what the command line left open
 _DEFAULTS: dict[str, Any] = {"on_inconclusive": "inconclusive", "format": "text", "batch_size": "8", "tolerance": 1e-4}
 # --reproduces does without them
-_FOR_DROPS = ("max_drop", "min_pruning", "min_flops_saved", "group", "on_inconclusive")
+_FOR_DROPS = ("max_drop", "min_pruning", "min_flops_saved", "group", "on_inconclusive", "cluster")
 
 
 def add_parser(commands: Any) -> argparse.ArgumentParser:
@@ -183,14 +183,17 @@ def _selection_to_run(arguments: argparse.Namespace, selection: Selection) -> Se
     """
     from dataclasses import replace
 
-    named = {*selection.exclude, *(w.tasks for w in selection.wanted if w.tasks)}
+    named = {*selection.exclude, *(w.tasks for w in selection.wanted), *(tasks for tasks, _ in selection.clusters)}
+    named.discard("")  # what is said of all tasks
     if named:
         from lm_eval_adainfer.harness.loading import task_manager
 
         manager = task_manager({}, arguments.include_path)
         for name in sorted(named):
             if not manager.match_tasks([name]):
-                raise AdaInferError(f"check: {name!r} in --exclude or --metric is no task or group that lm-eval knows")
+                raise AdaInferError(
+                    f"check: {name!r} in --exclude, --metric or --cluster is no task or group that lm-eval knows"
+                )
     return replace(selection, tasks=())
 
 
@@ -199,7 +202,7 @@ def _judge(arguments: argparse.Namespace, selection: Selection, baseline_path: s
     import json
 
     from lm_eval_adainfer.comparison import check, gate
-    from lm_eval_adainfer.comparison.compare import POOLED, pool_of
+    from lm_eval_adainfer.comparison.compare import POOLED, group_of_all, pool_of, weighs_tasks
     from lm_eval_adainfer.comparison.matching import match
     from lm_eval_adainfer.output import verdicts
 
@@ -212,13 +215,15 @@ def _judge(arguments: argparse.Namespace, selection: Selection, baseline_path: s
         as_json: dict[str, Any] = {"status": status, "checks": [vars(c) for c in found]}
         text, reasons = verdicts.text_of_cases(status, found), []
     else:
+        group = arguments.group or group_of_all(baseline, candidate)
         verdict = gate.judge(
             match(baseline, candidate, None, other_prompts, said),
-            pool_of(baseline, arguments.group),
+            pool_of(baseline, group),
             arguments.max_drop,
             arguments.min_pruning,
             arguments.min_flops_saved,
-            arguments.group or POOLED,
+            group or POOLED,
+            by_task=weighs_tasks(baseline, candidate, group) if group else (),
         )
         found, status, as_json = check.cases(verdict), verdict.status, verdict.as_dict()
         said += verdict.notes

@@ -73,6 +73,9 @@ def _converted(option: argparse.Action, value: Any) -> Any:
         return _require(isinstance(value, bool), "true or false", value or None)
     if option.choices and (isinstance(value, bool) or str(value) not in option.choices):
         raise _WrongValueError(" or ".join(option.choices))
+    if option.dest == "cluster":  # templates may hold commas
+        values = value if isinstance(value, list) else [value]
+        return _require(all(isinstance(v, str) for v in values), "a text or a list of texts", values)
     if option.dest in _LISTS and isinstance(value, list):
         return ",".join(_require(all(isinstance(v, str) for v in value), "a text or a list of texts", value))
     number = isinstance(value, (int, float)) and not isinstance(value, bool)

@@ -230,6 +230,13 @@ def add_matching(where: Any) -> list[argparse.Action]:
             default=None,
             help="accept that the same documents had other prompts",
         ),
+        where.add_argument(
+            "--cluster",
+            action="append",
+            metavar="[TASK=]FIELD",
+            help="documents in which this field (or template, {{title}}) is the same belong together: their answers "
+            "are not independent; of all tasks, or of a task, group or glob; repeatable",
+        ),
     ]
 
 
@@ -241,4 +248,4 @@ def selection(arguments: argparse.Namespace) -> Selection:
     """
     from lm_eval_adainfer.comparison.selection import Selection
 
-    return Selection.parse(arguments.tasks, arguments.exclude, arguments.metric, arguments.filter)
+    return Selection.parse(arguments.tasks, arguments.exclude, arguments.metric, arguments.filter, arguments.cluster)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from lm_eval_adainfer.comparison.gate import FAIL, INCONCLUSIVE, PASS, Verdict, too_little
+from lm_eval_adainfer.comparison.gate import FAIL, INCONCLUSIVE, PASS, Pool, Verdict, too_little
 from lm_eval_adainfer.comparison.matching import default_metric, documents_of
 from lm_eval_adainfer.comparison.runs import Run
 from lm_eval_adainfer.errors import AdaInferError
@@ -22,15 +22,15 @@ class Case:
 
 
 def cases(verdict: Verdict) -> list[Case]:
-    """The pool, every guard, pruning and the operations saved."""
-    alone = FAIL if verdict.dropped else PASS if verdict.within else INCONCLUSIVE
+    """The pools, every guard, pruning and the operations saved."""
     found = [
         Case(
-            f"drop of {verdict.pool}",
-            alone,
-            f"{metric_name(verdict)} {verdict.baseline:.4f} -> {verdict.candidate:.4f}, drop {verdict.drop:+.4f} "
-            f"(one-sided bounds {verdict.lower:+.4f} and {verdict.upper:+.4f}), allowed {verdict.max_drop:g}",
+            f"drop of {pool.name}",
+            FAIL if pool.dropped else PASS if pool.within else INCONCLUSIVE,
+            f"{metric_name(pool, verdict)} {pool.baseline:.4f} -> {pool.candidate:.4f}, drop {pool.drop:+.4f} "
+            f"(one-sided bounds {pool.lower:+.4f} and {pool.upper:+.4f}), allowed {verdict.max_drop:g}",
         )
+        for pool in verdict.pools
     ]
     found += [
         Case(
@@ -52,9 +52,9 @@ def cases(verdict: Verdict) -> list[Case]:
     return found
 
 
-def metric_name(verdict: Verdict) -> str:
-    """The metric's name, with its unit where it has one."""
-    return f"{verdict.metric} in {verdict.unit}" if verdict.unit else verdict.metric
+def metric_name(pool: Pool, verdict: Verdict) -> str:
+    """The name of a pool's metric, with the unit of the verdict's drops where it has one."""
+    return f"{pool.metric} in {verdict.unit}" if verdict.unit else pool.metric
 
 
 def reproduces(baseline: Run, candidate: Run, tolerance: float, metric: str | None, other_prompts: bool) -> list[Case]:

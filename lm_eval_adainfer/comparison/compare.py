@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from lm_eval_adainfer import statistics
-from lm_eval_adainfer.comparison.matching import Pairs, main_kind, match
+from lm_eval_adainfer.comparison.evidence import Evidence
+from lm_eval_adainfer.comparison.matching import Pairs, match, pools
 from lm_eval_adainfer.comparison.runs import Run
 from lm_eval_adainfer.comparison.samples import Document
 from lm_eval_adainfer.comparison.selection import listing
@@ -21,7 +21,7 @@ EXIT = ("exit_layer", "pruning_ratio", "flops_ratio", "flops_ratio_total")
 
 @dataclass(frozen=True)
 class Row:
-    """One task, group or the pool; documents weigh the same, or by their words or bytes in a ratio of sums."""
+    """One task, group or the pool."""
 
     name: str
     kind: str  # task, group or pooled
@@ -43,6 +43,9 @@ class Row:
     pruning_ratio: float | None
     flops_ratio: float | None
     flops_ratio_total: float | None
+    method: str = ""  # of the interval: exact, Gaffke, resampled or Student's t (comparison/evidence.py)
+    equal_weight: str = ""  # what weighs the same: documents, tasks, or words or bytes
+    clusters: int | None = None  # how many, where documents belong together
 
 
 @dataclass(frozen=True)
@@ -86,19 +89,15 @@ def compare(
     for name, tasks in baseline.groups.items():
         members = [by_task[t] for t in tasks if t in by_task]
         if members:
-            alike, others = main_kind(members)
-            rows.append(row(name, "group", alike, seed))
+            alike, *others = pools(members)
+            rows.append(row(name, "group", alike, seed, alike[0].metric in weighs_tasks(baseline, candidate, name)))
             if others:
-                said.append(f"the row of {name} leaves out {_named(others)}, which are on another scale")
-    rest, first = pairs, True
-    while rest:
-        alike, rest = main_kind(rest)
+                said.append(f"the row of {name} leaves out {_named(others)}, which are another metric")
+    for i, alike in enumerate(apart := pools(pairs)):
         if len(alike) > 1:
-            name = POOLED if first else f"{POOLED} of {'/'.join(dict.fromkeys(p.metric for p in alike))}"
-            rows.append(row(name, "pooled", alike, seed))
-        if first and rest and len(alike) > 1:
-            said.append(f"{POOLED} leave out {_named(rest)}, which are on another scale")
-        first = False
+            rows.append(row(POOLED if i == 0 else f"{POOLED} of {alike[0].metric}", "pooled", alike, seed))
+        if i == 0 and len(alike) > 1 and apart[1:]:
+            said.append(f"{POOLED} leave out {_named(apart[1:])}, which are another metric")
     seconds = {}
     for kind, a, b in (
         ("in the model", baseline.seconds_in_model, candidate.seconds_in_model),
@@ -107,10 +106,24 @@ def compare(
         if a and b:
             seconds[kind] = (a, b)
     notes = [*(f"{run.label}: {note}" for run in (baseline, candidate) for note in run.notes), *said]
-    metrics = {p.metric for p in main_kind(pairs)[0]}
-    if len(metrics) > 1:
-        notes.append(f"the pool mixes the metrics {', '.join(sorted(metrics))}; --metric or --group keeps to one")
     return Comparison(baseline.label, candidate.label, rows, seconds, notes)
+
+
+def weighs_tasks(baseline: Run, candidate: Run, group: str) -> frozenset[str]:
+    """The metrics in which the group's tasks weigh the same, as either run's results show."""
+    return frozenset().union(*(run.by_task.get(group, ()) for run in (baseline, candidate)))
+
+
+def group_of_all(baseline: Run, candidate: Run) -> str | None:
+    """The group that is all that was compared and lets its tasks weigh the same; None where there is no such group."""
+    return next(
+        (
+            name
+            for name, tasks in baseline.held_groups.items()
+            if set(tasks) == set(baseline.tasks) and len(tasks) > 1 and weighs_tasks(baseline, candidate, name)
+        ),
+        None,
+    )
 
 
 def pool_of(run: Run, group: str | None) -> list[str]:
@@ -129,29 +142,19 @@ def pool_of(run: Run, group: str | None) -> list[str]:
     raise AdaInferError(f"group: {group!r} is no group or task of {run.label}; it has {known}")
 
 
-def _named(pairs: Sequence[Pairs]) -> str:
-    return listing(f"{p.task} ({p.metric})" for p in pairs)
+def _named(pools: Sequence[Sequence[Pairs]]) -> str:
+    return listing(f"{p.task} ({p.metric})" for pairs in pools for p in pairs)
 
 
-def row(name: str, kind: str, pairs: Sequence[Pairs], seed: int = 0) -> Row:
-    """The paired statistics of some tasks' documents together."""
+def row(name: str, kind: str, pairs: Sequence[Pairs], seed: int = 0, by_task: bool = False) -> Row:
+    """The paired statistics of some tasks' documents together; with ``by_task`` the tasks weigh the same."""
     baseline, candidate = (np.concatenate([getattr(p, side) for p in pairs]) for side in ("baseline", "candidate"))
-    differences, n, weights = candidate - baseline, len(baseline), weights_of(pairs)
     lower_is_better, unit = pairs[0].lower_is_better, pairs[0].unit
-    flips: tuple[int, int] | None = None
-    if all(p.binary for p in pairs):
-        up, down = int((differences > 0).sum()), int((differences < 0).sum())
-        flips = (up, down) if lower_is_better else (down, up)
-        found = statistics.tango_interval(up, down, n)
-        p_value, test = statistics.mcnemar_p(*flips), "exact McNemar"
-    else:
-        furthest = reach(baseline, candidate, unit)
-        if weights is None:
-            found = statistics.t_interval(differences, reach=furthest)
-        else:
-            found = statistics.ratio_interval(differences, weights, reach=furthest, seed=seed)
-        sums = differences if weights is None else differences * weights
-        p_value, test = statistics.sign_flip_p(sums, seed), "sign-flip permutation"
+    evidence = Evidence.of(pairs, by_task, seed)
+    gains = evidence if lower_is_better else evidence.mirrored  # candidate minus baseline
+    found, weights = gains.interval(), evidence.weights
+    p_value, test = evidence.p_of_no_change()
+    flips = evidence.flips if all(p.binary for p in pairs) else None
     documents = [pair for p in pairs for pair in p.documents]
     return Row(
         name=name,
@@ -159,7 +162,7 @@ def row(name: str, kind: str, pairs: Sequence[Pairs], seed: int = 0) -> Row:
         metric="/".join(dict.fromkeys(p.metric for p in pairs)),
         unit=unit,
         lower_is_better=lower_is_better,
-        documents=n,
+        documents=len(baseline),
         baseline=float(np.average(baseline, weights=weights)),
         candidate=float(np.average(candidate, weights=weights)),
         difference=found.drop,
@@ -171,21 +174,10 @@ def row(name: str, kind: str, pairs: Sequence[Pairs], seed: int = 0) -> Row:
         only_candidate_right=flips[1] if flips else None,
         agreement=_agreement(documents),
         **{key: _mean([b for _, b in documents], key) for key in EXIT},
+        method=evidence.method,
+        equal_weight=evidence.equal,
+        clusters=evidence.clustered,
     )
-
-
-def reach(baseline: np.ndarray, candidate: np.ndarray, unit: str = "") -> float:
-    """The largest difference a document can show: 1 for metrics between 0 and 1, else the range seen."""
-    both = np.concatenate([baseline, candidate])
-    if not unit and both.min() >= 0 and both.max() <= 1:
-        return 1.0
-    return float(both.max() - both.min()) or 1.0
-
-
-def weights_of(pairs: Sequence[Pairs]) -> np.ndarray | None:
-    """The documents' weights in a ratio of sums; None where all weigh the same."""
-    found = [p.weights for p in pairs if p.weights is not None]
-    return np.concatenate(found) if found else None
 
 
 def _agreement(documents: list[tuple[Document, Document]]) -> float | None:

@@ -1,26 +1,29 @@
 """The verdict of a regression gate: pass, fail or inconclusive, with error rates that hold.
 
-- *pass*: the exact test rejects "the pool dropped by ``max_drop`` or more" at 5%, and "by far more than that" at 0.1%:
-  by two points more, or three times ``max_drop`` where that is larger. The second part matters only where answers flip
-  so often that the first alone would let one in a hundred drops of that size through.
+- *pass*: the pool's test (``comparison/evidence.py``) rejects "it dropped by ``max_drop`` or more" at 5%, and "by far
+  more than that" at 0.1%: by two points more, or three times ``max_drop`` where that is larger. The second part matters
+  only where answers flip so often that the first alone would let one in a hundred drops of that size through.
 - *fail*: a drop of more than ``max_drop`` is established, with at most 5% error over everything that can fail: 4% for
   the pool and 1% for the tasks, shared by Holm's method; all 5% for the pool of a run of one task.
 - *inconclusive*: neither.
+
+Tasks of unlike metrics are no pool: a mean over accuracies and F1 is no accuracy. Each metric has a pool of its own; to
+pass, all must (each at 5%), and they share the error of failing.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import cached_property
 from typing import Any
 
 import numpy as np
 
 from lm_eval_adainfer import statistics
-from lm_eval_adainfer.comparison.compare import reach, row, weights_of
-from lm_eval_adainfer.comparison.matching import Pairs, main_kind
+from lm_eval_adainfer.comparison.compare import row
+from lm_eval_adainfer.comparison.evidence import APPROXIMATE, EXACT, TASKS, Evidence
+from lm_eval_adainfer.comparison.matching import Pairs, main_kind, pools
 from lm_eval_adainfer.comparison.selection import listing
 from lm_eval_adainfer.errors import AdaInferError
 
@@ -45,8 +48,30 @@ class Guard:
 
 
 @dataclass(frozen=True)
+class Pool:
+    """The test of the pool of one metric."""
+
+    name: str
+    metric: str
+    documents: int
+    baseline: float
+    candidate: float
+    drop: float
+    lower: float  # one-sided bound at Verdict.lower_level
+    upper: float  # one-sided bound at Verdict.upper_level
+    dropped: bool  # its drop is established to be above max_drop
+    within: bool  # it is established to be at most max_drop
+    discordant: int | None  # None where the metric is no right-or-wrong
+    method: str  # exact, Gaffke, resampled or Student's t (comparison/evidence.py)
+    equal_weight: str  # what weighs the same: documents, tasks, or words or bytes
+    clusters: int | None  # how many, where documents belong together
+    far: float  # a drop that must practically never pass
+    documents_needed: int | None  # to settle it, where it is neither
+
+
+@dataclass(frozen=True)
 class Verdict:
-    """What the gate says and why."""
+    """What the gate says and why; where there are pools of several metrics, its numbers are of the first."""
 
     status: str
     reasons: list[str]
@@ -72,6 +97,7 @@ class Verdict:
     guards: list[Guard]
     unit: str = ""  # of all drops and of max_drop, where it isn't the metric's own
     notes: list[str] = field(default_factory=list)
+    pools: list[Pool] = field(default_factory=list)
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -85,6 +111,7 @@ def judge(
     min_pruning: float | None = None,
     min_flops_saved: float | None = None,
     name: str = "all documents",
+    by_task: Collection[str] = (),
 ) -> Verdict:
     """Judge a candidate.
 
@@ -96,6 +123,7 @@ def judge(
         min_pruning: The least mean ``pruning_ratio`` of the pool.
         min_flops_saved: The least that 1 minus its mean ``flops_ratio_total`` may be.
         name: Of the pool.
+        by_task: Metrics in which the pool's tasks weigh the same, whatever their sizes.
 
     Raises:
         AdaInferError: On limits that make no sense for these runs.
@@ -110,10 +138,10 @@ def judge(
             f"not judged: {listing(f'{p.task} ({p.metric})' for p in others)}, on another scale than --max-drop is "
             "held against; check these by themselves with --tasks"
         )
-    found, unit = _Drops.of(pooled), pooled[0].unit
+    unit, most = pooled[0].unit, max((p.most or math.inf) for p in pooled)
     if unit and not (math.isfinite(max_drop) and max_drop >= 0):
         raise AdaInferError(f"max-drop: {max_drop:g} is no number from 0, in {unit}")
-    if not unit and (not math.isfinite(max_drop) or max_drop < 0 or (max_drop >= 1 and found.reach <= 1)):
+    if not unit and (not math.isfinite(max_drop) or max_drop < 0 or (max_drop >= 1 and most <= 1)):
         raise AdaInferError(f"max-drop: {max_drop:g} is no share from 0 to below 1; one point of accuracy is 0.01")
     if unit:
         nats = max_drop * (math.log(2) if unit.startswith("bits") else 1)
@@ -124,18 +152,21 @@ def judge(
     _require_share("min-pruning", min_pruning, seen.pruning_ratio, "pruning_ratio")
     _require_share("min-flops-saved", min_flops_saved, flops_saved, "flops_ratio_total")
 
-    lower_level = 1 - ERROR * (POOL_SHARE if len(pairs) > 1 else 1)
-    lower, upper = found.bounds(lower_level, max_drop)
+    apart = pools(pooled)
+    lower_level = 1 - ERROR * (POOL_SHARE if len(pairs) > 1 else 1) / len(apart)
+    found = [
+        _pool(name if len(apart) == 1 else f"{name} ({p[0].metric})", p, max_drop, lower_level, p[0].metric in by_task)
+        for p in apart
+    ]
     guards = _guards(pairs, max_drop) if len(pairs) > 1 else []
-    far = max(max_drop + FAR * found.reach, FAR_TIMES * max_drop)
-    within = found.p_above(max_drop) <= ERROR and found.p_above(far) <= FAR_ERROR
-    dropped = found.p_below(max_drop) <= 1 - lower_level + 1e-12
     limit = f"{max_drop:g} {unit}".rstrip()
+    notes += _caveats(found)
 
     reasons = []
-    if dropped:
-        sure = f"by at least {lower:.4f} ({lower_level:.0%} one-sided)"
-        reasons.append(f"{name} dropped by more than {limit}: {sure}")
+    for pool_ in found:
+        if pool_.dropped:
+            sure = f"by at least {pool_.lower:.4f} ({percent(lower_level)} one-sided)"
+            reasons.append(f"{pool_.name} dropped by more than {limit}: {sure}")
     for guard in guards:
         if guard.failed:
             seen_there = f"seen are {guard.drop:.4f} (Holm's p {guard.p_holm:.2g})"
@@ -144,31 +175,31 @@ def judge(
         reasons.append(f"pruning_ratio is {seen.pruning_ratio:.4f}, under {min_pruning:g}")
     if too_little(flops_saved, min_flops_saved):
         reasons.append(f"flops saved are {flops_saved:.4f}, under {min_flops_saved:g}")
-    status = FAIL if reasons else PASS if within else INCONCLUSIVE
-    needed = None
+    status = FAIL if reasons else PASS if all(p.within for p in found) else INCONCLUSIVE
     if status == PASS:
-        reasons.append(f"{name} dropped by at most {upper:.4f} (95% one-sided), allowed are {limit}")
+        reasons += [f"{p.name} dropped by at most {p.upper:.4f} (95% one-sided), allowed are {limit}" for p in found]
     elif status == INCONCLUSIVE:
-        needed = found.needed(max_drop, far)
-        reasons.append(_advice(name, lower, upper, max_drop, far, needed, unit))
+        reasons += [_advice(p, max_drop, unit) for p in found if not p.within]
+    first = found[0]
+    open_ = [p.documents_needed for p in found if not p.within]
     return Verdict(
         status=status,
         reasons=reasons,
-        dropped=dropped,
-        within=within,
+        dropped=any(p.dropped for p in found),
+        within=all(p.within for p in found),
         pool=name,
-        metric=seen.metric,
+        metric=first.metric,
         max_drop=max_drop,
-        documents=len(found.drops),
-        baseline=seen.baseline,
-        candidate=seen.candidate,
-        drop=found.mean,
-        lower=lower,
-        upper=upper,
+        documents=first.documents,
+        baseline=first.baseline,
+        candidate=first.candidate,
+        drop=first.drop,
+        lower=first.lower,
+        upper=first.upper,
         lower_level=lower_level,
         upper_level=1 - ERROR,
-        discordant=int(np.count_nonzero(found.drops)) if found.binary else None,
-        documents_needed=needed,
+        discordant=first.discordant,
+        documents_needed=None if status != INCONCLUSIVE or None in open_ else max(n for n in open_ if n is not None),
         pruning_ratio=seen.pruning_ratio,
         min_pruning=min_pruning,
         flops_saved=flops_saved,
@@ -176,6 +207,7 @@ def judge(
         guards=guards,
         unit=unit,
         notes=notes,
+        pools=found,
     )
 
 
@@ -193,92 +225,53 @@ def _require_share(option: str, least: float | None, found: float | None, metric
         raise AdaInferError(f"{option}: the candidate logged no {metric}; give a run of --model adainfer")
 
 
-@dataclass(frozen=True)
-class _Drops:
-    """What the documents of some tasks on one scale lost, and the tests that go with that scale."""
+def _pool(name: str, pairs: Sequence[Pairs], max_drop: float, lower_level: float, by_task: bool) -> Pool:
+    evidence = Evidence.of(pairs, by_task)
+    baseline, candidate = (np.concatenate([getattr(p, side) for p in pairs]) for side in ("baseline", "candidate"))
+    far = max(max_drop + FAR * evidence.reach, FAR_TIMES * max_drop)
+    within = evidence.p_above(max_drop) <= ERROR and evidence.p_above(far) <= FAR_ERROR
+    dropped = evidence.p_below(max_drop) <= 1 - lower_level + 1e-12
+    return Pool(
+        name=name,
+        metric=pairs[0].metric,
+        documents=len(evidence.drops),
+        baseline=float(np.average(baseline, weights=evidence.weights)),
+        candidate=float(np.average(candidate, weights=evidence.weights)),
+        drop=evidence.mean,
+        lower=evidence.bound(lower_level, False, max_drop),
+        upper=evidence.bound(1 - ERROR, True, max_drop),
+        dropped=dropped,
+        within=within,
+        discordant=int(np.count_nonzero(evidence.drops)) if all(p.binary for p in pairs) else None,
+        method=evidence.method,
+        equal_weight=evidence.equal,
+        clusters=evidence.clustered,
+        far=far,
+        documents_needed=None if within or dropped else evidence.needed(max_drop, ERROR, far, FAR_ERROR),
+    )
 
-    drops: np.ndarray  # [documents]
-    weights: np.ndarray | None  # [documents], in a ratio of sums
-    binary: bool
-    reach: float  # the largest drop that a document can show
 
-    @classmethod
-    def of(cls, pairs: Sequence[Pairs]) -> _Drops:
-        """Of all their documents."""
-        furthest = max(reach(p.baseline, p.candidate, p.unit) for p in pairs)
-        drops = np.concatenate([p.drops for p in pairs])
-        return cls(drops, weights_of(pairs), all(p.binary for p in pairs), furthest)
-
-    @property
-    def mean(self) -> float:
-        """The drop seen."""
-        return float(np.average(self.drops, weights=self.weights))
-
-    @cached_property
-    def draws(self) -> np.ndarray | None:
-        """Of the bootstrap, sorted; None unless it is a ratio of sums."""
-        return None if self.weights is None else statistics.ratio_draws(self.drops, self.weights, self.reach)
-
-    @property
-    def flips(self) -> tuple[int, int]:
-        """Documents lost and won."""
-        return int((self.drops > 0).sum()), int((self.drops < 0).sum())
-
-    def p_above(self, limit: float) -> float:
-        """P of "the true drop is ``limit`` or more"."""
-        if self.binary:
-            return statistics.exact_p(*self.flips, len(self.drops), limit)
-        if self.draws is not None:
-            return statistics.draws_p(self.draws, limit)
-        return statistics.t_p(self.drops, limit, self.reach)
-
-    def p_below(self, limit: float) -> float:
-        """P of "the true drop is ``limit`` or less"."""
-        if self.draws is not None:
-            return statistics.draws_p(-self.draws, -limit)
-        return _Drops(-self.drops, None, self.binary, self.reach).p_above(-limit)
-
-    def bounds(self, lower_level: float, at: float) -> tuple[float, float]:
-        """One-sided bounds, the upper at 95%; ``at`` is where a test is made that they must agree with."""
-        if self.binary:
-            lost, won = self.flips
-            n = len(self.drops)
-            return (
-                statistics.exact_bound(lost, won, n, lower_level, False, at),
-                statistics.exact_bound(lost, won, n, 1 - ERROR, True, at),
+def _caveats(found: Sequence[Pool]) -> list[str]:
+    """What the reader must know of how the pools are bounded."""
+    notes = []
+    for pool_ in found:
+        if pool_.method in APPROXIMATE:
+            notes.append(
+                f"the bounds of {pool_.name} are approximate ({pool_.method}): nothing limits what a document can lose "
+                f"in {pool_.metric}"
             )
-        if self.draws is not None:
-            return (
-                statistics.draws_bound(self.draws, lower_level, False),
-                statistics.draws_bound(self.draws, 1 - ERROR, True),
-            )
-        return (
-            statistics.t_interval(self.drops, 2 * lower_level - 1, self.reach).lower,
-            statistics.t_interval(self.drops, 1 - 2 * ERROR, self.reach).upper,
-        )
+        if pool_.equal_weight == TASKS:
+            notes.append(f"the tasks of {pool_.name} weigh the same, whatever their sizes, as in its own score")
+    return notes
 
-    def interval(self) -> statistics.Interval:
-        """Two-sided, 95%, to look at."""
-        if self.binary:
-            return statistics.tango_interval(*self.flips, len(self.drops))
-        if self.draws is not None:
-            bounds = (statistics.draws_bound(self.draws, 0.975, upper) for upper in (False, True))
-            return statistics.Interval(self.mean, *bounds)
-        return statistics.t_interval(self.drops, reach=self.reach)
 
-    def needed(self, max_drop: float, far: float) -> int | None:
-        """Documents that would settle it; None where no number would."""
-        weights = np.ones(len(self.drops)) if self.weights is None else self.weights / self.weights.mean()
-        seen = len(self.drops), self.mean, float(np.mean((weights * (self.drops - self.mean)) ** 2))
-        needed = statistics.documents_needed(*seen, max_drop, ERROR)
-        if self.mean >= max_drop or needed is None:
-            return needed
-        also = statistics.documents_needed(*seen, far, FAR_ERROR)
-        return None if also is None else max(needed, also)
+def percent(level: float) -> str:
+    """A level of confidence, 96% or 98.7%."""
+    return f"{100 * level:.3g}%"
 
 
 def _guards(pairs: Sequence[Pairs], max_drop: float) -> list[Guard]:
-    by_task = [_Drops.of([p]) for p in pairs]
+    by_task = [Evidence.of([p]) for p in pairs]
     found = []
     for pair, own, p_holm in zip(pairs, by_task, statistics.holm([d.p_below(max_drop) for d in by_task]), strict=True):
         interval, n = own.interval(), len(own.drops)
@@ -289,14 +282,17 @@ def _guards(pairs: Sequence[Pairs], max_drop: float) -> list[Guard]:
     return found
 
 
-def _advice(
-    name: str, lower: float, upper: float, max_drop: float, far: float, needed: int | None, unit: str = ""
-) -> str:
-    text = f"{name} dropped by {lower:.4f} to {upper:.4f} {unit}".rstrip() + f", and {max_drop:g} lies in between"
-    if upper <= max_drop:
+def _advice(pool: Pool, max_drop: float, unit: str = "") -> str:
+    name, needed, far = pool.name, pool.documents_needed, pool.far
+    text = f"{name} dropped by {pool.lower:.4f} to {pool.upper:.4f} {unit}".rstrip()
+    text += f", and {max_drop:g} lies in between"
+    if pool.upper <= max_drop:
         text = f"answers of {name} flip so often that a drop of {far:g} can't be ruled out well enough"
-        if unit:
-            text = f"documents of {name} differ so much that a drop of {far:g} {unit} can't be ruled out well enough"
+        if pool.method != EXACT:
+            what = "clusters" if pool.clusters is not None else "documents"
+            text = f"{what} of {name} differ so much that a drop of {far:g} {unit}".rstrip()
+            text += " can't be ruled out well enough"
     if needed is None:
         return f"{text}; the drop seen is so near the limit that no number of documents would settle it"
-    return f"{text}; at the discordance seen, about {needed:,} documents would settle it (with 80% probability)"
+    at = "at the discordance seen" if pool.clusters is None else "in clusters like these"
+    return f"{text}; {at}, about {needed:,} documents would settle it (with 80% probability)"

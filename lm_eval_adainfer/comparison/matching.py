@@ -7,9 +7,10 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from lm_eval_adainfer.clusters import hint
 from lm_eval_adainfer.comparison.runs import EXIT_METRICS, PREFERRED, Run, Task
 from lm_eval_adainfer.comparison.samples import Document
-from lm_eval_adainfer.comparison.scales import OWN_AGGREGATION
+from lm_eval_adainfer.comparison.scales import OWN_AGGREGATION, most
 from lm_eval_adainfer.errors import AdaInferError
 
 
@@ -26,6 +27,7 @@ class Pairs:
         documents: Those of both runs.
         weights: [documents], words or bytes where the metric is a ratio of sums; None where all weigh the same.
         unit: Of what is compared in the metric's place, nats per document, say; empty for the metric itself.
+        clusters: [documents], equal where documents belong together; None where the user did not say.
     """
 
     task: str
@@ -36,6 +38,7 @@ class Pairs:
     documents: list[tuple[Document, Document]]
     weights: np.ndarray | None = None
     unit: str = ""
+    clusters: np.ndarray | None = None
 
     @property
     def drops(self) -> np.ndarray:
@@ -48,21 +51,37 @@ class Pairs:
         return not self.unit and bool(np.isin(self.baseline, (0, 1)).all() and np.isin(self.candidate, (0, 1)).all())
 
     @property
+    def most(self) -> float | None:
+        """The most that a document can score, the least being 0; None where it is not bounded, or nothing says so."""
+        return None if self.unit else most(self.metric, np.concatenate([self.baseline, self.candidate]))
+
+    @property
     def kind(self) -> tuple[str, bool]:
-        """What its documents may be pooled with: values in one unit of which the same way is better.
+        """What its drops may be held against one limit with: values in one unit of which the same way is better.
 
         Shares (from 0 to 1) go together, whatever the metric.
         """
-        both = np.concatenate([self.baseline, self.candidate])
-        share = not self.unit and both.min() >= 0 and both.max() <= 1
-        return ("" if share else self.unit or self.metric), self.lower_is_better
+        return ("" if self.most == 1 else self.unit or self.metric), self.lower_is_better
 
 
 def main_kind(pairs: Sequence[Pairs]) -> tuple[list[Pairs], list[Pairs]]:
-    """The tasks that can be pooled, and the others: shares where there are some, else what the first task has."""
+    """The tasks that share a scale, and the others: shares where there are some, else what the first task has."""
     kinds = [p.kind for p in pairs]
     kind = ("", False) if ("", False) in kinds else kinds[0]
     return [p for p in pairs if p.kind == kind], [p for p in pairs if p.kind != kind]
+
+
+def pools(pairs: Sequence[Pairs]) -> list[list[Pairs]]:
+    """The tasks whose documents can be pooled: those of one scale and one metric, the main scale's first.
+
+    A mean over accuracies and F1 is no accuracy, though both are shares.
+    """
+    found, rest = list[list[Pairs]](), list(pairs)
+    while rest:
+        alike, _ = main_kind(rest)
+        found.append([p for p in alike if p.metric == alike[0].metric])
+        rest = [p for p in rest if p.kind != alike[0].kind or p.metric != alike[0].metric]
+    return found
 
 
 def match(
@@ -98,11 +117,22 @@ def match(
         if reasons and not (metric or first.wanted or second.wanted):
             notes.append(f"of task {first.name}, {name} is compared, and not what can't be paired: {reasons}")
         found.append(_pair(first, second, documents, name, notes))
+    if repeated := _repeated(baseline, found):
+        notes.append(hint(repeated))
     if not found:
         raise AdaInferError(
             f"metric: no task can be compared document by document (corpus metrics can't be paired): {first_reason}"
         )
     return found
+
+
+def _repeated(run: Run, pairs: Sequence[Pairs]) -> dict[str, tuple[int, int]]:
+    """Tasks that ask several questions about one passage, of which the user said nothing; documents and passages."""
+    return {
+        p.task: (len(p.documents), passages)
+        for p in pairs
+        if (passages := run.tasks[p.task].passages) and passages < len(p.documents)
+    }
 
 
 def documents_of(
@@ -203,6 +233,7 @@ def _pair(
         notes.append(f"{name} of task {first.name} is compared as a ratio of sums over documents (lower is better)")
     elif name in first.undirected and name in second.undirected:
         notes.append(f"nothing says whether a higher {name} of task {first.name} is better; higher is taken for better")
+    clusters = np.array([a.cluster for a, _ in documents]) if first.clustered else None
     return Pairs(
         task=first.name,
         metric=name,
@@ -212,4 +243,5 @@ def _pair(
         documents=documents,
         weights=weights,
         unit=scale.unit,
+        clusters=clusters,
     )

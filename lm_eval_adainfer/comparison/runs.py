@@ -12,9 +12,11 @@ from typing import Any
 
 from tqdm import tqdm
 
+from lm_eval_adainfer.clusters import Key, passage_field
 from lm_eval_adainfer.comparison.samples import Document, finite, read_document, read_json, samples
 from lm_eval_adainfer.comparison.scales import Scale, scale_of, undirected
 from lm_eval_adainfer.comparison.selection import Selection, Wanted
+from lm_eval_adainfer.comparison.weighting import tasks_weigh_the_same
 from lm_eval_adainfer.errors import AdaInferError
 
 _DATE = r"\d{4}-\d\d-\d\dT\d\d-\d\d-\d\d(?:\.\d+)?"
@@ -42,6 +44,8 @@ class Task:
     apart: dict[str, str] = field(default_factory=dict)  # of the other metrics, why they can't
     wanted: str | None = None  # the metric that the user named
     undirected: frozenset[str] = frozenset()  # metrics of which nothing says which way is better
+    clustered: bool = False  # whether the user said which documents belong together
+    passages: int | None = None  # how many the documents are about, where the task is known for repeating them
 
     def require(self, name: str) -> None:
         """Refuse a metric by which the documents can't be compared.
@@ -82,6 +86,7 @@ class Run:
     seconds_total: float | None
     held: tuple[str, ...] = ()  # all its tasks, those that were not selected too
     held_groups: dict[str, list[str]] = field(default_factory=dict)
+    by_task: dict[str, frozenset[str]] = field(default_factory=dict)  # group -> metrics: see weighting.py
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -144,7 +149,8 @@ def load(
     tasks = {}
     for task in names:
         wanted = selection.for_task(task, held, held_groups)
-        tasks[task] = _read_task(task, files[task], sections, argument, wanted, prompts, notes)
+        cluster = selection.cluster_of(task, held, held_groups)
+        tasks[task] = _read_task(task, files[task], sections, argument, wanted, prompts, notes, cluster)
     run = Run(
         label=name or _label(sections["config"]),
         source=file,
@@ -155,6 +161,7 @@ def load(
         seconds_total=finite(results.get("total_evaluation_time_seconds")),
         held=tuple(held),
         held_groups=held_groups,
+        by_task=tasks_weigh_the_same(results["results"], held_groups, sections["n-samples"], notes),
         notes=notes,
     )
     for note in notes:
@@ -254,12 +261,15 @@ def _read_task(
     asked: Wanted,
     prompts: bool,
     notes: list[str],
+    cluster: str | None,
 ) -> Task:
     config = sections["configs"].get(task)
     config = config if isinstance(config, dict) else {}
     rolling = config.get("output_type") == "loglikelihood_rolling"
     wanted, logged = asked.filter, dict[str, None]()  # the metrics' names in their order
     kept: dict[str, dict[int, Document]] = {}
+    key = Key(cluster) if cluster is not None else None
+    passages, known_for = set[str](), Key(passage) if key is None and (passage := passage_field(task)) else None
     for number, sample in samples(file, argument):
         where = f"{argument}: {file}, line {number}"
         if not isinstance(sample, dict) or type(sample.get("doc_id")) is not int:
@@ -274,7 +284,7 @@ def _read_task(
             kept.setdefault(name, {})
             continue
         documents = kept.setdefault(name, {})
-        document = read_document(sample, where, prompts, rolling)
+        document = read_document(sample, where, prompts, rolling, key)
         for exit_metric in _EXIT:
             if not math.isfinite(value := document.metrics.get(exit_metric, 0.0)):
                 raise AdaInferError(f"{where}: {exit_metric} of document {document.doc_id} is {value}; run it again")
@@ -285,6 +295,8 @@ def _read_task(
             names = listed if isinstance(listed, list) else [*document.metrics, *document.pairs]
             logged = dict.fromkeys(m for m in names if isinstance(m, str))
         documents[document.doc_id] = document
+        if known_for is not None and isinstance(doc := sample.get("doc"), dict) and known_for.field in doc:
+            passages.add(known_for.of(doc, where))
     if not kept:
         raise AdaInferError(f"{argument}: {file} is empty; run lm_eval again with --log_samples")
     if wanted is not None and not kept.get(wanted):
@@ -316,6 +328,8 @@ def _read_task(
         apart=apart,
         wanted=asked.metric or None,
         undirected=frozenset(m for m in scales if m not in EXIT_METRICS and undirected(m, better.get(m))),
+        clustered=key is not None,
+        passages=len(passages) or None,
     )
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from lm_eval_adainfer.clusters import Key
 from lm_eval_adainfer.errors import AdaInferError
 
 _NO_METRICS = frozenset(("doc", "arguments", "resps", "filtered_resps", "target"))
@@ -32,6 +33,7 @@ class Document:
     prompt: str
     target: str
     pairs: dict[str, tuple[float, float]] = field(default_factory=dict)  # metrics that log (log-likelihood, weight)
+    cluster: str | None = None  # the same for documents that belong together; None where nothing says so
 
 
 def read_json(file: Path, argument: str) -> Any:
@@ -72,7 +74,9 @@ def samples(file: Path, argument: str) -> Iterator[tuple[int, Any]]:
         ) from None
 
 
-def read_document(sample: dict[str, Any], where: str, prompts: bool, rolling: bool = False) -> Document:
+def read_document(
+    sample: dict[str, Any], where: str, prompts: bool, rolling: bool = False, key: Key | None = None
+) -> Document:
     """Keep of a sample what a comparison needs.
 
     Args:
@@ -80,9 +84,10 @@ def read_document(sample: dict[str, Any], where: str, prompts: bool, rolling: bo
         where: Names it in messages.
         prompts: Keep the prompt and the target.
         rolling: It is of ``loglikelihood_rolling``, whose response is a number and no text.
+        key: Says which documents belong together.
 
     Raises:
-        AdaInferError: Where the document can't be told from others.
+        AdaInferError: Where the document can't be told from others, or does not have what ``key`` asks for.
     """
     doc_id = sample["doc_id"]
     listed = sample.get("metrics")
@@ -117,7 +122,8 @@ def read_document(sample: dict[str, Any], where: str, prompts: bool, rolling: bo
         prompt_hash = _hash(prompt) if prompt is not None else ""
     shown = (prompt or "")[-_PROMPT:] if prompts else ""
     target = str(sample.get("target", ""))[:_TARGET] if prompts else ""
-    return Document(doc_id, doc_hash, prompt_hash, metrics, answer, scores, shown, target, pairs)
+    cluster = None if key is None else key.of(sample.get("doc"), f"{where}, the document {doc_id},")
+    return Document(doc_id, doc_hash, prompt_hash, metrics, answer, scores, shown, target, pairs, cluster)
 
 
 def _float(value: int | float) -> float:

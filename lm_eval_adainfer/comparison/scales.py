@@ -35,6 +35,7 @@ _HIGHER = frozenset(
     ("acc", "acc_norm", "acc_bytes", "acc_mutual_info", "acc_all", "exact_match", "f1", "em", "likelihood")
 )
 _LOWER = frozenset(("ter", "brier_score", "wer", "cer"))
+_PERCENT = ("rouge", "bleu", "sacrebleu", "chrf", "meteor", "bertscore", "f1", "em", "exact", "acc")  # their beginnings
 _UNITS = {"word_perplexity": "nats per word", "byte_perplexity": "nats per byte"}
 
 
@@ -124,6 +125,20 @@ def scale_of(
     if not all(math.isfinite(d.metrics.get(metric, 0.0)) for d in documents):
         return first or Scale(lower)  # damaged: whoever uses the metric is told which document it is
     return f"{OWN_AGGREGATION}: the results say {reported:.6g}, and the documents don't give that"
+
+
+def most(metric: str, values: np.ndarray) -> float | None:
+    """The most that a document can score: 1 or 100 (the least is 0); None where nothing says that it is bounded.
+
+    Args:
+        metric: Its name; those that are known as percentages may reach 100.
+        values: Of documents; none above 1 is taken for a share, whatever the metric.
+    """
+    if values.min() < 0:
+        return None
+    if values.max() <= 1:
+        return 1.0
+    return 100.0 if values.max() <= 100 and metric.lower().startswith(_PERCENT) else None
 
 
 def undirected(metric: str, higher_is_better: Any) -> bool:

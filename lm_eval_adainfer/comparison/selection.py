@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
+from lm_eval_adainfer import clusters
 from lm_eval_adainfer.errors import AdaInferError
 
 _LISTED = 12  # names in a message
@@ -29,12 +30,14 @@ class Selection:
         exclude: Likewise, taken away from these.
         wanted: Metrics and filters, for all tasks or for some.
         filter: For all tasks for which ``wanted`` names none.
+        clusters: Tasks, and the field or template that says which of their documents belong together.
     """
 
     tasks: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     wanted: tuple[Wanted, ...] = ()
     filter: str | None = None
+    clusters: tuple[tuple[str, str], ...] = ()
 
     @classmethod
     def parse(
@@ -43,11 +46,12 @@ class Selection:
         exclude: str | Sequence[str] | None = None,
         metric: str | Sequence[str] | None = None,
         filter: str | None = None,
+        cluster: str | Sequence[str] | None = None,
     ) -> Selection:
-        """From the arguments of a command, each a text or several, with commas between names.
+        """From the arguments of a command, each a text or several, with commas between names (but in ``cluster``).
 
         Raises:
-            AdaInferError: On a metric that names nothing, or two for the same tasks.
+            AdaInferError: On a metric or cluster that names nothing, or two for the same tasks.
         """
         wanted: list[Wanted] = []
         for text in _names(metric):
@@ -67,7 +71,7 @@ class Selection:
                     f"if {name} is a filter, give --metric {twin.metric} --filter {name}, else TASK=METRIC for each"
                 )
             wanted.append(found)
-        return cls(_names(tasks), _names(exclude), tuple(wanted), filter)
+        return cls(_names(tasks), _names(exclude), tuple(wanted), filter, clusters.parse(cluster))
 
     def choose(self, names: Sequence[str], groups: Mapping[str, Sequence[str]], where: str) -> list[str]:
         """The tasks among ``names``, in their order.
@@ -99,6 +103,15 @@ class Selection:
             return Wanted(task, "", self.filter)
         return Wanted(task, best.metric, best.filter or self.filter)
 
+    def cluster_of(self, task: str, names: Sequence[str], groups: Mapping[str, Sequence[str]]) -> str | None:
+        """What says which documents of a task belong together: by its own name, else by a group or glob, else of all.
+
+        None where nothing was said of this task.
+        """
+        fitting = [(where, by) for where, by in self.clusters if not where or task in _matching(where, names, groups)]
+        best = max(fitting, key=lambda f: (f[0] == task, bool(f[0]), fitting.index(f)), default=None)
+        return None if best is None else best[1]
+
     def require_known(self, held: Sequence[tuple[str, Sequence[str], Mapping[str, Sequence[str]]]]) -> None:
         """Refuse names that fit nothing in any of the runs.
 
@@ -108,7 +121,12 @@ class Selection:
         Raises:
             AdaInferError: On such a name.
         """
-        for argument, patterns in (("exclude", self.exclude), ("metric", [w.tasks for w in self.wanted if w.tasks])):
+        named = {
+            "exclude": self.exclude,
+            "metric": [w.tasks for w in self.wanted if w.tasks],
+            "cluster": [where for where, _ in self.clusters if where],
+        }
+        for argument, patterns in named.items():
             for pattern in patterns:
                 if not any(_matching(pattern, names, groups) for _, names, groups in held):
                     holding = "; ".join(f"{label} holds {listing([*groups, *names])}" for label, names, groups in held)

@@ -7,14 +7,17 @@ from collections.abc import Sequence
 from dataclasses import asdict
 
 from lm_eval_adainfer.comparison.compare import Comparison, Row
+from lm_eval_adainfer.comparison.evidence import TASKS
 from lm_eval_adainfer.output import rendering
 from lm_eval_adainfer.output.rendering import Table, escape_markdown, number
 
 FORMATS = ("table", "markdown", "latex", "csv", "json")
 _LEGEND = (
     "diff: candidate minus baseline, with a 95% interval over documents (right-or-wrong metrics: Tango's score "
-    "interval, exact McNemar p; others: t, for ratios of sums resampled documents, sign-flip permutation p). agree: "
-    "same answer. exit layer, pruned, FLOPs (flops_ratio_total): counted, of the candidate."
+    "interval, exact McNemar p; metrics from 0 to 1, clusters and tasks that weigh the same: Gaffke's, sign-flip "
+    "permutation p; unbounded ones, approximate: t, for ratios of sums resampled documents). agree: same answer. "
+    "weighs the same: tasks, where a group's own score weighs these and not documents. exit layer, pruned, FLOPs "
+    "(flops_ratio_total): counted, of the candidate."
 )
 
 
@@ -34,6 +37,8 @@ def _table(comparison: Comparison) -> Table:
         "task": lambda r: r.name,
         "metric": lambda r: f"{r.metric}, {r.unit}" if r.unit else r.metric,
         "docs": lambda r: str(r.documents),
+        "clusters": lambda r: "" if r.clusters is None else str(r.clusters),
+        "weighs the same": lambda r: r.equal_weight if r.equal_weight == TASKS else "",
         "baseline": lambda r: number(r.baseline, ".4f"),
         "candidate": lambda r: number(r.candidate, ".4f"),
         "diff": lambda r: number(r.difference, "+.4f"),

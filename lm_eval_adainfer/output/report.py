@@ -12,7 +12,8 @@ import numpy as np
 
 from lm_eval_adainfer import container, statistics
 from lm_eval_adainfer._version import __version__
-from lm_eval_adainfer.comparison.compare import POOLED, compare, reach, weights_of
+from lm_eval_adainfer.comparison.compare import POOLED, compare
+from lm_eval_adainfer.comparison.evidence import reach, weights_of
 from lm_eval_adainfer.comparison.matching import Pairs, main_kind, match
 from lm_eval_adainfer.comparison.runs import Run
 from lm_eval_adainfer.errors import AdaInferError

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from lm_eval_adainfer import container
 from lm_eval_adainfer.comparison.check import Case, metric_name
-from lm_eval_adainfer.comparison.gate import FAIL, INCONCLUSIVE, PASS, Verdict
+from lm_eval_adainfer.comparison.gate import FAIL, INCONCLUSIVE, PASS, Pool, Verdict, percent
 from lm_eval_adainfer.errors import AdaInferError
 from lm_eval_adainfer.output.rendering import escape_markdown
 
@@ -18,15 +18,12 @@ _MARK = {PASS: "passed", FAIL: "failed", INCONCLUSIVE: "inconclusive"}
 
 def text(verdict: Verdict, baseline: str, candidate: str) -> str:
     """For people: the verdict on a drop, with its reasons and guards."""
-    levels = f"{verdict.lower_level:.0%} and {verdict.upper_level:.0%} one-sided"
-    flips = "" if verdict.discordant is None else f", {verdict.discordant} of them discordant"
     lines = [
         f"{verdict.status.upper()}: {verdict.reasons[0]}",
         *(f"  also: {reason}" for reason in verdict.reasons[1:]),
         "",
-        f"baseline {baseline}, candidate {candidate}; {verdict.documents} documents of {verdict.pool}{flips}",
-        f"{metric_name(verdict)}: {verdict.baseline:.4f} -> {verdict.candidate:.4f}, drop {verdict.drop:+.4f}, "
-        f"bounds {verdict.lower:+.4f} and {verdict.upper:+.4f} ({levels}), allowed {verdict.max_drop:g}",
+        f"baseline {baseline}, candidate {candidate}; " + "; ".join(_asked(pool) for pool in verdict.pools),
+        *(_line(pool, verdict) for pool in verdict.pools),
     ]
     if verdict.pruning_ratio is not None:
         least = "" if verdict.min_pruning is None else f", at least {verdict.min_pruning:g} wanted"
@@ -43,6 +40,20 @@ def text(verdict: Verdict, baseline: str, candidate: str) -> str:
             for g in verdict.guards
         ]
     return "\n".join(lines)
+
+
+def _asked(pool: Pool) -> str:
+    flips = "" if pool.discordant is None else f", {pool.discordant} of them discordant"
+    clusters = "" if pool.clusters is None else f", in {pool.clusters} clusters"
+    return f"{pool.documents} documents of {pool.name}{flips}{clusters}"
+
+
+def _line(pool: Pool, verdict: Verdict) -> str:
+    levels = f"{percent(verdict.lower_level)} and {percent(verdict.upper_level)} one-sided, {pool.method}"
+    return (
+        f"{metric_name(pool, verdict)}: {pool.baseline:.4f} -> {pool.candidate:.4f}, drop {pool.drop:+.4f}, "
+        f"bounds {pool.lower:+.4f} and {pool.upper:+.4f} ({levels}), allowed {verdict.max_drop:g}"
+    )
 
 
 def text_of_cases(status: str, found: list[Case]) -> str:
