@@ -56,10 +56,11 @@ _RECURRENT = (
     "mamba", "mamba2", "falcon_mamba", "xlstm", "rwkv", "recurrent_gemma", "bamba", "jamba", "zamba2", "falcon_h1",
     "granitemoehybrid", "nemotron_h", "qwen3_next", "qwen3_5", "olmo_hybrid", "lfm2", "minimax",
 )  # fmt: skip
-# (family, reader) that are refused: no plain key-value cache; no position ids; blocks that read more of earlier ones
+# (family, reader) that are refused: no plain key-value cache; no position ids, or alibi, which does not follow them;
+# blocks that read more of earlier ones
 UNREAD = {
     *((family, "copy") for family in (*_RECURRENT, "longcat_flash", "deepseek_v32", "openai-gpt")),
-    *((family, "sim") for family in (*_RECURRENT[:5], "bloom", "mpt", "trocr")),
+    *((family, "sim") for family in (*_RECURRENT[:5], "bloom", "mpt", "trocr", "falcon-alibi")),
     *((family, reader) for family in ("gemma4-shared-kv", "glm_moe_dsa") for reader in READERS),
 }
 
@@ -155,6 +156,11 @@ def check_reader(family, reader, batch_size):
         assert answer[0] == pytest.approx(slow[0], abs=1e-4 * max(1, abs(slow[0])))
         assert (answer[1], answer.top1) == slow[1:]
     assert len(exits) > 1 and min(exits) < lm.n_blocks
+
+
+def test_sim_is_refused_where_alibi_takes_no_notice_of_position_ids():
+    found = refused_readers(Anatomy(make_model("falcon-alibi", vocab_size=257)))
+    assert list(found) == ["sim"] and "their order there, not from position ids" in found["sim"]
 
 
 @pytest.mark.parametrize("reader", ["copy:2", "sim:2"])

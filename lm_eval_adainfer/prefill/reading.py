@@ -24,7 +24,7 @@ from lm_eval_adainfer.prefill.forward import Forward, padded
 from lm_eval_adainfer.prefill.prefixes import Continued, ContinuedCache, Copies, Pair, Prefix
 from lm_eval_adainfer.readers.base import Reader
 from lm_eval_adainfer.structure.anatomy import Anatomy
-from lm_eval_adainfer.structure.arguments import BatchRule
+from lm_eval_adainfer.structure.arguments import BatchRule, walk
 from lm_eval_adainfer.structure.rounding import hidden_distance, probed
 from lm_eval_adainfer.structure.storing import Storing, watch_storing
 from lm_eval_adainfer.structure.windows import NoPlainCacheError, watch_windows
@@ -351,10 +351,13 @@ def prepared(anatomy: Anatomy, reader: Reader) -> Reading:
             raise _unsupported(anatomy, reader, f"it does not use a plain key-value cache: {error.why}") from error
     try:
         storing = watch_storing(anatomy) if reader.kind == "copy" else None
+        unplaced = reader.kind == "sim" and _follows_order(anatomy)
         difference = probed(anatomy, "hidden", partial(_off_by, anatomy, reader, storing))
     except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
         said = str(error).splitlines()[0] if str(error) else ""
         raise _unsupported(anatomy, reader, f"its forward fails so ({type(error).__name__}: {said})") from error
+    if unplaced:
+        raise _unsupported(anatomy, reader, "where tokens stand follows from their order there, not from position ids")
     if not difference.is_rounding:
         raise _unsupported(anatomy, reader, f"hidden states are {difference}")
     return Reading(anatomy, reader, storing)
@@ -362,6 +365,43 @@ def prepared(anatomy: Anatomy, reader: Reader) -> Reading:
 
 def _unsupported(anatomy: Anatomy, reader: Reader, why: str) -> UnsupportedModelError:
     return UnsupportedModelError(f"reader: {anatomy.name} can't be read by {reader.kind} ({why}); use head or tuned")
+
+
+def _follows_order(anatomy: Anatomy) -> bool:
+    """Whether position ids change nothing, but blocks are given something else that says where tokens stand (alibi).
+
+    That is numbers which differ from place to place and are the same for other tokens; masks hold none.
+    """
+    ids = anatomy.probe_ids(2)
+    places = torch.arange(ids.shape[1], device=ids.device)[None].expand_as(ids)
+    (given, logits), (moved, others), (same, _) = (
+        _given_to_blocks(anatomy, tokens, at)
+        for tokens, at in ((ids, places), (ids, (places - 1).clamp(min=0)), (ids.flip(1), places))
+    )
+    if not torch.equal(logits, others):
+        return False
+    for x, y, z in zip(given, moved, same, strict=True):
+        numbers = x[x > -1e4] if x.is_floating_point() else x[:0]
+        if len(numbers) and bool((numbers != numbers.flatten()[0]).any()) and torch.equal(x, y) and torch.equal(x, z):
+            return True
+    return False
+
+
+def _given_to_blocks(anatomy: Anatomy, ids: Tensor, places: Tensor) -> tuple[list[Tensor], Tensor]:
+    """What blocks are given besides hidden states in a plain forward, and its logits."""
+    found: list[Tensor] = []
+
+    def note(module: Any, args: tuple, kwargs: dict) -> None:
+        beside = {name: x for name, x in kwargs.items() if name != "hidden_states"}
+        walk([list(args[1:]), beside], lambda _, x: found.append(x.clone()))
+
+    handles = [block.register_forward_pre_hook(note, with_kwargs=True) for block in anatomy.blocks]
+    try:
+        given: dict[str, Any] = {"position_ids": places, "attention_mask": torch.ones_like(ids), "use_cache": False}
+        return found, anatomy.model(input_ids=ids, **given).logits
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _off_by(anatomy: Anatomy, reader: Reader, storing: Storing | None) -> tuple[float, float]:
