@@ -362,7 +362,8 @@ class _Verifier:
         """
         asked = [request for document in documents for request in document]
         requests: list[Any] = [(None, list(a.context), list(a.continuation)) for a in asked]
-        answers = lm._loglikelihood_tokens(requests, disable_tqdm=True, override_bs=_BATCH)
+        with _quiet("lm_eval_adainfer.harness.model"):  # what such short prompts cost says nothing of real ones
+            answers = lm._loglikelihood_tokens(requests, disable_tqdm=True, override_bs=_BATCH)
         exits = [int(answer.exit_record.exit_layer) for answer in answers]
         reads = lm.reader.kind != "head"
         for a, answer, k in zip(asked, answers, exits, strict=True):
