@@ -40,13 +40,13 @@ def resolve(asked: Any, stoppers: Reader | None) -> Reader:
     """The reader of a run.
 
     Args:
-        asked: What ``reader=`` says; None where it is not given.
+        asked: What ``reader=`` says; None (also ``""``, and the word) where it is not given.
         stoppers: The reader that the stopper's file names; None where it comes from no file.
 
     Raises:
         AdaInferError: Where the two differ.
     """
-    if asked is None:
+    if asked is None or str(asked).strip() in ("", "None"):
         return stoppers or HEAD
     reader = parse(asked)
     if stoppers is not None and not reader.same(stoppers):
