@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from lm_eval_adainfer.errors import AdaInferError
 from lm_eval_adainfer.harness.model import AdaInferLM
+from lm_eval_adainfer.prefill import prefixes
 from lm_eval_adainfer.prefill import reading as reading_module
 from lm_eval_adainfer.prefill.documents import Row
 from lm_eval_adainfer.prefill.forward import Forward, padded
@@ -74,7 +75,7 @@ SHOTS = "a few shots that all documents of a task begin with. "
 
 @pytest.mark.parametrize("reader", ["copy:1", "copy:4", "sim:4"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_what_prompts_share_is_read_once(family, reader, tokenizer):
+def test_what_prompts_share_is_read_once(family, reader, tokenizer, monkeypatch):
     """Own parts of 1, W - 1, W and W + 1 tokens: windows begin behind the prefix, at its end, and inside of it."""
     if unsupported(family, reader) or family == "mamba":
         pytest.skip("another test says that it is refused, or that it shares nothing")
@@ -87,6 +88,9 @@ def test_what_prompts_share_is_read_once(family, reader, tokenizer):
     lm = lm_of(model, tokenizer, stopper=ScriptedByState(), reader=reader, check_layers="all", batch_size=7)
     answers = lm.loglikelihood(requests, True)
     compare(lm, reader, requests, answers)
+    monkeypatch.setattr(prefixes, "_KEPT", 0)  # copies that don't stay for later batches are made again
+    again = lm_of(model, tokenizer, stopper=ScriptedByState(), reader=reader, check_layers="all", batch_size=7)
+    assert again.loglikelihood(requests, True) == answers
     whole = lm_of(
         model, tokenizer, stopper=ScriptedByState(), reader=reader, check_layers="all", batch_size=7, prefix_cache=0
     )

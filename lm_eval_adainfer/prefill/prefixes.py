@@ -21,6 +21,7 @@ from lm_eval_adainfer.structure.arguments import BatchRule
 from lm_eval_adainfer.structure.storing import Stored, Storing
 
 Pair = tuple[Tensor, Tensor]  # keys and values, [rows, heads, slots, d]
+_KEPT = 4  # blocks after which a prefix's copies stay for later batches
 
 
 class Source(Protocol):
@@ -167,6 +168,8 @@ class Prefix:
     def copies(self, k: int, storing: Storing) -> Copies:
         """What later blocks would store of these tokens if they went no further than block k, one of ``asked``."""
         if k not in self._copies:
+            if len(self.asked) > _KEPT:  # all of them would be many times the memory of the prefix itself
+                self._copies.clear()
             self._copies[k] = Copies(self, k, storing)
         return self._copies[k]
 
