@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+from lm_eval_adainfer.counting import FlopCounter
 from lm_eval_adainfer.errors import AdaInferError
 from lm_eval_adainfer.prefill.feature_log import available_features
 from lm_eval_adainfer.prefill.reading import Reading, prepared
@@ -160,9 +161,9 @@ def estimate(lm: AdaInferLM, plan: Plan, instances: Sequence[Any]) -> Estimate:
     dense = counter.dense(prompt + scored - 1) + counter.head(scored)
     work = 2 * dense if generated else dense  # texts are generated first
     for reader, blocks in plan.readers:
-        for k in blocks:
-            if k < n_blocks:
-                work += counter.head(scored) + _reading(plan, counter, reader, k, prompt, scored)
+        costs = FlopCounter(plan.anatomy, lm.stopper, reader)
+        costs.copied_weights = plan.stored_weights
+        work += sum(counter.head(scored) + costs.read(k, prompt, scored) for k in blocks if k < n_blocks)
     requests: dict[tuple[int, str], int] = {}
     for instance in instances:
         key = (instance.doc_id, instance.args[0])
@@ -173,20 +174,6 @@ def estimate(lm: AdaInferLM, plan: Plan, instances: Sequence[Any]) -> Estimate:
     bytes_each = sum(length * (4 * features + 4 + 5 * width) for length, features in said) + 3 * width + 22
     bytes_each += plan.hidden * 2 * n_blocks * plan.anatomy.block_hidden_size
     return Estimate(work / dense, decisions * bytes_each)
-
-
-def _reading(plan: Plan, counter: Any, reader: Reader, k: int, prompt: int, scored: int) -> float:
-    """Counted work of reading one prompt and its scored positions after block k, but for the head."""
-    if not reader.runs_tokens:
-        return float(scored * reader.flops(k))
-    run = min(reader.window + (reader.kind == "sim"), prompt) + scored - 1
-    seen = prompt + scored - 1 if reader.kind == "copy" else run
-    pairs = run * seen - run * (run - 1) // 2
-    later = range(k + 1, plan.anatomy.n_blocks + 1)
-    work = sum(counter.block(j, run, pairs) for j in later)
-    if reader.kind == "copy":
-        work += sum(2.0 * plan.stored_weights[j - 1] * max(0, prompt - reader.window) for j in later)
-    return work
 
 
 def _most_new(lm: AdaInferLM, instance: Any) -> int:
