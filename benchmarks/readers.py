@@ -38,14 +38,15 @@ def measure(model: LlamaForCausalLM, lengths: list[int], batch_sizes: list[int],
             counted = sum(counter.read(k, length, 1) + counter.head(1) for k in asked)
             counted /= counter.dense(length) + counter.head(1)
             for size in batch_sizes:
+                # the first one warms up
                 found = [checks_over_forward(anatomy, reading, asked, length, size) for _ in range(repeats + 1)]
                 yield {
                     "reader": spec,
                     "asked after": "+".join(map(str, asked)),
                     "prompt": length,
                     "batch size": size,
-                    "checks / forward, measured": summary(found[1:]),  # the first one warms up
-                    "checks / forward, counted": counted,
+                    "checks, % of the forward, measured": summary([100 * ratio for ratio in found[1:]]),
+                    "checks, % of the forward, counted": 100 * counted,
                     "measured / counted": summary([ratio / counted for ratio in found[1:]]),
                 }
 
