@@ -112,7 +112,14 @@ def exact_p(b: int, c: int, n: int, drop: float) -> float:
 
 
 def fewest_wins(discordant: np.ndarray, n: int, drop: float, z: float) -> np.ndarray:
-    """Per number of discordant documents the least ``c`` whose statistic is at most z (one more than all if none)."""
+    """Per number of discordant documents the least ``c`` whose :func:`tango_z` is at most z (one more than all if none).
+
+    Args:
+        discordant: [m] ints, each b + c.
+        n: Documents.
+        drop: As :func:`tango_z`'s.
+        z: The largest statistic that counts.
+    """
     low, high = np.full(len(discordant), -1), discordant + 1  # low is too few, high is enough
     while np.any(high - low > 1):
         middle = np.clip((low + high) // 2, 0, discordant)
