@@ -11,7 +11,7 @@ from functools import lru_cache
 from math import floor
 
 import numpy as np
-from scipy import stats
+from scipy import special, stats
 
 from lm_eval_adainfer.statistics import GAMMA, fewest_wins, tango_z
 
@@ -80,9 +80,19 @@ def net_p(lost: int, won: int, drawn: int, size: int, share: float) -> float:
         seen = np.arange(max(0, drawn + flipping - size), min(drawn, flipping) + 1)
         weight = stats.hypergeom.pmf(seen, size, flipping, drawn)
         seen, weight = seen[weight > 1e-15], weight[weight > 1e-15]
-        tail = stats.hypergeom.sf(fewest_wins(seen, drawn, share, z) - 1, flipping, wins, seen)
-        worst = max(worst, float(weight @ tail))
+        worst = max(worst, float(weight @ _at_least(fewest_wins(seen, drawn, share, z), flipping, wins, seen)))
     return min(1.0, worst + GAMMA)
+
+
+def _at_least(fewest: np.ndarray, flipping: int, wins: int, seen: np.ndarray) -> np.ndarray:
+    """[m], P(Hypergeometric(flipping, wins, seen) >= fewest) for each of m ``seen``; scipy's takes a loop for it."""
+    log = special.gammaln(np.arange(flipping + 2) + 1.0)  # of factorials
+    k, n = np.arange(min(wins, int(seen.max())) + 1)[None, :], seen[:, None]
+    possible = (k <= n) & (n - k <= flipping - wins)
+    lose = np.where(possible, n - k, 0)
+    chosen = log[wins] - log[k] - log[wins - k] + log[flipping - wins] - log[lose] - log[flipping - wins - lose]
+    whole = log[flipping] - log[n] - log[flipping - n]
+    return np.where(possible & (k >= fewest[:, None]), np.exp(chosen - whole), 0.0).sum(axis=1)
 
 
 def _discordant(seen: int, drawn: int, size: int) -> tuple[int, int]:
@@ -91,7 +101,8 @@ def _discordant(seen: int, drawn: int, size: int) -> tuple[int, int]:
     low, high = least, most
     while low < high:  # the fewest of which so many are seen with a probability above GAMMA / 2
         middle = (low + high) // 2
-        low, high = (low, middle) if stats.hypergeom.sf(seen - 1, size, middle, drawn) > GAMMA / 2 else (middle + 1, high)
+        enough = stats.hypergeom.sf(seen - 1, size, middle, drawn) > GAMMA / 2
+        low, high = (low, middle) if enough else (middle + 1, high)
     lowest, low, high = low, low, most
     while low < high:
         middle = (low + high + 1) // 2

@@ -112,7 +112,7 @@ def exact_p(b: int, c: int, n: int, drop: float) -> float:
 
 
 def fewest_wins(discordant: np.ndarray, n: int, drop: float, z: float) -> np.ndarray:
-    """Per number of discordant documents the least ``c`` whose :func:`tango_z` is at most z (one more than all if none).
+    """Per number of discordant documents the least ``c`` whose statistic is at most z (one more than all if none).
 
     Args:
         discordant: [m] ints, each b + c.

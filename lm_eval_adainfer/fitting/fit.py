@@ -366,7 +366,8 @@ FITTERS: dict[str, Callable[..., Stopper]] = {
 def _note(stopper: Stopper, found: Examples, reader: Reader) -> None:
     """Note what a stopper was fitted on: documents, their scores, reader, and blocks where asking is dear."""
     stopper.seen, stopper.reader = found.seen, reader
-    stopper.info[grids.KEY] = grids.of_examples(stopper, found.x.reshape(-1, len(found.blocks), found.x.shape[1]), found.blocks)
+    decisions = found.x.reshape(-1, len(found.blocks), found.x.shape[1])
+    stopper.info[grids.KEY] = grids.of_examples(stopper, decisions, found.blocks)
     if reader.runs_tokens:
         stopper.info["check_layers"] = found.blocks
 

@@ -1,7 +1,7 @@
 """The thresholds that calibration tests: fixed before it looks at a document, or its promise would not hold.
 
-They are the quantiles of scores on the *fitting* documents, which the stopper's file holds (``fit`` notes them) or other
-traces give. Where there are none, as for a rule, it is a grid of round numbers.
+They are the quantiles of scores on the *fitting* documents, which the stopper's file holds (``fit`` notes them) or
+other traces give. Where there are none, as for a rule, it is a grid of round numbers.
 """
 
 from __future__ import annotations
@@ -57,7 +57,9 @@ def grid_of(stopper: Stopper, traces: Sequence[TracedDocuments], check_layers: o
     """
     require_threshold(stopper)
     free = _bare(stopper)
-    scores = [t.together(margins(free, t.meta, t.arrays, asked(free, t.meta, check_layers=check_layers))) for t in traces]
+    scores = [
+        t.together(margins(free, t.meta, t.arrays, asked(free, t.meta, check_layers=check_layers))) for t in traces
+    ]
     return _descending(stopper, _quantiles(np.concatenate(scores)))
 
 
@@ -89,8 +91,9 @@ def _quantiles(scores: np.ndarray) -> np.ndarray:
     shares = np.linspace(0, 1, _QUANTILES)
     if not len(told):
         return np.zeros(1)
-    known = np.where(np.isfinite(told), told, -np.inf)
-    return np.unique(np.concatenate([np.quantile(known.max(axis=1), shares), np.quantile(told[np.isfinite(told)], shares)]))
+    is_known = np.isfinite(told)
+    greatest = np.where(is_known, told, -np.inf).max(axis=1)
+    return np.unique(np.concatenate([np.quantile(values, shares) for values in (greatest, told[is_known])]))
 
 
 def _descending(stopper: Stopper, scores: np.ndarray) -> np.ndarray:

@@ -128,9 +128,7 @@ def repeated(traces: Sequence[TracedDocuments], wanted: Wanted) -> str | None:
     if not found:
         return None
     shown = "; ".join(list(found.values())[:2]) + (f"; and {len(found) - 2} more" if len(found) > 2 else "")
-    return (
-        f"documents about one passage are not independent, and what is said here takes them for that: {shown}"
-    )
+    return f"documents about one passage are not independent, and what is said here takes them for that: {shown}"
 
 
 def _repeats(trace: TracedDocuments) -> str | None:
