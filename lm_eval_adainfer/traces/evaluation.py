@@ -47,7 +47,10 @@ def evaluate(
         documents; with clusters Gaffke's for both; for the others the paired bootstrap within tasks, of distinct
         documents or clusters. None where nothing tells.
     """
-    parts, documents, units, tasks = [], [], [], []
+    parts: list[np.ndarray] = []
+    documents: list[tuple[str, str, int]] = []
+    units: list[Any] = []
+    tasks: list[str] = []
     for number, (trace, said) in enumerate(zip(traces, found, strict=True)):
         left = exits(said, threshold)
         right, dense = at_exit(trace.right, left), trace.right[:, -1]
