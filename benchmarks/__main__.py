@@ -12,11 +12,14 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import checks, decoding, memory, prefill, shared
+from benchmarks import checks, decoding, memory, prefill, readers, shared
 from benchmarks.models import SHAPES, about, make_model, table
 from lm_eval_adainfer import container
 
-KINDS = {"prefill": prefill, "checks": checks, "shared": shared, "memory": memory, "decoding": decoding}
+KINDS = {
+    "prefill": prefill, "checks": checks, "shared": shared, "memory": memory, "decoding": decoding,
+    "readers": readers,
+}  # fmt: skip
 
 
 def main(arguments: list[str] | None = None) -> None:

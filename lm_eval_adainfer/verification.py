@@ -2,7 +2,8 @@
 
 The reference is slow and obvious: lm-eval's own call of the model, wrapper and all, one row at a time and from its
 first token on, blocks k+1..L handing on what they get. It shares nothing with the engine but the list of blocks.
-Prompts are random tokens, so any tokenizer will do.
+Prompts are random tokens, so any tokenizer will do. What a reader other than ``head`` reads is compared with what the
+reader is defined to be (``plain_readings``).
 
 Where the model computes in a dtype coarser than float32, rounding would hide what is wrong: so it is checked with
 float32 copies of its weights first, and then in its own dtype, where early exit may differ from plain forwards as much
@@ -18,7 +19,8 @@ import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from functools import cached_property
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,18 +29,25 @@ from tqdm import tqdm
 from lm_eval_adainfer.errors import AdaInferError, UnsupportedModelError
 from lm_eval_adainfer.generation.decoder import Decoder
 from lm_eval_adainfer.generation.probes import prepare
+from lm_eval_adainfer.generation.prompts import PromptExits
 from lm_eval_adainfer.harness.model import AdaInferLM
-from lm_eval_adainfer.strategies import features
+from lm_eval_adainfer.plain_readings import PlainReadings
+from lm_eval_adainfer.prefill.reading import prepared
+from lm_eval_adainfer.readers.base import HEAD, Reader
+from lm_eval_adainfer.strategies import features, specs
 from lm_eval_adainfer.strategies.base import Schedule, Stopper
 from lm_eval_adainfer.structure.arguments import hidden_of, with_hidden
 from lm_eval_adainfer.structure.rounding import coarsest, in_float32, measured
 from lm_eval_adainfer.structure.state import BlockState
+from lm_eval_adainfer.structure.storing import watch_storing
+from lm_eval_adainfer.structure.windows import Windows
 
 OK, NOT_SUPPORTED, FAILED = "ok", "not supported", "FAILED"
 _LONGEST = 40  # tokens of a prompt and what follows it
 _MOST_BLOCKS = 8  # after which answers are compared one block at a time
 _BATCH = 16
 _NEW_TOKENS = 6
+_MOST_OF_READING = 2e-5  # of the log-probabilities' size: what rounding is believed to do under a reader at most
 
 
 @dataclass(frozen=True)
@@ -117,19 +126,22 @@ class _Plain:
         self.lm, self.anatomy = lm, lm.anatomy
         with lm._autocast():
             self.rounding = max(2e-6, 2 * measured(self.anatomy, copied).logits)
+        self.rows: list[tuple[int, ...]] = []  # on which the rounding of what the reader reads is measured
         # as lm-eval calls it, wrapper and all; but for models that fail with the cache that they make themselves
         self.given: dict[str, Any] = {}
         try:
-            self._logits(self.anatomy.probe_ids(1)[0].tolist())
+            self.logits(self.anatomy.probe_ids(1)[0].tolist())
         except (RuntimeError, ValueError):
             self.given = {"use_cache": False}
+        self.read = PlainReadings(self.anatomy.blocks, lm.reader, self.logits)
 
     @torch.no_grad()
-    def _logits(self, tokens: Sequence[int], behind: Sequence[int] = ()) -> Tensor:
+    def logits(self, tokens: Sequence[int], behind: Sequence[int] = (), **more: Tensor) -> Tensor:
         """[S, V], float32, also with other tokens behind these, which changes nothing but rounding."""
         ids = torch.tensor([[*tokens, *behind]], device=self.anatomy.input_device)
+        more = {name: value.to(ids.device) for name, value in more.items()}
         with self.lm._autocast():
-            return self.lm.model(ids, **self.given).logits[0, : len(tokens)].float().cpu()
+            return self.lm.model(ids, **self.given, **more).logits[0, : len(tokens)].float().cpu()
 
     def logprobs(self, tokens: Sequence[int], k: int, behind: Sequence[int] = ()) -> Tensor:
         """[S, V] log-probabilities of one row after block k: what comes behind it hands on what it gets."""
@@ -143,7 +155,7 @@ class _Plain:
             handles.append(b.register_forward_pre_hook(note, with_kwargs=True, prepend=True))
             handles.append(b.register_forward_hook(lambda m, args, output: with_hidden(output, given.pop())))
         try:
-            return self._logits(tokens, behind).log_softmax(-1)
+            return self.logits(tokens, behind).log_softmax(-1)
         finally:
             for handle in handles:
                 handle.remove()
@@ -172,21 +184,38 @@ class _Plain:
                     of = self.anatomy.part(b, which)
                     handles.append(of.register_forward_hook(lambda m, args, output, w=which: part(w, output)))
                 handles.append(b.register_forward_hook(block))
-            self._logits(tokens)
+            self.logits(tokens)
         finally:
             for handle in handles:
                 handle.remove()
         return found
 
-    def allowed(self, logprobs: Tensor) -> float:
-        """How far rounding may move the sum of n positions' log-probabilities ([n, V]): 1e-4, and by their size."""
-        size = logprobs.where(logprobs > -1e4, 0).abs().amax(-1).sum().item()  # some models mask tokens
-        return 1e-4 + self.rounding * size
+    @cached_property
+    def reading_rounding(self) -> float:
+        """What rounding does to what the model's reader reads, by size: it is read with more tokens behind, too.
 
-    def top(self, logprobs: Tensor) -> int | None:
+        Tokens that run on among few others can be rounded otherwise than a plain forward's.
+        """
+        worst = 0.0
+        for row in self.rows:
+            for k in sorted({1, max(1, self.anatomy.n_blocks // 2)}):
+                one, *others = (self.read.logprobs(row, len(row), k, behind)[0] for behind in ((), row[:3], row))
+                size = one.where(one > -1e4, 0).abs().max().item()
+                worst = max(worst, *((other - one).nan_to_num(0).abs().max().item() / size for other in others))
+        return max(self.rounding, min(2 * worst, max(_MOST_OF_READING, 4 * self.rounding)))
+
+    def allowed(self, logprobs: Tensor, reads: bool = False) -> float:
+        """How far rounding may move the sum of n positions' log-probabilities ([n, V]): 1e-4, and by their size.
+
+        ``reads``: they are what the model's reader reads.
+        """
+        size = logprobs.where(logprobs > -1e4, 0).abs().amax(-1).sum().item()  # some models mask tokens
+        return 1e-4 + (self.reading_rounding if reads else self.rounding) * size
+
+    def top(self, logprobs: Tensor, reads: bool = False) -> int | None:
         """The top token of [V]; None where the second is too near to tell."""
         best = logprobs.topk(2)
-        near = not (best.values[0] - best.values[1]).item() > 2 * self.allowed(logprobs[None])
+        near = not (best.values[0] - best.values[1]).item() > 2 * self.allowed(logprobs[None], reads)
         return None if near else int(best.indices[0])
 
 
@@ -194,9 +223,10 @@ class _Drawn(Stopper):
     """Leaves after a drawn block, each as likely as any other; or, where ``only`` is set, after that one."""
 
     kind = "drawn"
-    features = ("cos_hidden",)  # it has to be asked, and this reads no head
 
-    def __init__(self) -> None:
+    def __init__(self, reads: bool = False) -> None:
+        # it has to be asked, and a cosine reads no head
+        self.features = ("gap",) if reads else ("cos_hidden",)
         self.only: int | None = None
         self.generator = torch.Generator().manual_seed(0)
         self.n_blocks = 0
@@ -226,6 +256,26 @@ class _Asked:
         return self.context + self.continuation[:-1]
 
 
+class _Step(NamedTuple):
+    """A step of decoding, of one text.
+
+    Attributes:
+        text: The tokens so far.
+        prompt: How many of them are the prompt's.
+        block: The block after which the new token left; or the prompt, where prompts leave.
+        rows: Texts of the batch.
+        logits: [V], what was read.
+        token: What was chosen.
+    """
+
+    text: tuple[int, ...]
+    prompt: int
+    block: int
+    rows: int
+    logits: Tensor
+    token: int
+
+
 class _Verifier:
     """The checks, and what they share."""
 
@@ -240,18 +290,26 @@ class _Verifier:
         special = set(lm.tokenizer.all_special_ids)  # an image's, say, stands for more than a token
         self.vocabulary = [t for t in known if t not in special] or list(known)
         self.drawn = _Drawn()
-        self._early: dict[int, AdaInferLM] = {}
+        if lm.reader.kind != "head":
+            longest = min(self.window, 12 + lm.reader.window)
+            self.plain.rows = [self.tokens(n) for n in sorted({max(1, longest // 2), longest})]
+        self._early: dict[tuple[int, str], AdaInferLM] = {}
 
     # ------------------------------------------------------------------ what is asked
     def tokens(self, length: int) -> tuple[int, ...]:
         """Random ones."""
         return tuple(self.random.choices(self.vocabulary, k=length))
 
-    def document(self, length: int, beginning: Sequence[int] = (), at: int | None = None) -> list[_Asked]:
-        """Requests with one context of ``length`` tokens: a few random tokens, and the top token after block ``at``."""
+    def document(
+        self, length: int, beginning: Sequence[int] = (), at: int | None = None, room: int = 0
+    ) -> list[_Asked]:
+        """Requests with one context of ``length`` tokens: a few random tokens, and the top token after block ``at``.
+
+        They are no longer than ``room``; 0 for the window.
+        """
         context = (*beginning, *self.tokens(length - len(beginning)))
         top = int(self.plain.logprobs(context, at or self.n)[-1].argmax())
-        few = max(1, min(3, self.window - length))
+        few = max(1, min(3, (room or self.window) - length))
         return [_Asked(context, self.tokens(few)), _Asked(context, (top,))]
 
     def choices(self, context: tuple[int, ...]) -> list[_Asked]:
@@ -266,8 +324,8 @@ class _Verifier:
         lengths = [1 + (longest - 1) * n // max(1, count - 1) for n in range(count)]
         return [self.document(length) for length in self.random.sample(lengths, count)]
 
-    def with_stopper(self, stopper: Any, prefix_cache: int = 0) -> AdaInferLM:
-        """The same model, with another stopper."""
+    def with_stopper(self, stopper: Any, prefix_cache: int = 0, reader: Reader = HEAD) -> AdaInferLM:
+        """The same model, with another stopper, asked after every block."""
         lm = self.lm
         with _quiet("lm_eval.models.huggingface"):  # it warns of model objects
             return AdaInferLM(
@@ -275,17 +333,26 @@ class _Verifier:
                 tokenizer=lm.tokenizer,
                 stopper=stopper,
                 prefix_cache=prefix_cache,
+                reader=reader,
+                check_layers="all",
                 max_length=lm.max_length,
                 softmax_dtype=lm.softmax_dtype,
                 mixed_precision_dtype=lm.mixed_precision_dtype,
                 prefix_token_id=lm.prefix_token_id,
             )
 
-    def early(self, prefix_cache: int = 0) -> AdaInferLM:
+    def early(self, prefix_cache: int = 0, reader: Reader = HEAD) -> AdaInferLM:
         """The same model, leaving where ``self.drawn`` says."""
-        if prefix_cache not in self._early:
-            self._early[prefix_cache] = self.with_stopper(self.drawn, prefix_cache)
-        return self._early[prefix_cache]
+        key = (prefix_cache, reader.kind)
+        if key not in self._early:
+            self._early[key] = self.with_stopper(self.drawn, prefix_cache, reader)
+        return self._early[key]
+
+    def expected(self, lm: AdaInferLM, a: _Asked, k: int, behind: Sequence[int] = ()) -> Tensor:
+        """[n, V] log-probabilities at a request's n scored positions, read after block k as ``lm`` reads."""
+        if lm.reader.kind == "head":
+            return self.plain.logprobs(a.row, k, behind)[-len(a.continuation) :]
+        return self.plain.read.logprobs(a.row, len(a.context), k, behind)
 
     def compare(self, tally: _Tally, lm: AdaInferLM, documents: Sequence[Sequence[_Asked]]) -> list[int]:
         """Ask for all log-probabilities in one call, and compare each with its row's alone, at the block it names.
@@ -297,13 +364,14 @@ class _Verifier:
         requests: list[Any] = [(None, list(a.context), list(a.continuation)) for a in asked]
         answers = lm._loglikelihood_tokens(requests, disable_tqdm=True, override_bs=_BATCH)
         exits = [int(answer.exit_record.exit_layer) for answer in answers]
+        reads = lm.reader.kind != "head"
         for a, answer, k in zip(asked, answers, exits, strict=True):
             n = len(a.continuation)
-            expected = self.plain.logprobs(a.row, k)[-n:]
+            expected = self.expected(lm, a, k)
             where = f"of {n} tokens after {len(a.context)} that left after block {k}"
             total = expected[range(n), list(a.continuation)].sum()
-            tally.number(answer[0], total, self.plain.allowed(expected), f"the log-probability {where}")
-            tops = [self.plain.top(x) for x in expected]
+            tally.number(answer[0], total, self.plain.allowed(expected, reads), f"the log-probability {where}")
+            tops = [self.plain.top(x, reads) for x in expected]
             # one token that is surely not the top one settles it
             surely = any(top is not None and top != t for top, t in zip(tops, a.continuation, strict=True))
             greedy = False if surely else None if None in tops else True
@@ -381,41 +449,108 @@ class _Verifier:
 
     def generation(self) -> Finding:
         """Greedy decoding, token by token at drawn blocks, against the whole prefix without a cache."""
-        tally, steps, anatomy = _Tally(), [], self.anatomy
-        with self.lm._autocast():
-            try:
-                windows = prepare(anatomy)
-            except UnsupportedModelError as error:
-                return Finding("generation", NOT_SUPPORTED, str(error))
-            self.drawn.bind(self.n)
-            schedule = Schedule(self.n, self.drawn)
-            new = max(1, min(_NEW_TOKENS, self.window - 1))
-            longest = max(1, min(12, self.window - new))
-            for rows in (1, 4):
-                texts = [list(self.tokens(1 + (longest - 1) * (n + 1) // rows)) for n in range(rows)]
-                decoder = Decoder(anatomy, self.drawn, schedule, windows, texts, new)
+        try:
+            with self.lm._autocast():
+                windows = prepare(self.anatomy)
+        except UnsupportedModelError as error:
+            return Finding("generation", NOT_SUPPORTED, str(error))
+        tally, steps = _Tally(), self.decoded(windows, HEAD, None, 12)
+        for s in steps:
+            self.compare_token(tally, s, self.plain.logprobs(s.text, s.block)[-1])
+        how = windows.layout + (f", as not {windows.missed}" if windows.missed else "")
+        return tally.finding(
+            "generation",
+            f"tokens that left after blocks {_listed(s.block for s in steps)} are as without a cache (laid out {how})",
+        )
+
+    def decoded(self, windows: Windows, reader: Reader, prompts: PromptExits | None, longest: int) -> list[_Step]:
+        """Decode greedily, one text alone and four together.
+
+        Args:
+            windows: How tokens are laid out.
+            reader: How new tokens are read.
+            prompts: What says where prompts leave; new tokens then run dense. None: tokens leave at drawn blocks.
+            longest: Tokens of the longest prompt, where the window is long enough.
+        """
+        stopper = self.drawn if prompts is None else specs.parse("none")
+        schedule, steps = Schedule(self.n, stopper), []
+        new = max(1, min(_NEW_TOKENS, self.window - 1))
+        longest = max(1, min(longest, self.window - new))
+        for rows in (1, 4):
+            texts = [list(self.tokens(1 + (longest - 1) * (n + 1) // rows)) for n in range(rows)]
+            lengths, policy = [len(text) for text in texts], "recompute" if prompts is None else "propagate"
+            with self.lm._autocast():
+                decoder = Decoder(self.anatomy, stopper, schedule, windows, texts, new, policy, reader=reader)
+                first = None if prompts is None else prompts.run(decoder.state, texts)
                 with decoder.attached():
                     for step in range(1, new + 1):
                         # the last tokens go through all blocks, so whatever earlier ones left out is filled in
                         self.drawn.only = self.n if step == new else None
-                        logits = decoder.step()
+                        logits = decoder.step() if first is None or step > 1 else first
                         chosen = logits.argmax(-1).tolist()
-                        steps.append([(list(text), decoder.results[n].layers[-1], logits[n].float().cpu(), chosen[n])
-                                      for n, text in enumerate(texts)])  # fmt: skip
+                        for n, (text, result) in enumerate(zip(texts, decoder.results, strict=True)):
+                            k = result.layers[-1] if prompts is None else int(result.prompt_exit or 0)
+                            steps.append(_Step(tuple(text), lengths[n], k, rows, logits[n].float().cpu(), chosen[n]))
                         decoder.append(chosen, [False] * rows)
                         for text, token in zip(texts, chosen, strict=True):
                             text.append(token)
-        for together in steps:  # without the decoder's hooks
-            for text, k, logits, token in together:
-                expected = self.plain.logprobs(text, k)[-1:]
-                where = f"after {len(text)} tokens, left after block {k} with {len(together)} rows in the batch,"
-                allowed = self.plain.allowed(expected)
-                tally.number(logits.log_softmax(-1), expected[0], allowed, f"a log-probability {where}")
-                tally.same(token, self.plain.top(expected[0]), f"the token {where}")
-        layers = {k for together in steps for _, k, *_ in together}
-        how = windows.layout + (f", as not {windows.missed}" if windows.missed else "")
+        return steps
+
+    def compare_token(self, tally: _Tally, step: _Step, expected: Tensor, reads: bool = False) -> None:
+        """A step of decoding against the log-probabilities [V] of its next token."""
+        where = f"after {len(step.text)} tokens, left after block {step.block} with {step.rows} rows in the batch,"
+        if step.prompt < len(step.text):
+            where = where.replace(" tokens,", f" tokens, {step.prompt} of them the prompt's,")
+        allowed = self.plain.allowed(expected[None], reads)
+        tally.number(step.logits.log_softmax(-1), expected, allowed, f"a log-probability {where}")
+        tally.same(step.token, self.plain.top(expected, reads), f"the token {where}")
+
+    def reader(self) -> Finding:
+        """What the model's reader reads, of rows of one batch and of rows that share prefixes, against rows alone."""
+        tally, reader, exits = _Tally(), self.lm.reader, []
+        for reads in (False, True):  # a decision that reads nothing, and one whose reading is scored as well
+            drawn = _Drawn(reads)
+            exits += self.compare(tally, self.with_stopper(drawn, 0, reader), self.documents(8))
+            sharing = self.with_stopper(drawn, 4096, reader)
+            exits += self.compare(tally, sharing, self.behind_a_beginning())
+        how = "run whole" if sharing._found_sharing is None or sharing._found_sharing.rule is None else "read once"
         return tally.finding(
-            "generation", f"tokens that left after blocks {_listed(layers)} are as without a cache (laid out {how})"
+            "reader",
+            f"{reader.name} reads rows of one batch after blocks {_listed(exits)} as alone, what prompts share {how}",
+        )
+
+    def behind_a_beginning(self) -> list[list[_Asked]]:
+        """Documents that begin alike, with own parts of 1, W - 1, W, W + 1 tokens and a few more."""
+        window = max(1, self.lm.reader.window)
+        room = min(self.lm.max_length, self.anatomy.fixed_positions or self.lm.max_length, 2 * window + 36)
+        most = max(1, room - 3)  # tokens of a prompt
+        lengths = [n for n in (1, window - 1, window, window + 1, window + 4, window + 9) if 0 < n < most]
+        beginning = self.tokens(most - max(lengths, default=0))
+        return [self.document(len(beginning) + n, beginning, room=room) for n in lengths]
+
+    def texts(self) -> Finding:
+        """Texts under the model's reader, token by token, against whole prefixes without a cache."""
+        reader, prompts = self.lm.reader, None
+        try:
+            with self.lm._autocast():
+                windows = prepare(self.anatomy)
+                if reader.runs_tokens:  # what leaves is the prompt, and new tokens find its cache as the reader left it
+                    reading, drawn = prepared(self.anatomy, reader), _Drawn(reads=True)
+                    storing = reading.storing or watch_storing(self.anatomy)
+                    schedule = Schedule(self.n, drawn, check_layers="all", reader=reader)
+                    prompts = PromptExits(drawn, schedule, reading, storing)
+        except UnsupportedModelError as error:
+            return Finding("texts", NOT_SUPPORTED, str(error))
+        tally, steps = _Tally(), self.decoded(windows, reader, prompts, 12 + reader.window)
+        for s in steps:
+            if prompts is None:
+                expected = self.plain.read.logits(s.text, len(s.text), s.block)[-1]
+            else:
+                expected = self.plain.read.next_token(s.text[: s.prompt], s.text[s.prompt :], s.block)
+            self.compare_token(tally, s, expected.log_softmax(-1), reads=True)
+        blocks, what = _listed(s.block for s in steps), "tokens" if prompts is None else "prompts"
+        return tally.finding(
+            "texts", f"under {reader.name} texts whose {what} left after blocks {blocks} go on as without a cache"
         )
 
     def rounding(self) -> Finding:
@@ -424,12 +559,13 @@ class _Verifier:
         A plain forward with other tokens behind a row's is the same one on paper.
         """
         documents, found, own, sizes = self.documents(8), [], [], []
-        for lm in (self.early(), self.early(prefix_cache=4096)):
+        readers = [HEAD] if self.lm.reader.kind == "head" else [HEAD, self.lm.reader]
+        for lm in (self.early(size, reader) for reader in readers for size in (0, 4096)):
             asked = [request for document in documents for request in document]
             requests: list[Any] = [(None, list(a.context), list(a.continuation)) for a in asked]
             for a, answer in zip(asked, lm._loglikelihood_tokens(requests, True, override_bs=_BATCH), strict=True):
                 k, n = int(answer.exit_record.exit_layer), len(a.continuation)
-                plain = [self.plain.logprobs(a.row, k, behind)[-n:] for behind in ((), self.tokens(3), self.tokens(9))]
+                plain = [self.expected(lm, a, k, behind) for behind in ((), self.tokens(3), self.tokens(9))]
                 total, *others = (x[range(n), list(a.continuation)].sum().item() for x in plain)
                 found.append(answer[0] - total)
                 own += [other - total for other in others]
@@ -472,7 +608,9 @@ class _Verifier:
         names = stopper.features
         if not names:  # it asks nothing, and leaves after its one block
             return asked[0] if asked else self.n
-        little = 1e-4 + self.plain.rounding  # features are of the order of 1
+        reads = self.lm.reader.kind != "head"
+        # features are of the order of 1
+        little = 1e-4 + (self.plain.reading_rounding if reads else self.plain.rounding)
         whole = ("depth", "agreement", "choice_agreement")  # what rounding does not move
         moves = torch.diag(torch.tensor([0.0 if name in whole else little for name in names]))
         moves = torch.cat([torch.zeros(1, len(names)), moves, -moves])
@@ -481,11 +619,14 @@ class _Verifier:
         for state in self.plain.states(context, features.needed_parts(names)):
             if state.block not in asked:
                 continue
-            logits = anatomy.logits(state.hidden[:, -1])
+            if reads:
+                logits = self.plain.read.logits(context, len(context), state.block)
+            else:
+                logits = anatomy.logits(state.hidden[:, -1])
             logprobs = logits[0].float().cpu().log_softmax(-1)
-            if features.needs_past(names) and self.plain.top(logprobs) is None:
+            if features.needs_past(names) and self.plain.top(logprobs, reads) is None:
                 return None
-            if features.needs_choice_past(names) and self.plain.top(logprobs[list(choices)]) is None:
+            if features.needs_choice_past(names) and self.plain.top(logprobs[list(choices)], reads) is None:
                 return None
             device = state.hidden.device
             carried = None if carried is None else carried.to(device)
@@ -506,20 +647,23 @@ def verify_model(lm: AdaInferLM, disable_tqdm: bool = False) -> list[Finding]:
     Works with any tokenizer and vocabulary. The model's totals (``lm.totals()``) count these forwards too.
 
     Args:
-        lm: The model; its stopper is checked where it has one.
+        lm: The model; its stopper is checked where it has one, and so is its reader. What comes before these is checked
+            with the reader ``head``.
         disable_tqdm: Show no progress.
 
     Tolerances are 1e-4 plus a share of the log-probabilities' size: 2e-6, or twice what rounding was measured to do to
-    this model's logits (:mod:`rounding`). A model that computes in a coarser dtype than float32 is checked with float32
-    copies of its weights; in its own dtype its answers are compared in the finding ``rounding``.
+    this model's logits (:mod:`rounding`), or to what its reader reads. A model that computes in a coarser dtype than
+    float32 is checked with float32 copies of its weights; in its own dtype its answers are compared in the finding
+    ``rounding``.
 
     Returns:
         A finding per check: ``structure``, ``dense``, ``exits``, ``compaction``, ``prefix``, ``generation``, for a
-        stopper other than ``none`` ``stopper``, and for a dtype coarser than float32 ``rounding``. Whatever goes wrong
-        in a check is its finding.
+        reader other than ``head`` ``reader`` and ``texts``, for a stopper other than ``none`` ``stopper``, and for a
+        dtype coarser than float32 ``rounding``. Whatever goes wrong in a check is its finding.
     """
     names = ["structure", "dense", "exits", "compaction", "prefix", "generation"]
     dtype = _computes_in(lm)
+    names += ["reader", "texts"] * (lm.reader.kind != "head")
     names += ["stopper"] * (lm.stopper.kind != "none")
     with tqdm(desc="Verifying", total=len(names), disable=disable_tqdm or lm.rank != 0) as progress:
         with _in_float32(lm) as copied:

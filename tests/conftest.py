@@ -49,6 +49,21 @@ def hub(shared, tmp_path_factory):
     return {"HF_HOME": str(home), "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
 
 
+@pytest.fixture(scope="session")
+def smollm2(shared):
+    """SmolLM2-135M-Instruct with weights rounded to bfloat16, as checkpoints are saved."""
+    import torch
+    import transformers
+
+    folder = shared / "models" / "smollm2-135m-instruct"
+    if not folder.is_dir():
+        pytest.skip("no SmolLM2 here")
+    pytest.importorskip("gguf")
+    file = "SmolLM2-135M-Instruct.Q4_1.gguf"
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.float32)
+    return model.to(torch.bfloat16), transformers.AutoTokenizer.from_pretrained(folder, gguf_file=file)
+
+
 @pytest.fixture
 def only_our_tasks(monkeypatch):
     """Commands know no other tasks."""

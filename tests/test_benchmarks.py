@@ -31,7 +31,7 @@ def test_a_kind_writes_its_rows(kind, small, tmp_path):
                   "--repeats", "1", "-o", str(tmp_path)])  # fmt: skip
     record = json.loads((tmp_path / f"{kind}-tiny-float32-cpu.json").read_text())
     rows, table = record["rows"], (tmp_path / f"{kind}-tiny-float32-cpu.md").read_text().splitlines()
-    assert len(rows) == {"shared": 6, "memory": 1}.get(kind, 2) and len(table) == 4 + len(rows)
+    assert len(rows) == {"shared": 6, "memory": 1, "readers": 8}.get(kind, 2) and len(table) == 4 + len(rows)
     assert record["measured"] in table[0] and "*measured*" in table[0]
     ratios = [value for row in rows for name, value in row.items() if " / " in name and value != "-"]
     assert ratios and all(r["low"] <= r["median"] <= r["high"] for r in ratios if isinstance(r, dict))

@@ -741,7 +741,7 @@ def test_arrays_of_another_shape_or_kind_are_refused(name, how, trace_file, tmp_
     arrays[name] = {
         "cut": array[:-1],
         "flat": array.reshape(-1, 1, 1, 1),
-        "kind": array.astype(np.int32 if array.dtype.kind == "f" else np.float32),
+        "kind": np.nan_to_num(array).astype(np.int32 if array.dtype.kind == "f" else np.float32),
         "empty": np.zeros((2**40, 0), dtype=array.dtype),
     }[how]
     path = tmp_path / "odd.trace"

@@ -11,7 +11,8 @@ from helpers.tasks import instance, requests
 
 from lm_eval_adainfer.strategies.base import Stopper
 from lm_eval_adainfer.strategies.features import FEATURES, RECORDED
-from lm_eval_adainfer.traces.recording import Recorder
+from lm_eval_adainfer.traces.plan import Plan
+from lm_eval_adainfer.traces.recorders import Recorder
 
 FAMILY_NAMES = list(PARTS)
 
@@ -98,17 +99,17 @@ def test_the_recorder_keeps_the_slow_features_of_every_block(family, tokenizer):
     model = make_model(family, vocab_size=257)
     lm = lm_of(model, tokenizer)
     asked = requests(seed=6, documents=4, shared_context=False)
-    recorder = Recorder(lm)
+    recorder = Recorder(lm, Plan.of(lm.anatomy))
     with lm.engine.observed(recorder):
         lm.loglikelihood(asked, True)
-    assert recorder.names == tuple(RECORDED)
+    assert recorder.plan.features == tuple(RECORDED)
     contexts = contexts_of(lm, asked)
     assert len(recorder.records) == len(contexts)
     for first, record in recorder.records.items():
-        for found, context in zip(record["features"], contexts[asked[first].doc_id], strict=True):
+        for found, context in zip(record["said"]["head"]["features"], contexts[asked[first].doc_id], strict=True):
             choices = choices_of(lm, asked, asked[first].doc_id, context)
             expected = slow_features(model, family, context, choices)
-            for column, name in enumerate(recorder.names):
+            for column, name in enumerate(recorder.plan.features):
                 assert [row[column] for row in found] == pytest.approx(expected[name], abs=2e-5, nan_ok=True)
 
 

@@ -15,6 +15,8 @@ from lm_eval_adainfer.generation.decoder import Decoder
 from lm_eval_adainfer.generation.policies import KV_POLICIES
 from lm_eval_adainfer.generation.probes import prepare
 from lm_eval_adainfer.harness.model import AdaInferLM
+from lm_eval_adainfer.readers.base import Reader
+from lm_eval_adainfer.readers.tuned import Maps
 from lm_eval_adainfer.strategies.base import Schedule
 from lm_eval_adainfer.strategies.specs import parse
 from lm_eval_adainfer.strategies.svm import SVMStopper
@@ -235,6 +237,64 @@ def test_weights_in_memory_and_on_disk_run_on_cuda_with_the_cpus_answers(policy,
     assert_same_answers(found.loglikelihood(documents(), True), expected.loglikelihood(documents(), True))
     asked = prompts("generate_until")
     assert_same_texts(found.generate_until(asked, True), expected.generate_until(asked, True))
+
+
+# ------------------------------------------------------------------------------------------------ readers
+
+READERS = ["copy:1", "copy:4", "sim:1", "sim:4", "tuned"]
+
+
+def named(reader):
+    """The reader; a tuned one has maps that matter, and h is 32."""
+    if reader != "tuned":
+        return reader
+    rng = np.random.default_rng(0)
+    arrays = {"bias": rng.normal(size=(4, 32)), "down": rng.normal(size=(4, 3, 32)), "up": rng.normal(size=(4, 32, 3))}
+    return Reader("tuned", maps=Maps({name: (0.1 * x).astype(np.float32) for name, x in arrays.items()}))
+
+
+@pytest.mark.parametrize("prefix_cache", [0, 64])
+@pytest.mark.parametrize("reader", READERS)
+def test_documents_are_read_as_on_the_cpu(reader, prefix_cache, folder):
+    options = {"stopper": "gap:0.3", "check_layers": "all", "reader": named(reader), "prefix_cache": prefix_cache}
+    expected, found = (lm_on(d, folder, **options) for d in ("cpu", DEVICE))
+    asked = noted(expected.stopper)
+    answers = expected.loglikelihood(documents(), True)
+    assert len(set(layers(answers))) > 1 and not hangs_on_rounding(parse("gap:0.3"), asked)
+    assert_same_answers(found.loglikelihood(documents(), True), answers)
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_scores_under_a_reader_in_bfloat16_differ_by_rounding(reader, folder):
+    options = {"stopper": "fixed:3", "reader": named(reader)}
+    expected, found = (lm_on(d, folder, "bfloat16", **options) for d in ("cpu", DEVICE))
+    own = [a[0] for a in expected.loglikelihood(documents(), True)]
+    with in_float32(expected.model) as copied:
+        assert copied
+        rounding = max(abs(a - b[0]) for a, b in zip(own, expected.loglikelihood(documents(), True), strict=True))
+    answers = found.loglikelihood(documents(), True)
+    assert max(abs(a - b[0]) for a, b in zip(own, answers, strict=True)) <= TIMES_ROUNDING * rounding
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_texts_under_a_reader_are_the_cpus(reader, folder):
+    options = {"stopper": "gap:0.3", "check_layers": "all", "reader": named(reader)}
+    expected, found = (lm_on(d, folder, **options) for d in ("cpu", DEVICE))
+    asked = noted(expected.stopper)
+    texts = expected.generate_until(prompts("generate_until"), True)
+    assert not hangs_on_rounding(parse("gap:0.3"), asked)
+    found_texts = found.generate_until(prompts("generate_until"), True)
+    assert_same_texts(found_texts, texts)
+    where = [[text.exit_record.prompt_exit_layer for text in some] for some in (found_texts, texts)]
+    assert where[0] == where[1]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("reader", READERS)
+def test_verify_finds_nothing_wrong_under_a_reader(reader, dtype, folder):
+    findings = verify_model(lm_on(DEVICE, folder, dtype, stopper="gap:0.3", reader=named(reader)), True)
+    assert {f.status for f in findings} == {OK}, render(findings)
+    assert {"reader", "texts"} <= {f.check for f in findings}
 
 
 # ------------------------------------------------------------------------------------------------ verify

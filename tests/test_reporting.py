@@ -482,3 +482,22 @@ def test_a_task_that_makes_no_request_of_its_own_kind_is_refused_before_the_mode
     with pytest.raises(AdaInferError, match=r"^tasks: mixed is a generate_until task, but .*loglikelihood requests"):
         recording.trace(lm, {"mixed": Mixed(("loglikelihood",))}, tmp_path)
     assert lm.engine.tokens == 0 and not list(tmp_path.iterdir())
+
+
+def test_where_prompts_leave_stands_beside_the_texts(folder, tmp_path):
+    """Rows of a task and of its group, under a reader that decides how deep a prompt goes, and not otherwise."""
+    for name, questions in (("one", 4), ("two", 7)):
+        data = tmp_path / f"{name}.jsonl"
+        data.write_text("".join(json.dumps({"q": f"{name} {'x' * i}", "a": "y"}) + "\n" for i in range(questions)))
+        listed = "{name: none, filter: [{function: take_first}]}"
+        (tmp_path / f"{name}.yaml").write_text(FILTERED.format(name=name, data=data, filters=listed))
+    (tmp_path / "group.yaml").write_text(
+        "group: both\ntask: [one, two]\naggregate_metric_list: [{metric: exact_match, weight_by_size: true}]\n"
+    )
+    manager = TaskManager(include_path=str(tmp_path), include_defaults=False)
+    for extra in (",reader=copy:2", ",reader=copy:2,generation=dense", ""):
+        found = evaluate(folder, manager, "fixed:2", tasks=["both"], limit=None, num_fewshot=0, extra=extra)
+        rows = [found["results"][name].get("prompt_exit_layer,none") for name in ("one", "two", "both")]
+        assert rows == ([2, 2, 2] if extra == ",reader=copy:2" else [None] * 3)
+        layers = {s["exit_layer"] for samples in found["samples"].values() for s in samples}
+        assert min(layers) == 2 if extra == "" else min(layers) > 2

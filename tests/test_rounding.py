@@ -218,20 +218,6 @@ def test_answers_that_are_wrong_in_the_models_own_dtype_alone_are_found(tokenize
 
 
 # ------------------------------------------------------------------------------------------------ a pretrained model
-@pytest.fixture(scope="module")
-def smollm2(shared):
-    """SmolLM2-135M-Instruct with weights rounded to bfloat16, as checkpoints are saved."""
-    import transformers
-
-    folder = shared / "models" / "smollm2-135m-instruct"
-    if not folder.is_dir():
-        pytest.skip("no SmolLM2 here")
-    pytest.importorskip("gguf")
-    file = "SmolLM2-135M-Instruct.Q4_1.gguf"
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.float32)
-    return model.to(torch.bfloat16), transformers.AutoTokenizer.from_pretrained(folder, gguf_file=file)
-
-
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_smollm2_shares_prefixes_and_generates_packed(smollm2, dtype):
     model = copy.deepcopy(smollm2[0]).to(dtype)

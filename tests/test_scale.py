@@ -14,7 +14,7 @@ import pytest
 import torch
 from helpers.models import lm_of, make_model
 from helpers.processes import in_two_processes
-from helpers.reference import score
+from helpers.reference import read_score, score
 from helpers.stoppers import Scripted
 from helpers.tasks import instance, our_tasks, requests
 from lm_eval import simple_evaluate
@@ -134,6 +134,22 @@ def test_weights_on_disk_give_the_plain_models_results(where, options, folder, t
     assert_same(everything(lm), everything(plain))
 
 
+@pytest.mark.parametrize("where", ["deep blocks and head", "everything"])
+@pytest.mark.parametrize("reader", ["copy:2", "sim:2"])
+def test_readers_that_let_tokens_go_on_do_so_with_weights_on_disk(reader, where, folder, tmp_path):
+    options = {"stopper": Scripted(), "reader": reader, "check_layers": "all"}
+    plain = of(folder, **options)
+    lm = of(folder, parallelize=True, device_map=MAPS[where], offload_folder=str(tmp_path), **options)
+    assert any(p.device.type == "meta" for p in lm.model.parameters())
+    found, expected = ([*x.loglikelihood(requests(), True), *x.loglikelihood(with_shots(), True)] for x in (lm, plain))
+    assert [a.exit_record.exit_layer for a in found] == [a.exit_record.exit_layer for a in expected]
+    assert len({a.exit_record.exit_layer for a in found}) > 2
+    assert [a[0] for a in found] == pytest.approx([a[0] for a in expected], rel=2e-6, abs=1e-4)
+    found, expected = (x.generate_until(texts(), True) for x in (lm, plain))
+    assert list(found) == list(expected)
+    assert [a.exit_record.prompt_exit_layer for a in found] == [a.exit_record.prompt_exit_layer for a in expected]
+
+
 @pytest.fixture
 def read_from_disk(monkeypatch):
     """Counts how often a tensor is fetched from where accelerate offloaded it."""
@@ -236,6 +252,11 @@ def test_a_model_in_8_bit_is_counted_as_the_whole_one_and_exits_where_its_own_bl
     for request, answer in zip(requests(documents=4), answers, strict=True):
         context, continuation = lm._encode_pair(*request.args)
         assert answer[0] == pytest.approx(score(model, lm.anatomy.blocks, context, continuation, 3, 64)[0], **loose)
+    for reader in ("copy:2", "sim:2"):
+        read = lm_of(model, tokenizer, stopper="fixed:3", reader=reader)
+        for request, answer in zip(requests(documents=4), read.loglikelihood(requests(documents=4), True), strict=True):
+            slow = read_score(model, read.anatomy.blocks, reader, *read._encode_pair(*request.args), 3, 64)
+            assert answer[0] == pytest.approx(slow[0], **loose)
     scripted = lm_of(model, tokenizer, stopper="gap:0.3")
     assert len({a.exit_record.exit_layer for a in scripted.loglikelihood(requests(), True)}) > 1
     assert {a.exit_record.n_blocks for a in scripted.generate_until(texts()[:3], True)} == {5}

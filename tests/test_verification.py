@@ -4,14 +4,24 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from helpers.models import make_model
 from transformers import T5Config, T5ForConditionalGeneration
 
 from lm_eval_adainfer.cli.main import main
+from lm_eval_adainfer.generation import prompts
 from lm_eval_adainfer.harness.model import AdaInferLM
+from lm_eval_adainfer.prefill import engine, reading
+from lm_eval_adainfer.prefill.forward import Forward
+from lm_eval_adainfer.prefill.prefixes import Prefix
+from lm_eval_adainfer.readers import specs as readers
+from lm_eval_adainfer.readers.base import Reader
+from lm_eval_adainfer.readers.tuned import Maps
+from lm_eval_adainfer.strategies import files, specs
 from lm_eval_adainfer.strategies.files import built_in
 from lm_eval_adainfer.strategies.rules import GapStopper
 from lm_eval_adainfer.structure.anatomy import Anatomy
@@ -233,6 +243,184 @@ def test_a_tally_by_hand():
     )
 
 
+# ------------------------------------------------------------------------------------------------ readers
+def tuned(blocks=5, width=32, rank=None):
+    """A tuned reader with maps that matter."""
+    rng = np.random.default_rng(0)
+
+    def drawn(*shape):
+        return (0.1 * rng.normal(size=(blocks - 1, *shape))).astype(np.float32)
+
+    maps = {"weight": drawn(width, width)} if rank is None else {"down": drawn(rank, width), "up": drawn(width, rank)}
+    return Reader("tuned", maps=Maps({"bias": drawn(width), **maps}))
+
+
+UNDER_A_READER = [*CHECKS, "reader", "texts"]
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+@pytest.mark.parametrize("reader", ["copy:1", "copy:4", "sim:1", "sim:4"])
+def test_a_reader_that_works_passes(family, reader, tokenizer):
+    lm = lm_of(make_model(family, vocab_size=257), tokenizer, stopper="gap:0.3", reader=reader, check_layers="all")
+    findings = verify_model(lm, True)
+    assert statuses(findings) == {**dict.fromkeys(UNDER_A_READER, OK), "stopper": OK}, render(findings)
+    by_name = {f.check: f for f in findings}
+    assert by_name["reader"].comparisons >= 80 and by_name["reader"].tolerance < 1e-3
+    assert by_name["reader"].detail.startswith(f"{reader} reads rows of one batch after blocks 1, 2, 3, 4, 5 as alone, ")
+    assert "what prompts share read once" in by_name["reader"].detail
+    assert by_name["texts"].detail.startswith(f"under {reader} texts whose prompts left after blocks 1, ")
+
+
+@pytest.mark.parametrize("rank", [None, 3])
+def test_a_tuned_reader_that_works_passes(rank, tokenizer):
+    lm = lm_of(make_model("llama", vocab_size=257), tokenizer, stopper="gap:0.3", reader=tuned(rank=rank))
+    findings = verify_model(lm, True)
+    assert statuses(findings) == {**dict.fromkeys(UNDER_A_READER, OK), "stopper": OK}, render(findings)
+    assert "texts whose tokens left after blocks 1, 2, 3, 4, 5 " in {f.check: f for f in findings}["texts"].detail
+
+
+@pytest.mark.parametrize("reader", ["copy:2", "sim:2", "tuned"])
+def test_a_reader_in_a_coarser_dtype(reader, tokenizer):
+    model = make_model("llama", vocab_size=257).to(torch.bfloat16)
+    findings = verify_model(lm_of(model, tokenizer, reader=tuned() if reader == "tuned" else reader), True)
+    assert statuses(findings) == {**dict.fromkeys(UNDER_A_READER, OK), "rounding": OK}, render(findings)
+    assert findings[-1].comparisons == 64  # half of them under the reader
+
+
+@pytest.mark.parametrize("reader", ["copy:3", "sim:3", "copy:40"])
+@pytest.mark.parametrize("max_length", [2, 5, 24])
+def test_readers_in_short_windows(reader, max_length, tokenizer):
+    model = make_model("llama", vocab_size=7, num_hidden_layers=2)
+    findings = verify_model(lm_of(model, tokenizer, max_length=max_length, reader=reader, stopper="gap:0.2"), True)
+    assert not failed(findings), render(findings)
+
+
+@pytest.mark.parametrize("reader", ["head", "copy:2"])
+def test_a_stopper_from_a_file_that_names_a_reader(reader, tokenizer, tmp_path):
+    """The other checks read with head, whatever the file says."""
+    stopper = specs.parse("svm")
+    stopper.reader = readers.parse(reader)
+    files.save(stopper, tmp_path / "a.stopper")
+    lm = lm_of(make_model("llama", vocab_size=257), tokenizer, stopper=str(tmp_path / "a.stopper"), check_layers="all")
+    assert lm.reader.name == reader
+    findings = verify_model(lm, True)
+    expected = CHECKS if reader == "head" else UNDER_A_READER
+    assert statuses(findings) == {**dict.fromkeys(expected, OK), "stopper": OK}, render(findings)
+
+
+LONG = 7  # tokens: more than any probe at loading has
+
+
+def failed_under(reader, tokenizer, plant, **options):
+    """The checks that fail once a fault is planted in a model that is loaded already."""
+    lm = lm_of(make_model("llama", vocab_size=257), tokenizer, reader=reader, **options)
+    plant()
+    findings = verify_model(lm, True)
+    assert not [f for f in findings if "ended with an error" in f.detail], render(findings)
+    return failed(findings)
+
+
+@pytest.mark.parametrize("reader", ["copy:2", "sim:2"])
+def test_a_window_that_is_off_by_one(reader, tokenizer, monkeypatch):
+    right = reading._tokens
+
+    def longer(reader, spot):
+        more = spot.row.decision >= LONG
+        return right(replace(reader, window=reader.window + 1) if more else reader, spot)
+
+    assert "reader" in failed_under(reader, tokenizer, lambda: monkeypatch.setattr(reading, "_tokens", longer))
+
+
+def test_states_that_are_copied_from_another_block(tokenizer, monkeypatch):
+    """Long rows' own tokens are copied as they were one block before."""
+    right, before = Forward.advance, {}
+
+    def advance(self):
+        before[self.block + 1] = self.hidden
+        return right(self)
+
+    def read(self, k, hidden, continued, spots, store=None):
+        used = before.get(k) if hidden.shape[1] > LONG and before[k].shape == hidden.shape else None
+        return right_read(self, k, hidden if used is None else used, continued, spots, store)
+
+    right_read = reading.Reading.read
+
+    def plant():
+        monkeypatch.setattr(Forward, "advance", advance)
+        monkeypatch.setattr(reading.Reading, "read", read)
+
+    assert failed_under("copy:2", tokenizer, plant) == {"reader", "texts"}
+
+
+def test_a_shared_prefix_whose_copies_serve_another_block(tokenizer, monkeypatch):
+    right, first = Prefix.copies, {}
+
+    def copies(self, k, storing):
+        return first.setdefault(id(self), (self, right(self, k, storing)))[1]
+
+    assert failed_under("copy:2", tokenizer, lambda: monkeypatch.setattr(Prefix, "copies", copies)) == {"reader"}
+
+
+def test_states_of_a_shared_prefix_that_are_kept_from_another_block(tokenizer, monkeypatch):
+    right = Prefix.require
+
+    def require(self, k):
+        right(self, k)
+        for block in set(self.after) & {k}:
+            self.after[block] = self.after.get(block - 1, self.after[block])
+
+    for reader in ("copy:4", "sim:4"):
+        assert failed_under(reader, tokenizer, lambda: monkeypatch.setattr(Prefix, "require", require)) == {"reader"}
+
+
+@pytest.mark.parametrize("reader", ["copy:2", "sim:2"])
+def test_position_ids_that_are_off_by_one(reader, tokenizer, monkeypatch):
+    class Shifted(Forward):
+        def __init__(self, *args, given=None, **kwargs):
+            places = (given or {}).get("position_ids")
+            if places is not None and places.shape[1] <= LONG < int(places.max()):
+                given = {**given, "position_ids": torch.where(places > 0, places + 1, places)}
+            super().__init__(*args, given=given, **kwargs)
+
+    found = failed_under(reader, tokenizer, lambda: monkeypatch.setattr(reading, "Forward", Shifted))
+    assert found == {"reader", "texts"}
+
+
+def test_maps_of_another_block(tokenizer, monkeypatch):
+    right = Maps.apply
+    plant = lambda: monkeypatch.setattr(Maps, "apply", lambda self, k, hidden: right(self, max(1, k - 1), hidden))  # noqa: E731
+    assert failed_under(tuned(), tokenizer, plant, stopper="gap:0.3") == {"reader", "texts", "stopper"}
+
+
+@pytest.mark.parametrize("reader", ["copy:2", "sim:2"])
+def test_a_cache_that_has_a_prompts_copies_one_slot_too_early(reader, tokenizer, monkeypatch):
+    right = prompts._Run._write
+
+    def write(self, stored, rows, places, tokens, starts):
+        right(self, stored, rows, places, tokens, [max(0, start - 1) for start in starts])
+
+    plant = lambda: monkeypatch.setattr(prompts._Run, "_write", write)  # noqa: E731
+    assert failed_under(reader, tokenizer, plant) == {"texts"}
+
+
+def test_a_stopper_that_is_asked_about_what_head_reads(tokenizer, monkeypatch):
+    """Scores are the reader's, decisions are not."""
+    right = engine.ask
+
+    def ask(*args, read=None, **kwargs):
+        return right(*args, **kwargs)
+
+    options = {"stopper": "gap:0.3", "check_layers": "all"}
+    plant = lambda: monkeypatch.setattr(engine, "ask", ask)  # noqa: E731
+    assert "stopper" in failed_under("copy:2", tokenizer, plant, **options)
+
+
+def test_a_model_whose_texts_cannot_leave_early_says_so_under_a_reader(tokenizer):
+    lm = lm_of(make_model("mamba", vocab_size=257), tokenizer, reader=tuned())
+    found = statuses(verify_model(lm, True))
+    assert (found["reader"], found["texts"]) == (OK, NOT_SUPPORTED)
+
+
 # ------------------------------------------------------------------------------------------------ the command
 def test_the_command_prints_a_table_and_a_verdict(tmp_path, capsys):
     target = tmp_path / "found.json"
@@ -272,3 +460,13 @@ def test_a_model_that_is_refused_and_wrong_arguments_are_one_sentence(tmp_path, 
         assert main(["verify", "--model_args", model, "--device", "cpu"]) == 2
         out, err = capsys.readouterr()
         assert out == "" and err.strip().splitlines()[-1].startswith(f"adainfer: error: {said}")
+
+
+def test_the_command_takes_a_reader_and_refuses_a_second_one(capsys, folder):
+    model = f"pretrained={folder},dtype=float32"
+    assert main(["verify", "--model_args", model, "--device", "cpu", "--reader", "copy:2"]) == 0
+    checks = [line.split()[0] for line in capsys.readouterr().out.split("\n\n")[0].splitlines()[1:]]
+    assert checks == UNDER_A_READER
+    assert main(["verify", "--model_args", f"{model},reader=sim", "--device", "cpu", "--reader", "copy:2"]) == 2
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert said == "adainfer: error: reader: --reader says copy:2, and model_args sim; give one of the two"

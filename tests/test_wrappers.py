@@ -11,7 +11,7 @@ from lm_eval.models.huggingface import HFLM
 from torch import nn
 
 from lm_eval_adainfer.errors import AdaInferError
-from lm_eval_adainfer.verification import FAILED, verify_model
+from lm_eval_adainfer.verification import FAILED, OK, render, verify_model
 
 
 def as_stock(model, tokenizer):
@@ -238,6 +238,17 @@ def test_adapters_generate_early_as_stock_does(tokenizer):
         stock = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=4, max_length=64).generate_until(asked, True)
         lm = lm_of(model, tokenizer, stopper="softmax:0.999999")
         assert list(map(str, lm.generate_until(asked, True))) == stock
+
+
+@pytest.mark.parametrize("reader", ["copy:2", "sim:2"])
+@pytest.mark.parametrize("dora", [False, True])
+def test_readers_that_let_tokens_go_on_run_adapters(dora, reader, tokenizer):
+    """Among them those of the maps that copied keys and values are made by."""
+    maps = ["q_proj", "k_proj", "v_proj"]
+    config = peft.LoraConfig(task_type="CAUSAL_LM", target_modules=maps, lora_alpha=2, use_dora=dora)
+    findings = verify_model(lm_of(adapted(config), tokenizer, reader=reader), True)
+    assert {f.status for f in findings} == {OK}, render(findings)
+    assert {"reader", "texts"} <= {f.check for f in findings}
 
 
 def test_verify_compares_with_the_wrapper_too(tokenizer):

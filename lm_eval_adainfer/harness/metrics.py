@@ -37,6 +37,7 @@ MEANS = {
 }
 VARIANCE = "exit_layer_var"
 TOP1 = "top1_acc"
+PROMPT = "prompt_exit_layer"  # of texts under a reader that decides how deep the prompt goes
 _STOCK = "_adainfer_stock_evaluate"  # in the module of ``evaluate``
 
 
@@ -45,6 +46,8 @@ class ReportsExits(Protocol):
 
     reports_exits: bool
     stopper: Any
+    reader: Any
+    generation: str
     rank: int
     run_totals: dict[str, Any]
     pilot_record: dict[str, Any] | None
@@ -113,9 +116,10 @@ def evaluate_with_exit_statistics(
         if model is lm:  # a cache that an earlier run was given is not this one's
             stack.enter_context(model.without_cache())
         stack.enter_context(model.identified())
+        reads_prompts = model.reader.runs_tokens and model.generation == "early"
         watches = {name: stack.enter_context(_watched(task, model)) for name, task in tasks.items()}
         for group in groups.values():
-            stack.enter_context(_group_metrics(group, tasks))
+            stack.enter_context(_group_metrics(group, tasks, reads_prompts))
         stack.enter_context(dense.before_the_run())
         results = evaluate(lm, task_dict, *args, **kwargs)
     spent = {name: value - before[name] for name, value in model.totals().items()}
@@ -176,6 +180,9 @@ class _Watch:
             **({"dropped_blocks": self.dropped_blocks} if self.dropped_blocks else {}),
             **({"exit_layers": generated} if generated else {}),
         }
+        prompts = [t.prompt_exit_layer for t in records if t.prompt_exit_layer is not None]
+        if prompts and len(prompts) == len(records):
+            values[PROMPT] = mean(prompts)
         if (top1 := self._top1(doc, instances)) is not None:
             values[TOP1] = top1
         return values
@@ -220,8 +227,8 @@ def _watched(task: Any, model: ReportsExits) -> Iterator[_Watch]:
     ours = {
         "doc_iterator": watched_iterator,
         "process_results": watched_results,
-        "aggregation": lambda: {**aggregation(), **dict.fromkeys([*MEANS, TOP1], mean)},
-        "higher_is_better": lambda: {**higher_is_better(), **MEANS, VARIANCE: False, TOP1: True},
+        "aggregation": lambda: {**aggregation(), **dict.fromkeys([*MEANS, TOP1, PROMPT], mean)},
+        "higher_is_better": lambda: {**higher_is_better(), **MEANS, VARIANCE: False, TOP1: True, PROMPT: False},
     }
     before = {name: task.__dict__[name] for name in ours if name in task.__dict__}
     for name, function in ours.items():
@@ -236,7 +243,7 @@ def _watched(task: Any, model: ReportsExits) -> Iterator[_Watch]:
 
 
 @contextmanager
-def _group_metrics(group: Group, tasks: dict[str, Any]) -> Iterator[None]:
+def _group_metrics(group: Group, tasks: dict[str, Any], reads_prompts: bool) -> Iterator[None]:
     """Let a group that aggregates anything aggregate our means too, weighted by documents."""
     before = group.aggregate_metric_list
     if not before:
@@ -249,7 +256,8 @@ def _group_metrics(group: Group, tasks: dict[str, Any]) -> Iterator[None]:
         or task.OUTPUT_TYPE == "loglikelihood"
         for task in members
     )
-    names = [*MEANS, *([TOP1] if top1 and members else [])]
+    texts = reads_prompts and bool(members) and all(task.OUTPUT_TYPE == "generate_until" for task in members)
+    names = [*MEANS, *([TOP1] if top1 and members else []), *([PROMPT] if texts else [])]
     extra = [
         AggMetricConfig(metric=name, aggregation="mean", weight_by_size=True, filter_list=None)
         for name in names

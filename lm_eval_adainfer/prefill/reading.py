@@ -322,14 +322,13 @@ def prepared(anatomy: Anatomy, reader: Reader) -> Reading:
         raise _unsupported(anatomy, reader, "its blocks hand on more than hidden states")
     if reader.kind == "sim" and not anatomy.takes_position_ids:
         raise _unsupported(anatomy, reader, "its forward takes no position ids")
-    storing = None
     if reader.kind == "copy":
         try:
             watch_windows(anatomy)
         except NoPlainCacheError as error:
             raise _unsupported(anatomy, reader, f"it does not use a plain key-value cache: {error.why}") from error
-        storing = watch_storing(anatomy)
     try:
+        storing = watch_storing(anatomy) if reader.kind == "copy" else None
         difference = probed(anatomy, "hidden", partial(_off_by, anatomy, reader, storing))
     except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
         said = str(error).splitlines()[0] if str(error) else ""
@@ -360,7 +359,7 @@ def _off_by(anatomy: Anatomy, reader: Reader, storing: Storing | None) -> tuple[
         found = reading.read(k, forward.hidden, None, [Spot(r, row, 0, row.scored) for r, row in enumerate(rows)])
         expected = torch.cat([slowly(anatomy, reading.reader, k, row) for row in rows]).to(found.device)
         worst = max(worst, hidden_distance(found, expected))
-        for more in ([5], [5, 6, 7]):
+        for more in (ids[0][:1], ids[0][:3]):
             longer = [Row([*row.tokens, *more], row.scored + len(more)) for row in rows]
             same = [slowly(anatomy, reading.reader, k, row)[: -len(more)] for row in longer]
             own = max(own, hidden_distance(torch.cat(same).to(found.device), expected))

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from lm_eval_adainfer.structure.anatomy import Anatomy
+from lm_eval_adainfer.structure.arguments import hidden_of
 from lm_eval_adainfer.structure.calls import explicit_masks
 from lm_eval_adainfer.structure.hooks import replaced_forward
 from lm_eval_adainfer.structure.weights import is_linear, linear_size
@@ -76,8 +77,8 @@ def watch_storing(anatomy: Anatomy) -> Storing:
         cache.met = []
         given.append((args, kwargs))
 
-    def met(module: nn.Module, args: Any, output: Tensor) -> None:
-        cache.met.append((module, output.shape[-1]))
+    def met(module: nn.Module, args: Any, output: Any) -> None:
+        cache.met.append((module, hidden_of(output).shape[-1]))  # a router returns more than its logits
 
     for block in anatomy.blocks:
         handles.append(block.register_forward_pre_hook(begin, with_kwargs=True))

@@ -37,7 +37,7 @@ _processes.set_forkserver_preload(["helpers.killed"])
 
 def make_lm(stopper: str = STOPPER) -> AdaInferLM:
     lm = tiny_lm()
-    return AdaInferLM(pretrained=lm.model, tokenizer=lm.tokenizer, stopper=stopper, batch_size=4, max_length=400)
+    return AdaInferLM(pretrained=lm.model, tokenizer=lm.tokenizer, stopper=stopper, batch_size=4, max_length=400, pilot=0)
 
 
 def make_tasks() -> dict:
