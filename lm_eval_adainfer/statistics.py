@@ -90,7 +90,7 @@ def exact_p(b: int, c: int, n: int, drop: float) -> float:
     widest = 7 * sqrt(n * 0.25) + 10
     first, last = max(0, int(n * lowest - widest)), min(n, int(n * highest + widest))
     discordant = np.arange(first, last + 1)
-    least = _fewest_wins(discordant, n, drop, z)
+    least = fewest_wins(discordant, n, drop, z)
     choose = special.gammaln(n + 1) - special.gammaln(discordant + 1) - special.gammaln(n - discordant + 1)
     worst = 0.0
     shares = np.linspace(lowest, highest, _GRID)
@@ -111,8 +111,15 @@ def exact_p(b: int, c: int, n: int, drop: float) -> float:
     return min(1.0, worst + GAMMA)
 
 
-def _fewest_wins(discordant: np.ndarray, n: int, drop: float, z: float) -> np.ndarray:
-    """Per number of discordant documents the least ``c`` whose statistic is at most z (one more than all if none)."""
+def fewest_wins(discordant: np.ndarray, n: int, drop: float, z: float) -> np.ndarray:
+    """Per number of discordant documents the least ``c`` whose statistic is at most z (one more than all if none).
+
+    Args:
+        discordant: [m] ints, each b + c.
+        n: Documents.
+        drop: As :func:`tango_z`'s.
+        z: The largest statistic that counts.
+    """
     low, high = np.full(len(discordant), -1), discordant + 1  # low is too few, high is enough
     while np.any(high - low > 1):
         middle = np.clip((low + high) // 2, 0, discordant)

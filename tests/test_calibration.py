@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 from scipy.stats import binom, binomtest
 
 from lm_eval_adainfer.cli import main
-from lm_eval_adainfer.fitting import calibration, fit
+from lm_eval_adainfer.fitting import calibration, fit, grids
+from lm_eval_adainfer.fitting.risk import Risk, documents_needed
 from lm_eval_adainfer.strategies.files import load, save
 from lm_eval_adainfer.strategies.rules import FixedStopper, GapStopper, NoStopper
 from lm_eval_adainfer.traces import documents, recording
@@ -33,43 +34,46 @@ from lm_eval_adainfer.traces.margins import margins
 def test_p_values_are_the_binomial_tail(n, drop, data):
     lost = data.draw(st.integers(0, n))
     by_hand = sum(math.comb(n, i) * drop**i * (1 - drop) ** (n - i) for i in range(lost + 1))
-    p = float(calibration.p_values(lost, n, drop))
+    p = Risk(drop).p_of(lost, 0, n)
     assert p == pytest.approx(by_hand, rel=1e-6)
     assert p == pytest.approx(binomtest(lost, n, drop, alternative="less").pvalue, rel=1e-9)
 
 
 @pytest.mark.parametrize(("drop", "confidence", "expected"), [(0.01, 0.95, 299), (0.05, 0.95, 59), (0.01, 0.99, 459)])
 def test_documents_needed_are_those_of_the_formula_and_not_one_less(drop, confidence, expected):
-    assert calibration.documents_needed(drop, confidence) == expected
-    assert calibration.p_values(0, expected, drop) <= 1 - confidence < calibration.p_values(0, expected - 1, drop)
+    assert documents_needed(drop, confidence) == expected
+    assert Risk(drop).p_of(0, 0, expected) <= 1 - confidence < Risk(drop).p_of(0, 0, expected - 1)
 
 
 @pytest.mark.parametrize("share", [0.001, 0.004, 0.006])
 def test_documents_needed_at_a_share_of_losses_is_near_the_smallest_number_that_passes(share):
-    needed = calibration.documents_needed(0.01, 0.95, share)
+    lost = np.arange(1000) < 1000 * share
+    needed = Risk(0.01).needed(lost, 0.05)
     passes = [binom.cdf(math.ceil(share * n), n, 0.01) <= 0.05 for n in range(1, 2 * needed)]
     assert passes[needed - 1]
     assert 0.5 * needed < passes.index(True) + 1 <= needed, "rounding of the losses makes this no exact minimum"
 
 
 def test_no_number_of_documents_helps_where_too_many_are_lost():
-    assert calibration.documents_needed(0.01, 0.95, 0.01) is None
-    assert calibration.documents_needed(0.01, 0.95, 0.3) is None
+    assert Risk(0.01).needed(np.arange(100) < 1, 0.05) is None
+    assert Risk(0.01).needed(np.arange(100) < 30, 0.05) is None
 
 
 def test_testing_ends_at_the_first_threshold_that_fails():
-    lost = np.array([0, 0, 9, 0, 0])
-    assert calibration.passed(lost, 400, 0.01, 0.95) == 2
-    assert calibration.passed(np.zeros(5, int), 400, 0.01, 0.95) == 5
-    assert calibration.passed(np.zeros(5, int), 298, 0.01, 0.95) == 0
+    def passed(documents, *lost):
+        return Risk(0.01).passed(np.array([np.arange(documents) < x for x in lost]).astype(int), 0.05)
+
+    assert passed(400, 0, 0, 9, 0, 0) == 2
+    assert passed(400, 0, 0, 0, 0, 0) == 5
+    assert passed(298, 0, 0, 0, 0, 0) == 0
 
 
 def test_thresholds_go_from_never_to_ever_looser(tmp_path):
     svm = fit.fit_svm([write_trace(tmp_path / "a.trace")])
     boosted = fit.fit_classifier("boosted", [tmp_path / "a.trace"])
     for stopper in (svm, boosted, GapStopper()):
-        thresholds = calibration.grid(stopper)
-        assert (np.diff(thresholds) < 0).all() and len(thresholds) > 100
+        thresholds, _ = grids.grid(stopper)
+        assert (np.diff(thresholds) < 0).all() and len(thresholds) > 60
         never = margins(_with(stopper, thresholds[0]), *recording.read(tmp_path / "a.trace"))
         assert not (never > 0).any()
 
@@ -169,7 +173,7 @@ def demo(tmp_path_factory):
 @pytest.mark.parametrize("which", ["gap", "svm"])
 def test_the_promise_is_broken_in_at_most_5_percent_of_1000_calibration_sets(demo, which, loss):
     stopper = GapStopper() if which == "gap" else demo.svm
-    thresholds = calibration.grid(stopper)
+    thresholds, _ = grids.grid(stopper)
     lost = []
     for file in demo.test:
         (found,) = documents.read([file])
@@ -182,8 +186,9 @@ def test_the_promise_is_broken_in_at_most_5_percent_of_1000_calibration_sets(dem
     rng = np.random.default_rng(0)
     broken = naive = stopped = 0
     for _ in range(1000):
-        sample = pool[:, rng.integers(0, pool.shape[1], 300)].sum(axis=1)
-        at = calibration.passed(sample, 300, drop, 0.95) - 1
+        drawn = pool[:, rng.integers(0, pool.shape[1], 300)]
+        sample = drawn.sum(axis=1)
+        at = Risk(drop).passed(drawn, 0.05) - 1
         broken += at >= 0 and risk[: at + 1].max() > drop
         stopped += at >= 0 and risk[at] > 0
         over = sample / 300 > drop

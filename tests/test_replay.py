@@ -338,7 +338,9 @@ def test_a_sweep_goes_from_never_to_always_and_holds_the_strategys_own_threshold
             assert alone["exit_layer"] == pytest.approx(row["exit_layer"], abs=0.04)  # a margin of 0 may round
     own = [row for row in rows if row["threshold"] == 0.6]
     (plain,) = replay.replay(traces, ["gap:0.6"])
-    assert len(own) == 1 and {k: v for k, v in own[0].items() if k != "threshold"} == plain
+    assert len(own) == 1 and {k: v for k, v in own[0].items() if k not in ("threshold", "picked_on")} == plain
+    assert [row["picked_on"] for row in rows if row != own[0]] == ["these documents"] * (len(rows) - 1)
+    assert own[0]["picked_on"] is None and "picked_on" not in plain
     for spec in ("none", "fixed:2", "oracle:first"):
         refused(lambda spec=spec: replay.replay(traces, [spec], sweep=True), "sweep", spec)
 

@@ -63,6 +63,11 @@ def add_reader(where: Any) -> None:
     )
 
 
+def add_cluster(where: Any, cluster_help: str) -> None:
+    """Add ``--cluster`` of what traces hold: which documents belong together."""
+    where.add_argument("--cluster", action="append", metavar="[TASK=]FIELD", help=f"{cluster_help}; repeatable")
+
+
 # ------------------------------------------------------------------------------------------------ models and documents
 
 

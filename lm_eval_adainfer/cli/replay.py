@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import logging
 from typing import Any
 
 from lm_eval_adainfer.cli import options
+
+_logger = logging.getLogger(__name__)
 
 
 def add_parser(commands: Any) -> argparse.ArgumentParser:
@@ -40,7 +43,15 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
         "--split", choices=["train", "calibrate", "test"], help="only traces of this split (default: all, apart)"
     )
     parser.add_argument(
-        "--sweep", action="store_true", help="move each stopper's threshold over the quantiles of its margins"
+        "--sweep",
+        action="store_true",
+        help="move each stopper's threshold over the quantiles of its margins; to look at: a threshold that is picked "
+        "from it was picked on the documents that it is reported on (adainfer calibrate chooses on others)",
+    )
+    options.add_cluster(
+        parser,
+        "the recorded field of a task's documents that is the same where they belong together: intervals are over "
+        "whole clusters, as their answers are not independent",
     )
     parser.add_argument("--seed", type=int, default=0, help="of the bootstrap intervals")
     parser.add_argument("--format", default="table", choices=["table", "markdown", "csv", "json"], help="of the output")
@@ -49,10 +60,12 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
 
 def run(arguments: argparse.Namespace) -> None:
     """Print the table of strategies."""
+    from lm_eval_adainfer import clusters
     from lm_eval_adainfer.fitting import fit
     from lm_eval_adainfer.output import tables
-    from lm_eval_adainfer.traces import replay
+    from lm_eval_adainfer.traces import clustering, replay
 
+    wanted = clusters.parse(arguments.cluster)
     traces = replay.load(fit.find(arguments.traces), arguments.split)
     rows = replay.replay(
         traces,
@@ -62,6 +75,10 @@ def run(arguments: argparse.Namespace) -> None:
         sweep=arguments.sweep,
         seed=arguments.seed,
         reader=arguments.reader,
+        cluster=wanted,
     )
+    if repeated := clustering.repeated(traces, wanted):
+        _logger.warning("traces: %s", repeated)
     meta = traces[0].meta
-    print(tables.render(rows, arguments.format, f"{meta['model']}, {meta['n_blocks']} blocks"), end="")
+    title = f"{meta['model']}, {meta['n_blocks']} blocks"
+    print(tables.render(rows, arguments.format, title, notes=replay.notes(rows)), end="")

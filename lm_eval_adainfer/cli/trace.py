@@ -49,6 +49,11 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
         action="store_true",
         help="keep the decision's states after every block, too (float16), for adainfer fit reader",
     )
+    options.add_cluster(
+        parser,
+        "the field (or template, {{title}}) of a task's documents that is the same where they belong together, to be "
+        "recorded for --cluster of replay and calibrate (default: that of tasks which are known to repeat passages)",
+    )
     options.add_draws(parser)
     parser.add_argument("--output", "-o", required=True, help="the folder for the .trace files")
     return parser
@@ -56,11 +61,12 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
 
 def run(arguments: argparse.Namespace) -> None:
     """Trace the documents and print the files."""
+    from lm_eval_adainfer import clusters
     from lm_eval_adainfer.traces import recording
     from lm_eval_adainfer.traces.plan import Plan
 
     recording.check_arguments(arguments.split, arguments.limit, arguments.num_fewshot)
-    asked = options.asking(arguments)
+    asked, cluster = options.asking(arguments), clusters.parse(arguments.cluster)
     lm, tasks = options.load_model_and_tasks(arguments)
     files = recording.trace(
         lm,
@@ -73,6 +79,7 @@ def run(arguments: argparse.Namespace) -> None:
         fewshot_seed=arguments.fewshot_seed,
         asked=asked,
         plan=Plan.of(lm.anatomy, arguments.readers, arguments.at, arguments.hidden),
+        cluster=cluster,
     )
     for file in files:
         print(file)

@@ -1,10 +1,11 @@
 """A threshold with a guarantee: Learn-then-Test (arXiv 2110.01052), as CALM uses it (arXiv 2207.07061, section 4).
 
-The loss of a document is 0 or 1 (``TracedDocuments.losses``), so the risk of a threshold is a share of documents. Its
-p-value against "the risk exceeds ``max_drop``" is an exact binomial tail. Thresholds are tested in a fixed order that
-does not depend on the calibration documents, from never stopping to ever looser ones, each at level 1 - confidence,
-and testing ends at the first that is not rejected (fixed-sequence testing): with at least the stated confidence *no*
-threshold that passed has a greater risk. ``docs/guarantee.md`` says what that promises and what it does not.
+A document's loss (``TracedDocuments.losses``) is at most 1, and the risk of a threshold is its mean. ``risk.py`` has an
+exact p-value of "the risk exceeds ``max_drop``" for every kind of promise. Thresholds are tested in a fixed order that
+does not depend on the calibration documents (``grids.py``), from never stopping to ever looser ones, each at level
+1 - confidence, and testing ends at the first that is not rejected (fixed-sequence testing): with at least the stated
+confidence *no* threshold that passed has a greater risk. ``docs/guarantee.md`` says what that promises and what it does
+not.
 """
 
 from __future__ import annotations
@@ -12,26 +13,24 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from scipy.stats import binom
 
 from lm_eval_adainfer.errors import AdaInferError
+from lm_eval_adainfer.fitting import grids
+from lm_eval_adainfer.fitting.risk import LOSSES, NET, Risk
 from lm_eval_adainfer.readers.base import HEAD, Reader
 from lm_eval_adainfer.strategies.base import Stopper
 from lm_eval_adainfer.strategies.features import needs_recorded
+from lm_eval_adainfer.traces import clustering
 from lm_eval_adainfer.traces.documents import TracedDocuments, exits, read
-from lm_eval_adainfer.traces.file import require_finite
+from lm_eval_adainfer.traces.file import ASKED, require_finite
 from lm_eval_adainfer.traces.margins import asked, margins
 from lm_eval_adainfer.traces.splits import overlap
-
-LOSSES = ("gold", "agreement")
-NEVER = float(np.finfo(np.float32).max)  # as a threshold of unbounded margins: it never stops
 
 
 @dataclass
@@ -43,11 +42,16 @@ class Calibration:
         stops: Whether any threshold that stops a document passed.
         documents: n, calibration documents.
         losses: How many of them lose at ``threshold``.
+        wins: How many of them win there, with a loss that is net.
         pruning: Mean of 1 - exit block / L over their decisions there.
+        least: How many documents, or clusters, let a threshold pass at which nothing changes; None where none do.
+        seen: How many of these there are.
         needed: How many documents would let the first threshold that stops at all pass, at its observed share of
-            losses; None where that share is not below ``max_drop``. Given where ``stops`` is false.
+            losses; None where none would. Given where ``stops`` is false.
         overlap: How many of the documents were used in fitting; None where the stopper does not tell.
         first_token_only: Whether some task has one continuation, of which its trace knows the first token alone.
+        grid: What the thresholds are.
+        repeated: A sentence about passages that were taken for independent documents; None where there are none.
         promise: What goes into the stopper file.
     """
 
@@ -55,66 +59,16 @@ class Calibration:
     stops: bool
     documents: int
     losses: int
+    wins: int
     pruning: float
+    least: int | None
+    seen: int
     needed: int | None
     overlap: int | None
     first_token_only: bool
+    grid: str
+    repeated: str | None
     promise: dict[str, Any]
-
-
-def p_values(losses: np.ndarray | int, documents: int, max_drop: float) -> np.ndarray:
-    """P(Binomial(n, max_drop) <= losses): super-uniform where the risk exceeds ``max_drop`` (2110.01052, section 2)."""
-    return np.asarray(binom.cdf(losses, documents, max_drop))
-
-
-def passed(losses: np.ndarray, documents: int, max_drop: float, confidence: float) -> int:
-    """How many thresholds pass, in the order of testing, before the first that does not.
-
-    Args:
-        losses: [G], lost documents at each threshold.
-        documents: n.
-        max_drop: The greatest risk, alpha.
-        confidence: 1 - delta.
-    """
-    rejected = p_values(losses, documents, max_drop) <= 1 - confidence
-    return len(rejected) if rejected.all() else int(rejected.argmin())
-
-
-def documents_needed(max_drop: float, confidence: float, share: float = 0.0) -> int | None:
-    """The fewest documents that let a threshold pass which loses this share of them; None where none do.
-
-    With no loss at all that is ceil(log(1 - confidence) / log(1 - max_drop)): 299 for 1% and 95%.
-    """
-    least = math.ceil(math.log(1 - confidence) / math.log(1 - max_drop))
-    if share == 0:
-        return least
-    low, high = least, 2 * least
-    while p_values(math.ceil(share * high), high, max_drop) > 1 - confidence:
-        low, high = high, 2 * high
-        if share >= max_drop or high > 10**9:
-            return None
-    while high - low > 1:  # up to rounding of the losses, more documents are always better
-        middle = (low + high) // 2
-        fits = p_values(math.ceil(share * middle), middle, max_drop) <= 1 - confidence
-        low, high = (low, middle) if fits else (middle, high)
-    return high
-
-
-def grid(stopper: Stopper) -> np.ndarray:
-    """[G] thresholds from never stopping to always: fixed beforehand, or the guarantee would not hold.
-
-    Raises:
-        AdaInferError: Where the strategy has no threshold.
-    """
-    if not isinstance(stopper.parameters().get("threshold"), float):
-        raise AdaInferError(
-            f"stopper: {stopper.kind} has no threshold to choose; give a stopper file or a rule like gap:0.8"
-        )
-    if stopper.kind == "svm":  # the margin is at 1, most examples are between -2 and 3
-        return np.array([NEVER, *np.round(np.linspace(4, -2, 241), 3)])
-    close = 1 - np.geomspace(1e-4, 0.1, 60, endpoint=False)  # probabilities and gaps crowd near 1
-    # in float32's numbers, so that a stopper that computes in float32 compares with the same threshold
-    return np.concatenate([[1.0], close, np.linspace(0.9, 0, 91)]).astype(np.float32).astype(float)
 
 
 def calibrate(
@@ -125,6 +79,11 @@ def calibrate(
     loss: str = "gold",
     check_layers: Any = None,
     reader: Reader = HEAD,
+    min_layer: Any = 1,
+    grid_from: Sequence[Path] = (),
+    cluster: clustering.Wanted = (),
+    test_size: int | None = None,
+    promises: int = 1,
 ) -> tuple[Stopper, Calibration]:
     """Choose a stopper's threshold so that the promise holds.
 
@@ -133,9 +92,15 @@ def calibrate(
         stopper: Its own threshold does not matter.
         max_drop: The greatest risk that is allowed.
         confidence: With what probability, over draws of the calibration documents.
-        loss: ``gold`` or ``agreement`` (``TracedDocuments.losses``).
+        loss: Of ``risk.LOSSES`` (``TracedDocuments.losses``).
         check_layers: As in a run; the promise holds for runs with the same. None as ``margins.asked``'s.
         reader: Under which it is asked.
+        min_layer: As in a run.
+        grid_from: Traces of other documents, whose scores make the grid of thresholds; none for ``grids.grid``'s.
+        cluster: Tasks and fields (``clusters.parse``) that say which documents belong together.
+        test_size: The promise is about a set of so many documents, of which the calibration documents are a draw
+            without replacement; None for all documents like them.
+        promises: How many promises are to hold together: the error is divided by their number.
 
     Returns:
         A copy of the stopper with the threshold, the reader and the promise (``info["promise"]``), and what testing
@@ -151,35 +116,55 @@ def calibrate(
         raise AdaInferError(f"loss: {loss!r} is none of {', '.join(LOSSES)}")
     if not files:
         raise AdaInferError("traces: none is given; make some with adainfer trace")
-    thresholds = grid(stopper)
-    free = copy.copy(stopper)
-    free.threshold = 0.0  # type: ignore[attr-defined]  # margins become bare scores
-    parts, n_blocks, blocks = _read(files, free, loss, check_layers, reader)
+    thresholds, origin = grids.grid(stopper)
+    parts = _read(files, _free(stopper), loss, check_layers, reader, min_layer)
+    views, metas = [part.documents for part in parts], [part.documents.meta for part in parts]
+    n_blocks = metas[0]["n_blocks"]
+    if grid_from:
+        thresholds, origin = _grid_of(grid_from, stopper, views, check_layers, reader), "scores of other traces"
     left = [part.exits(thresholds) for part in parts]
     depths: np.ndarray = np.concatenate(left, axis=1)  # [G, decisions]
     lost = np.concatenate([part.losses(of, loss) for part, of in zip(parts, left, strict=True)], axis=1)  # [G, n]
-    n, losses = lost.shape[1], lost.sum(axis=1)
-    count = passed(losses, n, max_drop, confidence)
+    n, level = lost.shape[1], (1 - confidence) / promises
+    if test_size is not None and test_size < n:
+        raise AdaInferError(
+            f"test_size: the {n} calibration documents are no draw from {test_size}; give the number of all documents "
+            "that the promise is about, these among them"
+        )
+    clusters = _clusters(views, cluster)
+    risk = Risk(max_drop, loss in NET, clusters, test_size)
+    count = risk.passed(lost, level)
     at = max(count - 1, 0)
     stopping = np.any(depths < n_blocks, axis=1)
     first = int(stopping.argmax()) if stopping.any() else 0
     stops = bool(count and stopping[at])
-    views = [part.documents for part in parts]
-    metas = [view.meta for view in views]
     used = {f"{view.meta['task']}/{view.meta['split']}": np.unique(view.doc_ids).tolist() for view in views}
     shared = [overlap(stopper.seen, view.meta["task"], view.meta["split"], view.doc_ids) for view in views]
+    losses, wins = int((lost[at] > 0).sum()), int((lost[at] < 0).sum())
+    blocks = parts[0].blocks
     promise = {
         "max_drop": max_drop,
         "confidence": confidence,
         "loss": loss,
         "documents": n,
-        "losses": int(losses[at]),
+        "losses": losses,
+        **({"wins": wins} if risk.net else {}),
+        **({"together_with": promises - 1} if promises > 1 else {}),  # others, at that confidence
+        **({"test_size": test_size} if test_size is not None else {}),
+        **({"clusters": len(np.unique(clusters))} if clusters is not None else {}),
         "tasks": sorted({meta["task"] for meta in metas}),
         "num_fewshot": sorted({meta["num_fewshot"] for meta in metas}),
+        "shots": {meta["task"]: meta["num_fewshot"] for meta in metas},
+        "fewshot_seed": sorted({meta["fewshot_seed"] for meta in metas if "fewshot_seed" in meta}),
+        "generated": any(view.generated for view in views),
         "reader": reader.name,
+        "min_layer": int(str(min_layer).strip()),
         "check_layers": _said(check_layers, blocks, reader),
+        "checked_blocks": blocks,
+        **{key: metas[0].get(key) for key in (*_MODEL, *ASKED)},
+        "grid": origin,
         "documents_sha256": hashlib.sha256(json.dumps(used, sort_keys=True).encode()).hexdigest()[:16],
-        "thresholds": [float(thresholds[at]), float(thresholds[0])],  # the promise holds for every one between
+        "thresholds": [float(thresholds[at]), float(thresholds[0])],  # the promise holds for every one tested between
         "stops": stops,
     }
     chosen = copy.copy(stopper)
@@ -193,13 +178,28 @@ def calibrate(
         threshold=float(thresholds[at]),
         stops=stops,
         documents=n,
-        losses=int(losses[at]),
+        losses=losses,
+        wins=wins,
         pruning=float(1 - depths[at].mean() / n_blocks),
-        needed=None if stops else documents_needed(max_drop, confidence, float(losses[first] / n)),
+        least=risk.least(level),
+        seen=n if clusters is None else len(np.unique(clusters)),
+        needed=None if stops else risk.needed(lost[first], level),
         overlap=sum(shared) if stopper.seen else None,
         first_token_only=any(view.first_token_only for view in views),
+        grid=origin,
+        repeated=clustering.repeated(views, cluster),
         promise=promise,
     )
+
+
+_MODEL = ("n_blocks", "head_hash", "dtype", "weights_hash")  # of traces; the promise is about this model as it computed
+
+
+def _free(stopper: Stopper) -> Stopper:
+    """The stopper with margins that are bare scores."""
+    free = copy.copy(stopper)
+    free.threshold = 0.0  # type: ignore[attr-defined]
+    return free
 
 
 def _said(check_layers: Any, blocks: Sequence[int], reader: Reader) -> str:
@@ -209,29 +209,55 @@ def _said(check_layers: Any, blocks: Sequence[int], reader: Reader) -> str:
     return "+".join(map(str, blocks)) if reader.runs_tokens else "all"
 
 
+def _clusters(views: Sequence[TracedDocuments], wanted: clustering.Wanted) -> np.ndarray | None:
+    """[documents], in the order of the losses; None where every document stands for itself."""
+    clustering.require_known(wanted, [view.meta["task"] for view in views])
+    found = clustering.of_documents(views, wanted)
+    if found is None:
+        return None
+    firsts = [np.unique(view.doc_ids, return_index=True)[1] for view in views]
+    names = np.concatenate([of[first] for of, first in zip(found, firsts, strict=True)])
+    return names if len(np.unique(names)) < len(names) else None
+
+
+def _grid_of(
+    files: Sequence[Path], stopper: Stopper, views: Sequence[TracedDocuments], check_layers: Any, reader: Reader
+) -> np.ndarray:
+    others = read(files, reader.name)
+    for view in views:
+        for other in others:
+            held = {f"{other.meta['task']}/{other.meta['split']}": other.doc_ids.tolist()}
+            if shared := overlap(held, view.meta["task"], view.meta["split"], view.doc_ids):
+                raise AdaInferError(
+                    f"grid_from: {other.path} holds {shared} of the calibration documents of {view.meta['task']}, "
+                    "which may not choose the thresholds that are tested on them; give fitting documents"
+                )
+    return grids.grid_of(stopper, others, check_layers)
+
+
 @dataclass
 class _Part:
-    """A trace, as far as calibration needs it: its documents and their bare scores [D, L]."""
+    """A trace, as far as calibration needs it: its documents, their bare scores [D, L], the asked blocks."""
 
     documents: TracedDocuments
     scores: np.ndarray
+    blocks: list[int]
 
     def exits(self, thresholds: np.ndarray) -> np.ndarray:
         """[G, D]."""
         return np.array([exits(self.scores, t) for t in thresholds])
 
     def losses(self, left: np.ndarray, loss: str) -> np.ndarray:
-        """[G, documents] of 0 and 1, of [G, D] exits."""
+        """[G, documents], of [G, D] exits."""
         return np.array([self.documents.losses(loss, exit_layer) for exit_layer in left])
 
 
 def _read(
-    files: Sequence[Path], stopper: Stopper, loss: str, check_layers: Any, reader: Reader
-) -> tuple[list[_Part], int, list[int]]:
+    files: Sequence[Path], stopper: Stopper, loss: str, check_layers: Any, reader: Reader, min_layer: Any
+) -> list[_Part]:
     parts: list[_Part] = []
     tried: set[tuple[str, str]] = set()
     used = needs_recorded(stopper.features)
-    blocks: tuple[int, ...] = ()
     for found in read(files, reader.name):
         meta = found.meta
         if (meta["task"], meta["split"]) in tried:
@@ -242,8 +268,8 @@ def _read(
         columns = [i for i, name in enumerate(meta["features"]) if name in used]
         names = [meta["features"][i] for i in columns]
         require_finite(found.path, found.arrays["features"][:, found.at][:, :, columns], names)
-        if loss == "gold" and (found.gold < 0).any():
+        if loss != "agreement" and (found.gold < 0).any():
             raise AdaInferError(f"loss: {found.path} has documents without a gold answer; give --loss agreement")
-        blocks = asked(stopper, meta, check_layers=check_layers)
-        parts.append(_Part(found, found.together(margins(stopper, meta, found.arrays, blocks))))
-    return parts, parts[0].documents.n_blocks, list(blocks)
+        blocks = asked(stopper, meta, min_layer, check_layers)
+        parts.append(_Part(found, found.together(margins(stopper, meta, found.arrays, blocks)), list(blocks)))
+    return parts

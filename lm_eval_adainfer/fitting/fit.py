@@ -12,6 +12,7 @@ import numpy as np
 
 from lm_eval_adainfer._version import __version__
 from lm_eval_adainfer.errors import AdaInferError
+from lm_eval_adainfer.fitting import grids
 from lm_eval_adainfer.readers.base import HEAD, Reader
 from lm_eval_adainfer.strategies import crf, registry
 from lm_eval_adainfer.strategies.base import Stopper
@@ -363,8 +364,10 @@ FITTERS: dict[str, Callable[..., Stopper]] = {
 
 
 def _note(stopper: Stopper, found: Examples, reader: Reader) -> None:
-    """Note what a stopper was fitted on: documents, reader, and blocks where asking is dear."""
+    """Note what a stopper was fitted on: documents, their scores, reader, and blocks where asking is dear."""
     stopper.seen, stopper.reader = found.seen, reader
+    decisions = found.x.reshape(-1, len(found.blocks), found.x.shape[1])
+    stopper.info[grids.KEY] = grids.of_examples(stopper, decisions, found.blocks)
     if reader.runs_tokens:
         stopper.info["check_layers"] = found.blocks
 

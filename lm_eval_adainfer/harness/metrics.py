@@ -18,7 +18,7 @@ from lm_eval.api.metrics import mean
 from lm_eval.config.group import AggMetricConfig
 
 from lm_eval_adainfer.errors import AdaInferError
-from lm_eval_adainfer.harness import pilot, private
+from lm_eval_adainfer.harness import pilot, private, promise
 from lm_eval_adainfer.harness.gold import right_requests
 from lm_eval_adainfer.records import ExitRecord
 
@@ -51,6 +51,7 @@ class ReportsExits(Protocol):
     rank: int
     run_totals: dict[str, Any]
     pilot_record: dict[str, Any] | None
+    promise_record: dict[str, Any] | None
 
     @property
     def fingerprint(self) -> str:
@@ -109,6 +110,8 @@ def evaluate_with_exit_statistics(
         groups, tasks = private.groups_and_tasks(task_dict)
     before, model.run_totals = model.totals(), {}  # one model object may be evaluated several times
     model.pilot_record, dense = None, pilot.Pilot(model, tasks)
+    how = inspect.signature(evaluate).bind(lm, task_dict, *args, **kwargs).arguments
+    model.promise_record = promise.check(model, tasks, how)
     with ExitStack() as stack:
         if model is lm:  # a cache that an earlier run was given is not this one's
             stack.enter_context(model.without_cache())

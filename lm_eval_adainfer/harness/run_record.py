@@ -46,6 +46,7 @@ def of(lm: Any, sharing: Sharing | None, windows: Windows | None) -> dict[str, A
         **({} if windows is None else {"generation_layout": _with_reason(windows.layout, windows.missed)}),
         **totals,
         **({} if lm.pilot_record is None else {"pilot": lm.pilot_record}),
+        **(lm.promise_record or {}),
         **({"generated_tokens_per_second_measured": tokens / seconds} if tokens and seconds else {}),
         "versions": {
             "lm_eval_adainfer": __version__,

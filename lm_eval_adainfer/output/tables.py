@@ -17,7 +17,9 @@ _SHOWN: dict[str, tuple[str, str]] = {
     "stopper": ("stopper", ""),
     "reader": ("reader", ""),
     "threshold": ("threshold", ".4g"),
+    "picked_on": ("picked on", ""),
     "documents": ("n", "d"),
+    "clusters": ("clusters", "d"),
     "acc": ("acc %", "%"),
     "acc_change": ("change", "+%"),
     "top1_acc": ("top1_acc %", "%"),
@@ -32,7 +34,13 @@ _SHOWN: dict[str, tuple[str, str]] = {
 _INTERVALS = ("acc", "acc_change", "agreement", "pruning_ratio")  # shown in tables; CSV and JSON have all of them
 
 
-def render(rows: Sequence[Mapping[str, Any]], form: str, title: str, columns: Sequence[str] | None = None) -> str:
+def render(
+    rows: Sequence[Mapping[str, Any]],
+    form: str,
+    title: str,
+    columns: Sequence[str] | None = None,
+    notes: Sequence[str] = (),
+) -> str:
     """The rows as text.
 
     Args:
@@ -40,19 +48,23 @@ def render(rows: Sequence[Mapping[str, Any]], form: str, title: str, columns: Se
         form: One of ``FORMATS``.
         title: What they are of; tables open with it and with their label.
         columns: Which columns tables show; by default all that some row has. CSV and JSON hold everything.
+        notes: Sentences that go below; JSON holds them, CSV does not.
     """
     if form == "json":
-        return json.dumps({"basis": LABEL, "title": title, "rows": list(rows)}, indent=1) + "\n"
+        said = {"notes": list(notes)} if notes else {}
+        return json.dumps({"basis": LABEL, "title": title, **said, "rows": list(rows)}, indent=1) + "\n"
     if form == "csv":
         return to_csv(rows)
     shown = [c for c in columns or _SHOWN if any(row.get(c) is not None for row in rows)]
     headings = [_SHOWN.get(c, (c, ""))[0] for c in shown]
-    left = [i for i, c in enumerate(shown) if c in ("task", "shots", "stopper", "reader")]
+    left = [i for i, c in enumerate(shown) if c in ("task", "shots", "stopper", "reader", "picked_on")]
     table = rendering.Table(headings, [[_cell(row, c) for c in shown] for row in rows], left)
     if form == "markdown":
         lines = [f"{title} (*{LABEL}*; 95% intervals in brackets)", "", *rendering.markdown(table)]
     else:
         lines = [f"{title} ({LABEL}; 95% intervals in brackets)", *rendering.terminal(table)]
+    if notes:
+        lines += ["", *(f"{note[:1].upper()}{note[1:]}." for note in notes)]
     return "\n".join(lines) + "\n"
 
 

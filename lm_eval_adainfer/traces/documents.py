@@ -37,6 +37,7 @@ class TracedDocuments:
         arrays: The file's.
         doc_ids: [D], a document's index in its split; in generated text that of a token's text.
         owner: [N], the document that each of the file's decisions belongs to.
+        first: [D], the first decision of every document.
 
     Raises:
         AdaInferError: Where the trace holds no decision or lacks an array.
@@ -47,7 +48,7 @@ class TracedDocuments:
     arrays: dict[str, np.ndarray]
     doc_ids: np.ndarray = field(init=False)
     owner: np.ndarray = field(init=False)
-    _first: np.ndarray = field(init=False, repr=False)  # [D], the first decision of every document
+    first: np.ndarray = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         n = len(self.arrays["top_token"])
@@ -59,11 +60,11 @@ class TracedDocuments:
         if missing := [name for name in needed if name not in self.arrays]:
             raise AdaInferError(f"traces: {self.path} is incomplete: it has no array {missing[0]}; trace again")
         if self.generated:
-            self.doc_ids, self._first = self.arrays["doc_id"], np.arange(n)
-            self.owner = self._first
+            self.doc_ids, self.first = self.arrays["doc_id"], np.arange(n)
+            self.owner = self.first
         else:
             found = np.unique(self.arrays["doc_id"], return_index=True, return_inverse=True)
-            self.doc_ids, self._first, self.owner = found
+            self.doc_ids, self.first, self.owner = found
 
     @property
     def n_blocks(self) -> int:
@@ -145,7 +146,7 @@ class TracedDocuments:
         top = self.arrays["top_token"].astype(np.int64)
         if "greedy" in self.arrays and not self.generated:
             top = 2 * top + self.arrays["greedy"][:, :, 0]
-        found[:, self.at] = top[self._first][:, self.at]
+        found[:, self.at] = top[self.first][:, self.at]
         return found
 
     def require_scores(self) -> None:
@@ -161,7 +162,7 @@ class TracedDocuments:
         """[D], the (first) right choice, or the first token of the one right answer; -1 where there is none."""
         if self.generated:
             return np.full(len(self.doc_ids), -1)
-        return self.arrays["gold" if self.has_choices else "gold_token"][self._first]
+        return self.arrays["gold" if self.has_choices else "gold_token"][self.first]
 
     @cached_property
     def right(self) -> np.ndarray:
@@ -170,7 +171,7 @@ class TracedDocuments:
         if self.generated or self.first_token_only:
             return unknown
         if not self.has_choices:
-            return self._known(self.arrays["greedy"][self._first, :, 0].astype(float))
+            return self._known(self.arrays["greedy"][self.first, :, 0].astype(float))
         request = self.arrays["request"]
         flags = self.arrays["right"] > 0 if "right" in self.arrays else request == self.arrays["gold"][:, None]
         good = np.zeros((len(self.doc_ids), self.scores.shape[-1]), dtype=bool)  # a task may have several right choices
@@ -187,7 +188,7 @@ class TracedDocuments:
             return unknown
         found = (self.arrays["top_token"] == gold[:, None]).astype(float)
         found[gold < 0] = np.nan
-        return self._known(found[self._first])
+        return self._known(found[self.first])
 
     def _known(self, values: np.ndarray) -> np.ndarray:
         """[D, L] floats, NaN after blocks that were not recorded."""
@@ -230,14 +231,18 @@ class TracedDocuments:
         """Losses of whole documents or texts: 0 and 1, in the order of ``np.unique(doc_ids)``.
 
         Args:
-            kind: ``gold``: 1 where the dense answer was right and the one at the exit is not. ``agreement``: 1 where
-                they differ; a generated text differs where any of its tokens does.
+            kind: ``gold``: 1 where the dense answer was right and the one at the exit is not. ``accuracy``: that, and
+                -1 where the one at the exit is right and the dense answer was not. ``agreement``: 1 where they differ;
+                a generated text differs where any of its tokens does.
             exit_layer: [D].
         """
         exit_layer = np.asarray(exit_layer)
-        values = self.hits > 0 if kind == "gold" else self.answers  # unknown is not right
+        values = self.answers if kind == "agreement" else self.hits > 0  # unknown is not right
         dense, early = values[:, -1], at_exit(values, exit_layer)
-        lost = dense & ~early if kind == "gold" else dense != early
+        if kind == "accuracy":
+            lost = dense.astype(int) - early.astype(int)
+        else:
+            lost = dense & ~early if kind == "gold" else dense != early
         _, text = np.unique(self.doc_ids, return_inverse=True)
         return np.bincount(text, weights=lost).clip(max=1)
 

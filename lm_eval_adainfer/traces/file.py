@@ -16,6 +16,7 @@ gold_token       [N] int32          the first token of the gold answer, -1 where
 prompt_tokens    [N] int32          tokens up to the decision, after truncation
 position         [N] int32          index among the new tokens of a generated text, else 0
 doc_id           [N] int64          the document's index in its split
+cluster          [N] int64          equal where documents share a passage, where a field was named or is known
 hidden           [N, L, h] float16  the decision position's states after every block, where they were asked for
 ===============  =================  =====================================================================
 
@@ -46,7 +47,7 @@ SHAPES = {
     "features": ("NLF", "f"), "top_token": ("NL", "i"), "scores": ("NLC", "f"), "greedy": ("NLC", "i"),
     "request": ("NC", "i"), "right": ("NC", "i"), "gold": ("N", "i"), "gold_token": ("N", "i"),
     "prompt_tokens": ("N", "i"), "position": ("N", "i"), "doc_id": ("N", "i"),
-    "hidden": ("NLH", "f"),
+    "cluster": ("N", "i"), "hidden": ("NLH", "f"),
 }  # fmt: skip
 # what every reader needs
 ARRAYS = ("features", "top_token", "gold_token", "prompt_tokens", "position")

@@ -26,6 +26,7 @@ from lm_eval_adainfer.harness.asking import Asking
 from lm_eval_adainfer.harness.identity import generation_settings, tokenizer_hash
 from lm_eval_adainfer.readers.base import HEAD
 from lm_eval_adainfer.tasks.qa import stable_hash
+from lm_eval_adainfer.traces import clustering
 from lm_eval_adainfer.traces.file import OUTPUT_TYPES, VERSION, not_finite, read
 from lm_eval_adainfer.traces.plan import Plan, estimate
 from lm_eval_adainfer.traces.recorders import Recorder, TextRecorder, arrays_of, text_arrays_of
@@ -50,6 +51,7 @@ def trace(
     fewshot_seed: int = 1234,
     asked: Asking | None = None,
     plan: Plan | None = None,
+    cluster: clustering.Wanted = (),
 ) -> list[Path]:
     """Trace tasks, a file for each and each number of shots; what an earlier, equal call finished is kept.
 
@@ -66,6 +68,7 @@ def trace(
         fewshot_seed: Of the shots, as ``lm_eval``'s.
         asked: Chat template, system instruction and the like; by default none.
         plan: Which readers are recorded, after which blocks; by default the head alone.
+        cluster: Tasks and the fields (``clusters.parse``) that say which of their documents belong together.
 
     Returns:
         The files.
@@ -77,6 +80,7 @@ def trace(
     for name, task in tasks.items():
         if task.OUTPUT_TYPE not in OUTPUT_TYPES:
             raise AdaInferError(f"tasks: {name} is a {task.OUTPUT_TYPE} task; traced are {', '.join(OUTPUT_TYPES)}")
+    clustering.require_known(cluster, tasks)
     asked, plan = asked or Asking(), plan or Plan.of(lm.anatomy)
     for name, task in tasks.items():
         if task.OUTPUT_TYPE == "generate_until":
@@ -96,6 +100,8 @@ def trace(
                 task.set_fewshot_seed(seed=fewshot_seed)
                 asked.build_requests(lm, task)
                 instances = _traced_instances(task, name)
+                docs = task.test_docs()
+                field, belongs = clustering.numbers(docs, name, cluster)
                 identity = {
                     **model,
                     "task": name,
@@ -109,10 +115,13 @@ def trace(
                     **asked.identity(lm, task.OUTPUT_TYPE),
                     "readers": plan.names,
                     "hidden": plan.hidden,
+                    "cluster": field,
                     "requests": f"{stable_hash(*(text for i in instances for text in i.args)):x}"[:16],
                 }
                 if path.exists():
-                    found = {"hidden": False, **read(path)[0]}
+                    # older files do not tell clusters, which is asked for only where a field is named
+                    unnamed = None if clustering.field_of(cluster, name) else field
+                    found = {"hidden": False, "cluster": unnamed, **read(path)[0]}
                     found["readers"] = readers_of(found)
                     different = [key for key, value in identity.items() if found.get(key) != value]
                     if different:
@@ -125,6 +134,9 @@ def trace(
                     continue
                 _say_estimate(lm, plan, instances, path)
                 arrays = _in_parts(lm, task, name, instances, path, identity, doc_ids, plan)
+                if field is not None:
+                    of = dict(zip(doc_ids, belongs, strict=True))
+                    arrays["cluster"] = np.array([of[i] for i in arrays["doc_id"].tolist()], dtype=np.int64)
             meta = {
                 **identity,
                 **plan.extra_meta(),

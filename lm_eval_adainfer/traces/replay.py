@@ -20,7 +20,7 @@ from lm_eval_adainfer.strategies import specs
 from lm_eval_adainfer.strategies.base import Stopper
 from lm_eval_adainfer.strategies.fitted import warn_if_foreign
 from lm_eval_adainfer.strategies.rules import FixedStopper, GapStopper
-from lm_eval_adainfer.traces import documents, views
+from lm_eval_adainfer.traces import clustering, documents, views
 from lm_eval_adainfer.traces.documents import ORACLES, TracedDocuments
 from lm_eval_adainfer.traces.evaluation import evaluate
 from lm_eval_adainfer.traces.file import require_finite
@@ -28,6 +28,7 @@ from lm_eval_adainfer.traces.margins import asked, margins
 from lm_eval_adainfer.traces.splits import overlap
 
 SWEEP_POINTS = 20
+THESE = "these documents"  # what a threshold of a sweep was picked on
 _logger = logging.getLogger(__name__)
 
 
@@ -140,6 +141,7 @@ def replay(
     sweep: bool = False,
     seed: int = 0,
     reader: Any = None,
+    cluster: clustering.Wanted = (),
 ) -> list[dict[str, Any]]:
     """A row per group of traces and strategy; with ``sweep`` per threshold as well.
 
@@ -151,10 +153,12 @@ def replay(
         sweep: Move each strategy's threshold over the quantiles of its margins.
         seed: Of the bootstrap.
         reader: What ``reader=`` takes, for all strategies; None for each file's own, else the head.
+        cluster: Tasks and fields (``clusters.parse``) that say which documents belong together.
 
     Returns:
-        Rows: ``task``, ``shots``, ``split``, ``stopper``, ``reader`` (where one is not the head), ``threshold`` (with
-        ``sweep``), and :func:`evaluate`'s.
+        Rows: ``task``, ``shots``, ``split``, ``stopper``, ``reader`` (where one is not the head), with ``sweep``
+        ``threshold`` and ``picked_on`` (``THESE``, or None where the threshold is the strategy's own), and
+        :func:`evaluate`'s.
 
     Raises:
         AdaInferError: On a strategy that is unknown, does not fit the traces or has no threshold to sweep, and on a
@@ -163,6 +167,9 @@ def replay(
     rows = []
     under: dict[str, list[TracedDocuments]] = {}
     n_blocks = traces[0].n_blocks
+    clustering.require_known(cluster, [t.meta["task"] for t in traces])
+    together = clustering.of_documents(traces, cluster)
+    belongs = None if together is None else {t.setting: of for t, of in zip(traces, together, strict=True)}
     for spec in stoppers:
         strategy = parse(spec, n_blocks)
         name = spec.kind if isinstance(spec, Stopper) else str(spec).strip()
@@ -179,16 +186,38 @@ def replay(
         found = {t.setting: document_margins(strategy, t, min_layer, check_layers) for t in under[said_by]}
         thresholds = _quantiles(found.values()) if sweep else [0.0]
         for threshold in thresholds:
-            own = {"threshold": threshold + getattr(strategy, "threshold", 0.0)} if sweep else {}
+            own: dict[str, Any] = {}
+            if sweep:
+                picked = THESE if threshold else None
+                own = {"threshold": threshold + getattr(strategy, "threshold", 0.0), "picked_on": picked}
             for task, shots, split, members in groups(under[said_by]):
                 said = [found[t.setting] for t in members]
-                numbers = evaluate(members, said, threshold, seed)
+                clusters = None if belongs is None else [belongs[t.setting] for t in members]
+                numbers = evaluate(members, said, threshold, seed, clusters)
                 where = {"task": task, "shots": shots, "split": split}
                 rows.append({**where, "stopper": name, "reader": said_by, **own, **numbers})
     if set(under) <= {views.HEAD}:
         rows = [{key: value for key, value in row.items() if key != "reader"} for row in rows]
     order = {group[:3]: i for i, group in enumerate(groups(traces))}
     return sorted(rows, key=lambda row: order[row["task"], row["shots"], row["split"]])
+
+
+def notes(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """Sentences that go with :func:`replay`'s rows, about what their intervals hold for."""
+    found = []
+    if any(row.get("picked_on") for row in rows):
+        found.append(
+            f"thresholds picked on {THESE}: one that looks good here looks better than it is, and its intervals do not "
+            "hold; choose it on calibration documents (adainfer calibrate) and report on others"
+        )
+    if any(row["tasks"] > 1 for row in rows):
+        found.append(
+            "pooled rows weigh documents, so that a task weighs by their number; intervals are over documents within "
+            "tasks"
+        )
+    if any("clusters" in row for row in rows):
+        found.append("intervals are over whole clusters of documents that belong together")
+    return found
 
 
 def _quantiles(found: Any) -> list[float]:
