@@ -7,7 +7,7 @@ import random
 
 import pytest
 import torch
-from helpers.models import FAMILIES, byte_tokenizer, make_model
+from helpers.models import byte_tokenizer, make_model
 from helpers.reference import read_score
 from helpers.stoppers import ScriptedByState
 from helpers.tasks import instance
@@ -23,6 +23,8 @@ from lm_eval_adainfer.prefill.forward import Forward, padded
 from lm_eval_adainfer.prefill.reading import Spot
 
 READERS = ("copy:1", "copy:3", "sim:1", "sim:3")
+# tests/test_families.py runs over all of them
+SOME = ("llama", "opt-post-norm-projected", "gptj", "gpt2", "bloom", "falcon", "gemma3", "mixtral", "mamba")
 NO_COPY, NO_SIM = {"mamba"}, {"bloom", "mpt", "mamba"}  # no plain cache; no position ids (alibi)
 
 
@@ -58,7 +60,7 @@ def compare(lm, reader, requests, answers):
 
 @pytest.mark.parametrize("batch_size", [1, 7])
 @pytest.mark.parametrize("reader", READERS)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", SOME)
 def test_mixed_exits_are_those_of_rows_alone(family, reader, batch_size, tokenizer):
     if unsupported(family, reader):
         pytest.skip("another test says that it is refused")
@@ -74,7 +76,7 @@ SHOTS = "a few shots that all documents of a task begin with. "
 
 
 @pytest.mark.parametrize("reader", ["copy:1", "copy:4", "sim:4"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", SOME)
 def test_what_prompts_share_is_read_once(family, reader, tokenizer, monkeypatch):
     """Own parts of 1, W - 1, W and W + 1 tokens: windows begin behind the prefix, at its end, and inside of it."""
     if unsupported(family, reader) or family == "mamba":
