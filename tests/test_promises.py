@@ -181,8 +181,8 @@ def calibrations(rng, kind, documents, net):
 @pytest.mark.parametrize("kind", ["documents like these", "finite set", "clusters"])
 @pytest.mark.parametrize("documents", [300, 1200])
 def test_guide(kind, documents, net):
-    """The table of docs/guarantee.md, of 2,000 calibrations each."""
-    rng = np.random.default_rng(documents)
-    found = np.mean([calibrations(rng, kind, documents, net) for _ in range(2000)], axis=0)
+    """The table of docs/guarantee.md."""
+    rng, runs = np.random.default_rng(documents), 2000
+    found = np.mean([calibrations(rng, kind, documents, net) for _ in range(runs)], axis=0)
     print(f"| {kind} | {documents} | {'net' if net else 'gross'} | {found[0]:.1%} | {found[1]:.0%} | {found[2]:.0%} |")
-    assert found[0] <= most(2000) / 2000
+    assert found[0] <= most(runs) / runs
