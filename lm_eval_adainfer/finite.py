@@ -74,25 +74,29 @@ def net_p(lost: int, won: int, drawn: int, size: int, share: float) -> float:
     step = 2 * max(1, -(-(highest - first) // (2 * _MOST)))
     candidates = {lowest, *range(first, highest + 1, step)}
     z = float(tango_z(lost, won, drawn, share)) + 1e-9
-    worst = 0.0
+    fewest, worst = fewest_wins(np.arange(min(drawn, highest) + 1), drawn, share, z), 0.0
+    ways = _log_choose(size, drawn)
     for flipping in sorted(candidates):
         wins = (flipping - least) // 2
         seen = np.arange(max(0, drawn + flipping - size), min(drawn, flipping) + 1)
-        weight = stats.hypergeom.pmf(seen, size, flipping, drawn)
-        seen, weight = seen[weight > 1e-15], weight[weight > 1e-15]
-        worst = max(worst, float(weight @ _at_least(fewest_wins(seen, drawn, share, z), flipping, wins, seen)))
+        weight = np.exp(_log_choose(flipping, seen) + _log_choose(size - flipping, drawn - seen) - ways)
+        seen, weight = seen[weight > 1e-13], weight[weight > 1e-13]
+        worst = max(worst, float(weight @ _at_least(fewest[seen], flipping, wins, seen)))
     return min(1.0, worst + GAMMA)
 
 
 def _at_least(fewest: np.ndarray, flipping: int, wins: int, seen: np.ndarray) -> np.ndarray:
     """[m], P(Hypergeometric(flipping, wins, seen) >= fewest) for each of m ``seen``; scipy's takes a loop for it."""
-    log = special.gammaln(np.arange(flipping + 2) + 1.0)  # of factorials
     k, n = np.arange(min(wins, int(seen.max())) + 1)[None, :], seen[:, None]
     possible = (k <= n) & (n - k <= flipping - wins)
     lose = np.where(possible, n - k, 0)
-    chosen = log[wins] - log[k] - log[wins - k] + log[flipping - wins] - log[lose] - log[flipping - wins - lose]
-    whole = log[flipping] - log[n] - log[flipping - n]
-    return np.where(possible & (k >= fewest[:, None]), np.exp(chosen - whole), 0.0).sum(axis=1)
+    chance = np.exp(_log_choose(wins, k) + _log_choose(flipping - wins, lose) - _log_choose(flipping, n))
+    return np.where(possible & (k >= fewest[:, None]), chance, 0.0).sum(axis=1)
+
+
+def _log_choose(n: int, k: np.ndarray | int) -> np.ndarray:
+    k = np.asarray(k, dtype=float)
+    return special.gammaln(n + 1) - special.gammaln(k + 1) - special.gammaln(n - k + 1)
 
 
 def _discordant(seen: int, drawn: int, size: int) -> tuple[int, int]:

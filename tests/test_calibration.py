@@ -218,7 +218,101 @@ def test_a_calibrated_stopper_survives_its_file_and_decides_as_promised(demo, tm
     assert loaded.fingerprint != demo.svm.fingerprint
 
 
+# ------------------------------------------------------------------------------------------------ the grid
+
+
+@pytest.mark.parametrize("kind", ["svm", "boosted", "crf"])
+def test_a_fitted_stopper_notes_its_scores_which_are_the_thresholds_that_are_tested(kind, tmp_path):
+    path = write_trace(tmp_path / "a.trace", n=150, split="train")
+    if kind == "crf":
+        pytest.importorskip("pycrfsuite")
+    stopper = fit.fit(kind, [path], features=["gap", "top_prob"])
+    save(stopper, tmp_path / "s")
+    thresholds, origin = grids.grid(load(tmp_path / "s"))
+    assert "fitted on" in origin
+    free = _with(load(tmp_path / "s"), 0.0)
+    (found,) = documents.read([path])
+    scores = margins(free, found.meta, found.arrays, [1, 2, 3])[:, :3]
+    assert thresholds[1] == pytest.approx(scores.max(), abs=1e-6) and thresholds[-1] == pytest.approx(scores.min(), abs=1e-6)
+    stops = [(scores > t + 1e-6).any(axis=1).mean() for t in thresholds]  # most thresholds are in float32's numbers
+    assert stops[0] == stops[1] == 0 and stops[-1] == 1
+    assert kind != "svm" or np.diff(stops).max() < 0.08, "in small steps"
+    other = calibration.calibrate([write_trace(tmp_path / "b.trace", seed=1)], stopper, 0.2, loss="agreement")[0]
+    assert other.threshold in thresholds and other.info["promise"]["grid"] == origin
+
+
+def test_other_traces_may_give_the_thresholds_but_not_the_calibration_documents(tmp_path):
+    path = write_trace(tmp_path / "a.trace", split="calibrate")
+    train = write_trace(tmp_path / "b.trace", seed=3, split="train", arrays={"doc_id": np.arange(400, 800)}.items())
+    stopper, found = calibration.calibrate([path], GapStopper(), 0.2, loss="agreement", grid_from=[train])
+    gaps = recording.read(train)[1]["features"][:, :-1, 0]
+    assert found.grid == "scores of other traces" and gaps.min() <= stopper.threshold <= gaps.max()
+    assert calibration.calibrate([path], GapStopper(), 0.2, loss="agreement")[1].grid == "round numbers"
+    refused(lambda: calibration.calibrate([path], GapStopper(), grid_from=[path]), "grid_from", "400", "fitting documents")
+    older = write_trace(tmp_path / "c.trace", split="train")  # which numbered the same documents
+    refused(lambda: calibration.calibrate([path], GapStopper(), grid_from=[older]), "grid_from", "fitting documents")
+    odd = GapStopper()
+    odd.info = {grids.KEY: [0.5, "x"]}
+    refused(lambda: calibration.calibrate([path], odd), "stopper", "score_quantiles", "fit it again")
+
+
 # ------------------------------------------------------------------------------------------------ the command
+
+
+def winning(path, n=1000, **meta):
+    """Blocks in front of the last lose 4 documents in 100 and win 3, all where the gap is high."""
+    draw = (np.arange(n) + 0.5) / n
+    top = np.full((n, 4), 3)
+    top[draw < 0.04, -1] = 1  # the gold answer at the end alone
+    gold = np.where(draw < 0.04, 1, np.where(draw < 0.07, 3, 2))
+    top[(draw >= 0.04) & (draw < 0.07), -1] = 4
+    return write_trace(path, gap=np.full((n, 4), 0.9), gold=gold, arrays={
+        "top_token": top, "greedy": (top == gold[:, None]).astype(int)[:, :, None],
+    }.items(), **meta)  # fmt: skip
+
+
+def test_what_is_won_is_set_against_what_is_lost(tmp_path, capsys, caplog):
+    path = winning(tmp_path / "a.trace")
+    found = {}
+    for loss in ("gold", "accuracy"):
+        _, found[loss], *_ = run(capsys, caplog, path, "-s", "gap", "--loss", loss, "--max-drop", "0.03", "-o", tmp_path / loss)
+    assert "never stops" in found["gold"] and "accuracy falls by at most 3.00%" in found["accuracy"]
+    promise = load(tmp_path / "accuracy").info["promise"]
+    assert (promise["losses"], promise["wins"], promise["stops"]) == (40, 30, True)
+    assert "40 of 1000" in found["accuracy"] and "30 won" in found["accuracy"]
+
+
+def test_a_promise_about_a_set_of_known_size_needs_fewer_documents(tmp_path, capsys, caplog):
+    path = write_trace(tmp_path / "a.trace", gap=np.full((200, 4), 0.99), arrays={"top_token": np.full((200, 4), 3)}.items())
+    common = (path, "-s", "gap", "--loss", "agreement", "-o", tmp_path / "o")
+    assert "at least 299" in run(capsys, caplog, *common)[1]
+    out = run(capsys, caplog, *common, "--test-size", "400")[1]
+    assert "of these 400 documents" in out and load(tmp_path / "o").info["promise"]["test_size"] == 400
+    assert "about" in run(capsys, caplog, *common, "--test-size", "4000")[1]
+    code, _, err, _ = run(capsys, caplog, *common, "--test-size", "100")
+    assert code == 2 and "test_size" in err and "200" in err
+
+
+def test_several_stoppers_and_tasks_have_a_file_each_and_may_divide_the_error(tmp_path, capsys, caplog):
+    for i, task in enumerate("ab"):
+        write_trace(tmp_path / f"{task}.trace", n=300, seed=i, task=task)
+    common = (tmp_path, "-s", "gap", "-s", "softmax:0.9", "--by-task", "--loss", "agreement", "--max-drop", "0.2", "-o")
+    _, apart, *_ = run(capsys, caplog, *common, tmp_path / "apart")
+    _, joint, *_ = run(capsys, caplog, *common, tmp_path / "joint", "--joint")
+    names = ["gap-a", "gap-b", "softmax-0.9-a", "softmax-0.9-b"]
+    for folder in ("apart", "joint"):
+        assert sorted(p.stem for p in (tmp_path / folder).iterdir()) == names
+    assert "each of these 4 promises holds with 95% confidence on its own" in apart and "together with 81%" in apart
+    assert "all 4 promises hold" in joint and "error of 0.0125" in joint
+    for name in names:
+        one, other = (load(tmp_path / folder / f"{name}.stopper") for folder in ("apart", "joint"))
+        assert other.info["promise"]["together_with"] == 3 and "together_with" not in one.info["promise"]
+        assert other.info["promise"]["tasks"] == [name[-1]] and other.threshold >= one.threshold
+        n, lost = other.info["promise"]["documents"], other.info["promise"]["losses"]
+        assert binom.cdf(lost, n, 0.2) <= 0.0125
+    code, _, err, _ = run(capsys, caplog, tmp_path, "-s", "gap", "-s", "gap", "-o", tmp_path / "twice")
+    assert code == 2 and "called gap" in err
+
 
 
 def run(capsys, caplog, *arguments):

@@ -153,3 +153,36 @@ def test_the_net_drop_prunes_more_for_the_same_promise():
         net.append(pruning[Risk(ALPHA, True).passed(rows, 0.05) - 1])
     print(f"pruning {np.mean(gross):.3f} gross, {np.mean(net):.3f} net (simulated)")
     assert np.mean(net) > 1.1 * np.mean(gross)
+
+
+# ------------------------------------------------------------------------------------------------ docs/guarantee.md
+
+
+def calibrations(rng, kind, documents, net):
+    """A promise broken or not, whether any threshold that stops passed, and whether taking what looks good breaks it."""
+    clusters = None
+    if kind == "clusters":
+        clusters = np.repeat(np.arange(documents // 5), rng.multinomial(documents - documents // 5, [5 / documents] *
+                             (documents // 5)) + 1)  # fmt: skip
+    size = 2 * documents if kind == "finite set" else None
+    rows = losses(rng, size or documents, net, clusters, 0.3)
+    risks, limit = RISKS, ALPHA
+    if size is not None:
+        risks = rows.mean(axis=1)
+        limit = float(risks[3]) - 1e-9
+        rows = rows[:, rng.permutation(size)[:documents]]
+    passed = Risk(limit, net, clusters, size).passed(rows, 0.05)
+    picked = np.flatnonzero(rows.mean(axis=1) <= limit)[-1]
+    return risks[:passed].max(initial=0) > limit, passed > 1, risks[picked] > limit
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("net", [False, True], ids=["gross", "net"])
+@pytest.mark.parametrize("kind", ["documents like these", "finite set", "clusters"])
+@pytest.mark.parametrize("documents", [300, 1200])
+def test_guide(kind, documents, net):
+    """The table of docs/guarantee.md."""
+    rng, runs = np.random.default_rng(documents), 2000
+    found = np.mean([calibrations(rng, kind, documents, net) for _ in range(runs)], axis=0)
+    print(f"| {kind} | {documents} | {'net' if net else 'gross'} | {found[0]:.1%} | {found[1]:.0%} | {found[2]:.0%} |")
+    assert found[0] <= most(runs) / runs

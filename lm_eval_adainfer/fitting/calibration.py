@@ -138,6 +138,7 @@ def calibrate(
     stopping = np.any(depths < n_blocks, axis=1)
     first = int(stopping.argmax()) if stopping.any() else 0
     stops = bool(count and stopping[at])
+    at = at if stops else 0  # a file that is said never to stop never does, on other documents either
     used = {f"{view.meta['task']}/{view.meta['split']}": np.unique(view.doc_ids).tolist() for view in views}
     shared = [overlap(stopper.seen, view.meta["task"], view.meta["split"], view.doc_ids) for view in views]
     losses, wins = int((lost[at] > 0).sum()), int((lost[at] < 0).sum())

@@ -367,7 +367,8 @@ def _note(stopper: Stopper, found: Examples, reader: Reader) -> None:
     """Note what a stopper was fitted on: documents, their scores, reader, and blocks where asking is dear."""
     stopper.seen, stopper.reader = found.seen, reader
     decisions = found.x.reshape(-1, len(found.blocks), found.x.shape[1])
-    stopper.info[grids.KEY] = grids.of_examples(stopper, decisions, found.blocks)
+    asked = [k for k in found.blocks if k < found.metas[0]["n_blocks"]] or found.blocks
+    stopper.info[grids.KEY] = grids.of_examples(stopper, decisions[:, : len(asked)], asked)
     if reader.runs_tokens:
         stopper.info["check_layers"] = found.blocks
 
