@@ -18,6 +18,7 @@ from lm_eval_adainfer import bounded, statistics
 from lm_eval_adainfer.comparison.matching import Pairs
 
 EXACT, GAFFKE, RESAMPLED, STUDENT = "exact", "Gaffke", "resampled", "Student's t"
+MCNEMAR = "exact McNemar"  # a test's name
 APPROXIMATE = (RESAMPLED, STUDENT)
 DOCUMENTS, TASKS, WORDS = "documents", "tasks", "words or bytes"  # what weighs the same
 
@@ -157,7 +158,7 @@ class Evidence:
         totals, _ = self.units
         whole = self.method == EXACT and bool(np.all(self.drops == np.round(self.drops)))
         if whole:
-            return statistics.mcnemar_p(*self.flips), "exact McNemar"
+            return statistics.mcnemar_p(*self.flips), MCNEMAR
         name = "sign-flip permutation"
         return statistics.sign_flip_p(totals, self.seed), name if self.clusters is None else f"{name} of clusters"
 
