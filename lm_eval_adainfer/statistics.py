@@ -338,10 +338,18 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return adjusted
 
 
+def deviations(error: float, power: float = 0.8) -> float:
+    """How many standard errors a value must lie off for a one-sided test to see it with this probability."""
+    return float(stats.norm.ppf(1 - error) + stats.norm.ppf(power))
+
+
 def documents_needed(
     n: int, drop: float, variance: float, limit: float, error: float = 0.05, power: float = 0.8, unseen: float = 0.0
 ) -> int | None:
     """Documents at which a drop as seen would be told from ``limit`` with this probability.
+
+    By the normal approximation, which asks for too few where few right-or-wrong documents flip: ``powers.py``
+    enumerates.
 
     Args:
         n: Documents seen.
@@ -356,7 +364,7 @@ def documents_needed(
         The number, above ``n``; None where the seen drop is so near the limit that more than a hundred million
         documents would be needed.
     """
-    z = float(stats.norm.ppf(1 - error) + stats.norm.ppf(power))
+    z = deviations(error, power)
     variance = max(variance, 1 / (n + 2))  # about what one discordant document would give
     distance = abs(drop - limit)
     if variance * z**2 > 1e8 * distance**2:
