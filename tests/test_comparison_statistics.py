@@ -193,7 +193,7 @@ def test_the_t_interval_covers_where_few_documents_differ():
     assert covered / 2000 > 0.94
 
 
-@pytest.mark.parametrize(("drop", "share"), [(0.0, 0.02), (0.03, 0.04), (0.005, 0.01)])
+@pytest.mark.parametrize(("drop", "share"), [(0.03, 0.04), (0.0, 0.1)])
 def test_the_number_of_documents_that_settles_it_does_so_four_times_in_five(drop, share):
     needed = S.documents_needed(100, drop, share - drop**2, 0.01)
     p, q = (share + drop) / 2, (share - drop) / 2

@@ -275,6 +275,10 @@ def test_a_groups_own_way_is_told_by_its_score(tmp_path):
     assert of({}).by_task == {"g": {"acc"}}
     run = of({"g": {"acc,none": 0.123}})
     assert run.by_task == {} and any("g makes its acc in a way of its own" in note for note in run.notes)
+    old = json.loads(run.source.read_text())["results"]
+    with_variances = {t: {**old[t], "exit_layer_var,none": float(i)} for i, t in enumerate(run.tasks)}
+    run = of({**with_variances, "g": {"exit_layer_var,none": 7.0}})
+    assert not any("way of its own" in note for note in run.notes)  # a variance is no mean over tasks
     assert of({"g": {"acc,none": "N/A"}}).by_task == {} and of({"g": {}}).by_task == {} and of({"g": 3}).by_task == {}
 
 

@@ -67,6 +67,9 @@ def test_every_metric_of_the_table_is_the_mean_of_the_samples(run):
             assert row[f"{name},none"] == pytest.approx(sum(s[name] for s in samples) / len(samples)), name
         mean = sum(layers) / len(layers)
         assert row["exit_layer_var,none"] == pytest.approx(sum((x - mean) ** 2 for x in layers) / len(layers))
+        fourth = sum((x - mean) ** 4 for x in layers) / len(layers)
+        error = ((fourth - row["exit_layer_var,none"] ** 2) / len(layers)) ** 0.5
+        assert row["exit_layer_var_stderr,none"] == pytest.approx(error)
         assert row["pruning_ratio,none"] == pytest.approx(1 - mean / 5)
         for sample in samples:
             traces = [response.exit_record for responses in sample["resps"] for response in responses]

@@ -17,8 +17,9 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         help="two or more runs, document by document",
         description="Compare runs of lm_eval with the first of them: accuracy, difference with a paired interval,\n"
-        "exact p, agreement of answers, exit layers, cost. Runs that did not do the same thing are refused, with\n"
-        "the reason. A legend stands under the table; docs/comparing.md explains every column.",
+        "p, agreement of answers, exit layers, cost; and several candidates with each other. Runs that did not do\n"
+        "the same thing are refused, with the reason. A legend stands under the table; docs/comparing.md explains\n"
+        "every column.",
         epilog="example:\n  lm_eval --model hf ... --tasks sst2 --log_samples --output_path runs/dense\n"
         "  lm_eval --model adainfer ... --tasks sst2 --log_samples --output_path runs/early\n"
         "  adainfer compare dense=runs/dense early=runs/early --format markdown",
@@ -41,13 +42,13 @@ def run(arguments: argparse.Namespace) -> None:
     """Compare the runs with the first, and print or write the table."""
     from lm_eval_adainfer import container
     from lm_eval_adainfer.comparison import runs
-    from lm_eval_adainfer.comparison.compare import compare
+    from lm_eval_adainfer.comparison.compare import compare_all
     from lm_eval_adainfer.output import comparisons
 
     if len(arguments.runs) < 2:
         raise AdaInferError("runs: one run has nothing to be compared with; give two or more")
-    baseline, *others = runs.load_all(arguments.runs, "runs", selection=options.selection(arguments))
-    found = [compare(baseline, r, None, bool(arguments.other_prompts), arguments.seed) for r in others]
+    loaded = runs.load_all(arguments.runs, "runs", selection=options.selection(arguments))
+    found = compare_all(loaded, None, bool(arguments.other_prompts), arguments.seed)
     text = comparisons.render(found, arguments.format)
     if arguments.output:
         container.write_atomically(Path(arguments.output), (text + "\n").encode("utf-8", "replace"))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from lm_eval_adainfer.comparison.gate import FAIL, INCONCLUSIVE, PASS, Pool, Verdict, too_little
+from lm_eval_adainfer.comparison.gate import FAIL, INCONCLUSIVE, PASS, Guard, Pool, Verdict, too_little
 from lm_eval_adainfer.comparison.matching import default_metric, documents_of
 from lm_eval_adainfer.comparison.runs import Run
 from lm_eval_adainfer.errors import AdaInferError
@@ -37,7 +37,7 @@ def cases(verdict: Verdict) -> list[Case]:
             f"guard of {guard.task}",
             FAIL if guard.failed else PASS,
             f"{guard.metric} drop {guard.drop:+.4f} (95% interval {guard.lower:+.4f} to {guard.upper:+.4f}), "
-            f"Holm's p of a drop above {verdict.max_drop:g}: {guard.p_holm:.2g}",
+            f"Holm's p of a drop above {verdict.max_drop:g}: {guard.p_holm:.2g}; {seen_by(guard)}",
         )
         for guard in verdict.guards
     ]
@@ -50,6 +50,13 @@ def cases(verdict: Verdict) -> list[Case]:
         message = f"flops saved {verdict.flops_saved:.4f}, at least {verdict.min_flops_saved:g} wanted"
         found.append(Case("flops saved", status, message))
     return found
+
+
+def seen_by(guard: Guard) -> str:
+    """What a guard would reveal, in words."""
+    if guard.sees is None:
+        return "no drop would be revealed with 80% probability"
+    return f"a drop of {guard.sees:.4f} would be revealed with 80% probability"
 
 
 def metric_name(pool: Pool, verdict: Verdict) -> str:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from itertools import combinations
 from typing import Any
 
 import numpy as np
 
-from lm_eval_adainfer.comparison.evidence import Evidence
+from lm_eval_adainfer import statistics
+from lm_eval_adainfer.comparison.evidence import MCNEMAR, Evidence
 from lm_eval_adainfer.comparison.matching import Pairs, match, pools
 from lm_eval_adainfer.comparison.runs import Run
 from lm_eval_adainfer.comparison.samples import Document
@@ -46,17 +48,32 @@ class Row:
     method: str = ""  # of the interval: exact, Gaffke, resampled or Student's t (comparison/evidence.py)
     equal_weight: str = ""  # what weighs the same: documents, tasks, or words or bytes
     clusters: int | None = None  # how many, where documents belong together
+    p_mid: float | None = None  # McNemar's mid-p, where the test is McNemar's
+    p_holm: float | None = None  # p, adjusted over the tasks by Holm's method; of tasks only
+    exit_layer_lower: float | None = None  # 95%, Student's t over documents, or clusters; the rest too
+    exit_layer_upper: float | None = None
+    pruning_ratio_lower: float | None = None
+    pruning_ratio_upper: float | None = None
+    exit_layer_var: float | None = None  # population variance over documents
+    exit_layer_var_stderr: float | None = None
+    exit_layer_difference: float | None = None  # candidate minus baseline, paired, where both logged it
+    exit_layer_difference_lower: float | None = None
+    exit_layer_difference_upper: float | None = None
+    pruning_ratio_difference: float | None = None
+    pruning_ratio_difference_lower: float | None = None
+    pruning_ratio_difference_upper: float | None = None
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """A candidate against the baseline."""
+    """A candidate against the baseline, or against another candidate."""
 
     baseline: str
     candidate: str
     rows: list[Row]
     seconds: dict[str, tuple[float, float]]  # measured; kind -> baseline, candidate
     notes: list[str]
+    between_candidates: bool = False  # what stands for the baseline is another candidate
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -86,6 +103,7 @@ def compare(
     pairs = match(baseline, candidate, metric, other_prompts, said)
     by_task = {p.task: p for p in pairs}
     rows = [row(p.task, "task", [p], seed) for p in pairs]
+    rows = [replace(r, p_holm=p) for r, p in zip(rows, statistics.holm([r.p for r in rows]), strict=True)]
     for name, tasks in baseline.groups.items():
         members = [by_task[t] for t in tasks if t in by_task]
         if members:
@@ -107,6 +125,27 @@ def compare(
             seconds[kind] = (a, b)
     notes = [*(f"{run.label}: {note}" for run in (baseline, candidate) for note in run.notes), *said]
     return Comparison(baseline.label, candidate.label, rows, seconds, notes)
+
+
+def compare_all(
+    runs: Sequence[Run], metric: str | None = None, other_prompts: bool = False, seed: int = 0
+) -> list[Comparison]:
+    """Compare runs with the first of them; of several candidates, every two with each other besides.
+
+    Args:
+        runs: The baseline and the candidates.
+        metric: For all tasks; by default each task's own.
+        other_prompts: Accept that prompts differ.
+        seed: Of permutation tests.
+
+    Raises:
+        AdaInferError: Where the runs did not do the same thing.
+    """
+    baseline, *candidates = runs
+    found = [compare(baseline, run, metric, other_prompts, seed) for run in candidates]
+    for first, second in combinations(candidates, 2):
+        found.append(replace(compare(first, second, metric, other_prompts, seed), between_candidates=True, notes=[]))
+    return found
 
 
 def weighs_tasks(baseline: Run, candidate: Run, group: str) -> frozenset[str]:
@@ -177,7 +216,32 @@ def row(name: str, kind: str, pairs: Sequence[Pairs], seed: int = 0, by_task: bo
         method=evidence.method,
         equal_weight=evidence.equal,
         clusters=evidence.clustered,
+        p_mid=statistics.mcnemar_mid_p(*evidence.flips) if test == MCNEMAR else None,
+        **_exits(documents, evidence.clusters),
     )
+
+
+def _exits(documents: list[tuple[Document, Document]], clusters: np.ndarray | None) -> dict[str, float | None]:
+    """What there is beside the means of the candidate's exits: intervals, the variance, the paired differences."""
+    found: dict[str, float | None] = {}
+    for key in ("exit_layer", "pruning_ratio"):
+        first, second = (_values([pair[side] for pair in documents], key) for side in (0, 1))
+        if second is None:
+            continue
+        found[f"{key}_lower"], found[f"{key}_upper"] = _ends(second, clusters)
+        if key == "exit_layer":
+            found["exit_layer_var"] = float(np.var(second))
+            found["exit_layer_var_stderr"] = statistics.variance_error(second, clusters)
+        if first is not None:
+            found[f"{key}_difference"] = float(np.mean(second - first))
+            ends = _ends(second - first, clusters)
+            found[f"{key}_difference_lower"], found[f"{key}_difference_upper"] = ends
+    return found
+
+
+def _ends(values: np.ndarray, clusters: np.ndarray | None) -> tuple[float | None, float | None]:
+    lower, upper = statistics.mean_interval(values, clusters)
+    return (lower, upper) if np.isfinite(lower) else (None, None)
 
 
 def _agreement(documents: list[tuple[Document, Document]]) -> float | None:
@@ -186,5 +250,11 @@ def _agreement(documents: list[tuple[Document, Document]]) -> float | None:
 
 
 def _mean(documents: list[Document], key: str) -> float | None:
+    values = _values(documents, key)
+    return None if values is None else float(np.mean(values))
+
+
+def _values(documents: list[Document], key: str) -> np.ndarray | None:
+    """Of every document; None where one has no such number."""
     values = [d.metrics[key] for d in documents if key in d.metrics]
-    return sum(values) / len(values) if values and len(values) == len(documents) else None
+    return np.array(values) if values and len(values) == len(documents) else None

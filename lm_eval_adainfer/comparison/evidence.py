@@ -14,10 +14,11 @@ from functools import cached_property
 
 import numpy as np
 
-from lm_eval_adainfer import bounded, statistics
+from lm_eval_adainfer import bounded, powers, statistics
 from lm_eval_adainfer.comparison.matching import Pairs
 
 EXACT, GAFFKE, RESAMPLED, STUDENT = "exact", "Gaffke", "resampled", "Student's t"
+MCNEMAR = "exact McNemar"  # a test's name
 APPROXIMATE = (RESAMPLED, STUDENT)
 DOCUMENTS, TASKS, WORDS = "documents", "tasks", "words or bytes"  # what weighs the same
 
@@ -157,19 +158,45 @@ class Evidence:
         totals, _ = self.units
         whole = self.method == EXACT and bool(np.all(self.drops == np.round(self.drops)))
         if whole:
-            return statistics.mcnemar_p(*self.flips), "exact McNemar"
+            return statistics.mcnemar_p(*self.flips), MCNEMAR
         name = "sign-flip permutation"
         return statistics.sign_flip_p(totals, self.seed), name if self.clusters is None else f"{name} of clusters"
 
-    def needed(self, max_drop: float, error: float, far: float, far_error: float) -> int | None:
+    def sees(self, limit: float, error: float) -> float | None:
+        """The least true drop that would be established to be above ``limit`` with 80% probability; None where none is.
+
+        Right-or-wrong documents are taken to be won as often as they were seen to be. Elsewhere it is the normal
+        approximation, with the spread that was seen.
+        """
+        n = len(self.drops)
+        if self.method == EXACT:
+            return powers.visible_drop(self.flips[1] / n, n, limit, error)
+        totals, sizes = self.units
+        spread = float(np.sum((totals - self.mean * sizes) ** 2)) / float(np.sum(sizes)) ** 2
+        spread = max(spread, (float(np.max(sizes) / np.sum(sizes)) * self.reach) ** 2)  # as if one had lost all
+        unseen = float(np.max(sizes) / np.sum(sizes)) * self.reach if self.method == GAFFKE else 0.0
+        found = limit + statistics.deviations(error) * spread**0.5 + unseen
+        return found if found <= self.reach else None
+
+    def needed(
+        self, max_drop: float, error: float, far: float, far_error: float, error_of_failing: float | None = None
+    ) -> int | None:
         """Documents that would settle it; None where no number would.
 
         Args:
             max_drop: The limit.
-            error: Of passing, and of failing, wrongly.
+            error: Of passing wrongly.
             far: A drop that has to be ruled out to pass.
             far_error: With this error.
+            error_of_failing: Of failing wrongly; by default that of passing.
         """
+        failing = error if error_of_failing is None else error_of_failing
+        error = failing if self.mean >= max_drop else error
+        if self.method == EXACT:
+            lost, won = self.flips
+            if self.mean >= max_drop:
+                return powers.documents_needed(won, lost, len(self.drops), [(-max_drop, failing)])
+            return powers.documents_needed(lost, won, len(self.drops), [(max_drop, error), (far, far_error)])
         totals, sizes = self.units
         n, drop = len(self.drops), self.mean
         spread = float(np.sum((totals - drop * sizes) ** 2))

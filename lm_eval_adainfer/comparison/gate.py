@@ -1,7 +1,7 @@
 """The verdict of a regression gate: pass, fail or inconclusive, with error rates that hold.
 
 - *pass*: the pool's test (``comparison/evidence.py``) rejects "it dropped by ``max_drop`` or more" at 5%, and "by far
-  more than that" at 0.1%: by two points more, or three times ``max_drop`` where that is larger. The second part matters
+  more than that" at 0.5%: by two points more, or three times ``max_drop`` where that is larger. The second part matters
   only where answers flip so often that the first alone would let one in a hundred drops of that size through.
 - *fail*: a drop of more than ``max_drop`` is established, with at most 5% error over everything that can fail: 4% for
   the pool and 1% for the tasks, shared by Holm's method; all 5% for the pool of a run of one task.
@@ -30,7 +30,7 @@ from lm_eval_adainfer.errors import AdaInferError
 PASS, FAIL, INCONCLUSIVE = "pass", "fail", "inconclusive"
 ERROR = 0.05  # of passing, and of failing, wrongly
 POOL_SHARE = 0.8  # of the error of failing; the rest is the guards'
-FAR, FAR_TIMES, FAR_ERROR = 0.02, 3, 0.001  # a drop far above the limit must practically never pass
+FAR, FAR_TIMES, FAR_ERROR = 0.02, 3, 0.005  # a drop far above the limit must practically never pass
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,7 @@ class Guard:
     upper: float
     p_holm: float  # of "dropped by max_drop or less"
     failed: bool
+    sees: float | None  # the least true drop that this guard would reveal with 80% probability; None where none is
 
 
 @dataclass(frozen=True)
@@ -247,7 +248,9 @@ def _pool(name: str, pairs: Sequence[Pairs], max_drop: float, lower_level: float
         equal_weight=evidence.equal,
         clusters=evidence.clustered,
         far=far,
-        documents_needed=None if within or dropped else evidence.needed(max_drop, ERROR, far, FAR_ERROR),
+        documents_needed=(
+            None if within or dropped else evidence.needed(max_drop, ERROR, far, FAR_ERROR, 1 - lower_level)
+        ),
     )
 
 
@@ -276,8 +279,9 @@ def _guards(pairs: Sequence[Pairs], max_drop: float) -> list[Guard]:
     for pair, own, p_holm in zip(pairs, by_task, statistics.holm([d.p_below(max_drop) for d in by_task]), strict=True):
         interval, n = own.interval(), len(own.drops)
         failed = p_holm <= ERROR * (1 - POOL_SHARE)
+        sees = own.sees(max_drop, ERROR * (1 - POOL_SHARE) / len(pairs))  # alone among tasks that did not drop
         found.append(
-            Guard(pair.task, pair.metric, n, interval.drop, interval.lower, interval.upper, p_holm, failed)
+            Guard(pair.task, pair.metric, n, interval.drop, interval.lower, interval.upper, p_holm, failed, sees)
         )
     return found
 

@@ -161,7 +161,7 @@ def load(
         seconds_total=finite(results.get("total_evaluation_time_seconds")),
         held=tuple(held),
         held_groups=held_groups,
-        by_task=tasks_weigh_the_same(results["results"], held_groups, sections["n-samples"], notes),
+        by_task=tasks_weigh_the_same(results["results"], held_groups, sections["n-samples"], notes, EXIT_METRICS),
         notes=notes,
     )
     for note in notes:

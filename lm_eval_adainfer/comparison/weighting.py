@@ -8,14 +8,18 @@ nested groups, in both.)
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 
 def tasks_weigh_the_same(
-    results: Mapping[str, Any], groups: Mapping[str, Sequence[str]], sizes: Mapping[str, Any], notes: list[str]
+    results: Mapping[str, Any],
+    groups: Mapping[str, Sequence[str]],
+    sizes: Mapping[str, Any],
+    notes: list[str],
+    apart: Collection[str] = (),
 ) -> dict[str, frozenset[str]]:
     """The metrics in which the tasks of a group weigh the same, whatever their sizes (``weight_by_size: false``).
 
@@ -24,12 +28,14 @@ def tasks_weigh_the_same(
         groups: Group to its tasks, through nested groups.
         sizes: The ``n-samples`` of the file.
         notes: Takes a sentence for every group that is aggregated in neither way.
+        apart: Metrics that say nothing of how a group is made, since they always weigh documents, or are no means.
     """
     found: dict[str, frozenset[str]] = {}
     for group, tasks in groups.items():
         ways = {
             key.partition(",")[0]: _way(key, value, tasks, results, sizes)
             for key, value in _scores(results.get(group)).items()
+            if key.partition(",")[0] not in apart
         }
         if strange := sorted(metric for metric, way in ways.items() if way == "other"):
             notes.append(f"{group} makes its {strange[0]} in a way of its own; here its documents weigh the same")

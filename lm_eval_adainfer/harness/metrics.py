@@ -14,9 +14,11 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from types import FunctionType
 from typing import TYPE_CHECKING, Any, Protocol
 
+import numpy as np
 from lm_eval.api.metrics import mean
 from lm_eval.config.group import AggMetricConfig
 
+from lm_eval_adainfer import statistics
 from lm_eval_adainfer.errors import AdaInferError
 from lm_eval_adainfer.harness import pilot, private, promise
 from lm_eval_adainfer.harness.gold import right_requests
@@ -296,7 +298,8 @@ def _finish(results: dict[str, Any], documents: dict[str, dict[int, dict[str, An
                 if not found:
                     continue
                 row[f"{VARIANCE},{suffix}"] = population_variance(found)
-                row[f"{VARIANCE}_stderr,{suffix}"] = "N/A"
+                error = statistics.variance_error(np.array(found))
+                row[f"{VARIANCE}_stderr,{suffix}"] = "N/A" if error is None else error
     for name, samples in results.get("samples", {}).items():
         for sample in samples:
             details = documents.get(name, {}).get(sample["doc_id"], {})

@@ -94,6 +94,6 @@ def escape_latex(text: str) -> str:
     """The same for LaTeX, where many characters are commands."""
     special = {
         "\\": "\\textbackslash{}", "&": "\\&", "%": "\\%", "$": "\\$", "#": "\\#", "_": "\\_", "{": "\\{", "}": "\\}",
-        "~": "\\textasciitilde{}", "^": "\\textasciicircum{}",
+        "~": "\\textasciitilde{}", "^": "\\textasciicircum{}", "±": "\\ensuremath{\\pm}",
     }  # fmt: skip
     return "".join(special.get(character, character) for character in " ".join(text.split()))

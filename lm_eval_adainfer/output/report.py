@@ -14,8 +14,9 @@ from lm_eval_adainfer import container, statistics
 from lm_eval_adainfer._version import __version__
 from lm_eval_adainfer.comparison.compare import POOLED, compare
 from lm_eval_adainfer.comparison.evidence import reach, weights_of
-from lm_eval_adainfer.comparison.matching import Pairs, main_kind, match
+from lm_eval_adainfer.comparison.matching import Pairs, match, pools
 from lm_eval_adainfer.comparison.runs import Run
+from lm_eval_adainfer.comparison.selection import listing
 from lm_eval_adainfer.errors import AdaInferError
 from lm_eval_adainfer.harness.metrics import population_variance
 from lm_eval_adainfer.output import per_block
@@ -92,6 +93,9 @@ def write(
     pairs = {run.label: match(baseline, run, metric, other_prompts, said) for run in runs}
     columns = _columns(baseline, pairs)
     comparisons = [compare(baseline, run, metric, other_prompts) for run in others]
+    if apart := pools(pairs[baseline.label])[1:]:
+        which = listing(f"{p.task} ({p.metric})" for alike in apart for p in alike)
+        said.append(f"the frontier leaves out {which}, which are another metric")
     folder, pictures = Path(output), []
     for name, heading, caption, figure in _figures(runs, _pooled(pairs), found):
         pictures.append(_save(folder, name, heading, caption, figure))
@@ -115,31 +119,37 @@ def write(
 
 
 def _pooled(pairs: dict[str, list[Pairs]]) -> dict[str, list[Pairs]]:
-    """Of every run, the tasks that can be pooled, in all runs the same."""
-    alike = [{p.task for p in main_kind(found)[0]} for found in pairs.values()]
+    """Of every run, the tasks of the first pool, of one metric, in all runs the same."""
+    alike = [{p.task for p in pools(found)[0]} for found in pairs.values()]
     common = set.intersection(*alike) or alike[0]
     return {label: [p for p in found if p.task in common] for label, found in pairs.items()}
 
 
 def _columns(run: Run, pairs: dict[str, list[Pairs]]) -> dict[str, list[str]]:
-    """Column -> tasks: every task where they fit, else the groups; and all together that can be pooled."""
-    names = [p.task for p in pairs[run.label]]
-    poolable = {p.task for p in _pooled(pairs)[run.label]}
+    """Column -> tasks: every task where they fit, else the groups; and the pool of each metric."""
+    found = pairs[run.label]
+    names, by_task = [p.task for p in found], {p.task: p for p in found}
+    first = {p.task for p in _pooled(pairs)[run.label]}
     tasks = {run.aliases.get(t, t): [t] for t in names}
     if len(tasks) < len(names):  # two tasks go by one alias
         tasks = {t: [t] for t in names}
     if len(tasks) == 1:
         return tasks
     if len(tasks) > _WIDE:
-        members = {g: [t for t in found if t in poolable] for g, found in run.groups.items()}
+        members = {
+            g: [p.task for p in pools([by_task[t] for t in tasks if t in by_task])[0]]
+            for g, tasks in run.groups.items()
+            if any(t in by_task for t in tasks)
+        }
         groups = sorted((g for g in members if members[g]), key=lambda g: -len(members[g]))[:_WIDE]
         tasks = {run.aliases.get(g, g): members[g] for g in groups}
-    pool = [t for t in names if t in poolable]
-    units = {p.task: p.unit for p in pairs[run.label]}
-    tasks = {f"{name}, {units[t[0]]}" if units[t[0]] else name: t for name, t in tasks.items()}
-    if len(pool) == 1 and tasks:
-        return tasks
-    return {POOLED: pool, **{name: t for name, t in tasks.items() if t != pool}}
+    tasks = {f"{name}, {by_task[t[0]].unit}" if by_task[t[0]].unit else name: t for name, t in tasks.items()}
+    pool = [t for t in names if t in first]
+    others = [[p.task for p in alike] for alike in pools([p for p in found if p.task not in first])]
+    pooled = {POOLED: pool, **{f"{POOLED} of {by_task[t[0]].metric}": t for t in others}}
+    if tasks:
+        pooled = {name: t for name, t in pooled.items() if len(t) > 1}
+    return {**pooled, **{name: t for name, t in tasks.items() if t not in pooled.values()}}
 
 
 def _leaderboard(

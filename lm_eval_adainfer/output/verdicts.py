@@ -33,12 +33,13 @@ def text(verdict: Verdict, baseline: str, candidate: str) -> str:
         lines.append(f"flops saved, 1 - flops_ratio_total (counted): {verdict.flops_saved:.4f}{least}")
     if verdict.guards:
         width = max(len(g.task) for g in verdict.guards)
-        lines += ["", f"{'task'.ljust(width)}   docs     drop        95% interval   Holm's p"]
+        lines += ["", f"{'task'.ljust(width)}   docs     drop        95% interval   Holm's p     sees"]
         lines += [
             f"{g.task.ljust(width)}  {g.documents:5d}  {g.drop:+.4f}  [{g.lower:+.4f}, {g.upper:+.4f}]"
-            f"  {g.p_holm:9.2g}{'  FAIL' if g.failed else ''}"
+            f"  {g.p_holm:9.2g}  {'nothing' if g.sees is None else f'{g.sees:.4f}':>7}{'  FAIL' if g.failed else ''}"
             for g in verdict.guards
         ]
+        lines.append("sees: the drop that this task's guard would reveal with 80% probability")
     return "\n".join(lines)
 
 
