@@ -19,6 +19,7 @@ from lm_eval_adainfer.strategies.shortgpt import LastStopper, ShortGPTStopper
 from lm_eval_adainfer.structure import removal
 from lm_eval_adainfer.structure.anatomy import Anatomy
 from lm_eval_adainfer.structure.unwrapping import with_same_weights
+from lm_eval_adainfer.traces.splits import split_of
 
 FEW = ["llama", "gpt2", "opt", "gemma3", "mistral"]
 LIST_NAMES = ("layers", "h")
@@ -321,7 +322,8 @@ def test_influence_is_measured_on_training_prompts_and_its_file_is_a_stopper(tok
     model = make_model("llama", vocab_size=257, max_position_embeddings=512)
     lm, task = lm_of(model, tokenizer, max_length=400), make_task()
     stopper = influence.of_tasks(lm, {"toy": task}, limit=4)
-    questions = {doc["question"] for doc in task.dataset["train"]}
+    docs = [doc for doc in task.training_docs() if split_of(doc, has_training=True) == "train"]
+    questions = {doc["question"] for doc in docs}
     assert stopper.info["prompts"] == 4 and stopper.info["tasks"] == ["toy"]
     whole = influence.of_tasks(lm, {"toy": task}, drop=3)
     texts = [lm.tok_encode(q) for q in questions]
