@@ -142,7 +142,7 @@ def test_promises_that_divide_the_error_hold_together():
 
 def test_the_net_drop_prunes_more_for_the_same_promise():
     """Pruning rises by a step with every threshold; half as many documents win as lose."""
-    rng, runs, documents, steps = np.random.default_rng(9), 200, 600, 60
+    rng, runs, documents, steps = np.random.default_rng(9), 60, 600, 60
     lose = np.linspace(0, 0.12, steps)
     pruning = np.linspace(0, 0.6, steps)
     gross, net = [], []
