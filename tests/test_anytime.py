@@ -155,6 +155,35 @@ def test_documents_are_added_until_they_can_tell(tmp_path, capsys, only_our_task
     assert main([*fixed, "--max-drop", "0.06"]) == 0  # the runs are runs like any other
 
 
+FILTERED = """
+task: my_words
+dataset_path: json
+dataset_kwargs: {data_files: {test: %s}}
+test_split: test
+output_type: generate_until
+doc_to_text: "{{question}}"
+doc_to_target: "{{answer}}"
+generation_kwargs: {max_gen_toks: 2, until: ["x"]}
+metric_list: [{metric: exact_match, aggregation: mean, higher_is_better: true}]
+filter_list:
+  - {name: one, filter: [{function: take_first}]}
+  - {name: two, filter: [{function: lowercase}, {function: take_first}]}
+"""
+
+
+def test_texts_under_two_filters_are_added_too(tmp_path, capsys):
+    rows = [json.dumps({"question": f"{i} is", "answer": "odd"}) for i in range(150)]
+    (tmp_path / "d.jsonl").write_text("\n".join(rows) + "\n")
+    (tmp_path / "t.yaml").write_text(FILTERED % (tmp_path / "d.jsonl"))
+    arguments = ["check", "--run", "--stop-early", "--model_args", "pretrained=adainfer-demo,dtype=float32,stopper=gap:0.9",
+                 "--tasks", "my_words", "--include_path", str(tmp_path), "--device", "cpu", "--batch_size", "16",
+                 "--max-drop", "0.1", "--output", str(tmp_path / "out"), "--filter", "two"]  # fmt: skip
+    assert main(arguments) == 0
+    out = capsys.readouterr().out
+    assert "betting" in out and "of 150 were used" in out
+    assert runs.load(tmp_path / "out" / "baseline", filter="one").tasks["my_words"].filters == ("one", "two")
+
+
 @pytest.mark.parametrize("extra", [["--baseline", "x"], ["--cluster", "a"], ["--reproduces"]])
 def test_stopping_early_goes_with_neither(extra, capsys):
     limit = [] if extra == ["--reproduces"] else ["--max-drop", "0.1"]

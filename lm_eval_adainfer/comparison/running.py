@@ -204,7 +204,10 @@ class Parts:
         whole = dict(self._parts[-1])
         for section in ("configs", "versions", "n-shot", "higher_is_better"):
             whole[section] = {task: value for part in self._parts for task, value in part.get(section, {}).items()}
-        whole["n-samples"] = {t: {"original": self.sizes[t], "effective": len(s)} for t, s in self._samples.items()}
+        whole["n-samples"] = {  # under several filters a document has several samples
+            task: {"original": self.sizes[task], "effective": len({s["doc_id"] for s in samples})}
+            for task, samples in self._samples.items()
+        }
         whole["group_subtasks"] = self.groups
         whole.pop("groups", None)
         whole["results"] = {task: self._scores(task) for task in self._samples}
