@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import tempfile
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +13,7 @@ from lm_eval_adainfer.cli import check_config, options, terminal
 from lm_eval_adainfer.errors import AdaInferError
 
 if TYPE_CHECKING:
+    from lm_eval_adainfer.comparison.gate import Verdict
     from lm_eval_adainfer.comparison.runs import Run
     from lm_eval_adainfer.comparison.selection import Selection
 
@@ -111,6 +114,12 @@ def _add_running(parser: argparse.ArgumentParser) -> list[argparse.Action]:
             limit_help="documents per task",
             batch_size=None,
         ),
+        group.add_argument(
+            "--stop-early",
+            action="store_true",
+            default=None,
+            help="add documents in a seeded random order until they can tell; error rates hold at whatever number",
+        ),
         group.add_argument("--output", "-o", help="a folder that keeps the two runs (default: they are thrown away)"),
     ]
 
@@ -131,6 +140,20 @@ def run(arguments: argparse.Namespace) -> int:
     selection = _selection_to_run(arguments, selection)
     asked = options.asking(arguments)
     with tempfile.TemporaryDirectory() as temporary:
+        if arguments.stop_early:
+            early = running.run_until(
+                partial(_settled, arguments, selection),
+                arguments.model_args,
+                arguments.tasks,
+                Path(arguments.output or temporary),
+                include_path=arguments.include_path,
+                asked=asked,
+                num_fewshot=arguments.num_fewshot,
+                limit=arguments.limit,
+                batch_size=arguments.batch_size,
+                device=arguments.device,
+            )
+            return _judge(arguments, selection, *early)
         baseline, candidate = running.run_both(
             arguments.model_args,
             arguments.tasks,
@@ -162,6 +185,8 @@ def _require(arguments: argparse.Namespace) -> None:
         for name in _given(arguments, arguments.for_run):
             if name != "tasks":  # without --run, it keeps to some tasks
                 raise AdaInferError(f"{name}: only --run evaluates anything; give --run, or leave {name} out")
+    if arguments.stop_early and (arguments.baseline or arguments.cluster or arguments.reproduces):
+        raise AdaInferError("stop-early: it can't go with --baseline, --cluster or --reproduces; leave one of them out")
     if arguments.reproduces:
         for name in _given(arguments, _FOR_DROPS):
             raise AdaInferError(f"{name.replace('_', '-')}: --reproduces does not use it; leave out one of the two")
@@ -197,13 +222,57 @@ def _selection_to_run(arguments: argparse.Namespace, selection: Selection) -> Se
     return replace(selection, tasks=())
 
 
-def _judge(arguments: argparse.Namespace, selection: Selection, baseline_path: str, candidate_path: str) -> int:
+def _settled(
+    arguments: argparse.Namespace,
+    selection: Selection,
+    baseline_path: str,
+    candidate_path: str,
+    places: dict[tuple[str, int], int],
+    seen: Sequence[tuple[str, int]],
+) -> bool:
+    """Whether the documents so far can tell whether the drop is too large."""
+    if {task for task, _ in places} != {task for task, _ in seen}:
+        return False  # all guards share one error, so none is asked before all tasks are there
+    baseline, candidate = _load(arguments, selection, baseline_path, candidate_path)
+    verdict = _verdict(arguments, baseline, candidate, [], places)
+    return verdict.within or verdict.dropped or any(guard.failed for guard in verdict.guards)
+
+
+def _verdict(
+    arguments: argparse.Namespace,
+    baseline: Run,
+    candidate: Run,
+    said: list[str],
+    places: dict[tuple[str, int], int] | None,
+) -> Verdict:
+    from lm_eval_adainfer.comparison import gate
+    from lm_eval_adainfer.comparison.compare import POOLED, group_of_all, pool_of, weighs_tasks
+    from lm_eval_adainfer.comparison.matching import match
+
+    group = arguments.group or group_of_all(baseline, candidate)
+    return gate.judge(
+        match(baseline, candidate, None, bool(arguments.other_prompts), said),
+        pool_of(baseline, group),
+        arguments.max_drop,
+        arguments.min_pruning,
+        arguments.min_flops_saved,
+        group or POOLED,
+        by_task=weighs_tasks(baseline, candidate, group) if group else (),
+        places=places,
+    )
+
+
+def _judge(
+    arguments: argparse.Namespace,
+    selection: Selection,
+    baseline_path: str,
+    candidate_path: str,
+    places: dict[tuple[str, int], int] | None = None,
+) -> int:
     """Compare the two runs, write and print the verdict, and return the exit status."""
     import json
 
     from lm_eval_adainfer.comparison import check, gate
-    from lm_eval_adainfer.comparison.compare import POOLED, group_of_all, pool_of, weighs_tasks
-    from lm_eval_adainfer.comparison.matching import match
     from lm_eval_adainfer.output import verdicts
 
     baseline, candidate = _load(arguments, selection, baseline_path, candidate_path)
@@ -215,16 +284,12 @@ def _judge(arguments: argparse.Namespace, selection: Selection, baseline_path: s
         as_json: dict[str, Any] = {"status": status, "checks": [vars(c) for c in found]}
         text, reasons = verdicts.text_of_cases(status, found), []
     else:
-        group = arguments.group or group_of_all(baseline, candidate)
-        verdict = gate.judge(
-            match(baseline, candidate, None, other_prompts, said),
-            pool_of(baseline, group),
-            arguments.max_drop,
-            arguments.min_pruning,
-            arguments.min_flops_saved,
-            group or POOLED,
-            by_task=weighs_tasks(baseline, candidate, group) if group else (),
-        )
+        verdict = _verdict(arguments, baseline, candidate, said, places)
+        if places is not None:
+            said.append(
+                f"documents came in a seeded random order, {verdict.documents:,} of {len(places):,} were used; the "
+                "bounds hold at whatever number one stops"
+            )
         found, status, as_json = check.cases(verdict), verdict.status, verdict.as_dict()
         said += verdict.notes
         text, reasons = verdicts.text(verdict, baseline.label, candidate.label), verdict.reasons

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from lm_eval_adainfer.comparison.evidence import BETTING
 from lm_eval_adainfer.comparison.gate import FAIL, INCONCLUSIVE, PASS, Guard, Pool, Verdict, too_little
 from lm_eval_adainfer.comparison.matching import default_metric, documents_of
 from lm_eval_adainfer.comparison.runs import Run
@@ -32,12 +33,14 @@ def cases(verdict: Verdict) -> list[Case]:
         )
         for pool in verdict.pools
     ]
+    early = any(pool.method == BETTING for pool in verdict.pools)  # what a guard sees depends on when it stops
     found += [
         Case(
             f"guard of {guard.task}",
             FAIL if guard.failed else PASS,
             f"{guard.metric} drop {guard.drop:+.4f} (95% interval {guard.lower:+.4f} to {guard.upper:+.4f}), "
-            f"Holm's p of a drop above {verdict.max_drop:g}: {guard.p_holm:.2g}; {seen_by(guard)}",
+            f"Holm's p of a drop above {verdict.max_drop:g}: {guard.p_holm:.2g}"
+            + ("" if early else f"; {seen_by(guard)}"),
         )
         for guard in verdict.guards
     ]

@@ -3,21 +3,23 @@
 - *exact*: documents are right or wrong and independent, so the exact unconditional test holds (``statistics.exact_p``).
   One document whose difference is no whole number changes nothing: it is rounded against whatever is to be shown.
 - *Gaffke*: documents score from 0 to 1 (or 100), belong to clusters, or weigh by their tasks (``bounded.gaffke_p``).
+- *betting*: documents came in random order, and whoever adds them may stop at any time (``anytime.betting_p``).
 - *resampled*, *Student's t*: nothing bounds what a document can lose, as in perplexities; both are approximate.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
 
-from lm_eval_adainfer import bounded, powers, statistics
+from lm_eval_adainfer import anytime, bounded, powers, statistics
 from lm_eval_adainfer.comparison.matching import Pairs
+from lm_eval_adainfer.errors import AdaInferError
 
-EXACT, GAFFKE, RESAMPLED, STUDENT = "exact", "Gaffke", "resampled", "Student's t"
+EXACT, GAFFKE, BETTING, RESAMPLED, STUDENT = "exact", "Gaffke", "betting", "resampled", "Student's t"
 MCNEMAR = "exact McNemar"  # a test's name
 APPROXIMATE = (RESAMPLED, STUDENT)
 DOCUMENTS, TASKS, WORDS = "documents", "tasks", "words or bytes"  # what weighs the same
@@ -35,6 +37,8 @@ class Evidence:
         reach: The largest drop that a document can show; where it is not bounded, the range seen.
         equal: What weighs the same: documents, tasks, or words or bytes.
         seed: Of what is drawn.
+        in_order: The documents are in the random order in which they came, and more would have come if these could not
+            tell.
     """
 
     drops: np.ndarray
@@ -44,9 +48,16 @@ class Evidence:
     reach: float
     equal: str = DOCUMENTS
     seed: int = 0
+    in_order: bool = False
 
     @classmethod
-    def of(cls, pairs: Sequence[Pairs], by_task: bool = False, seed: int = 0) -> Evidence:
+    def of(
+        cls,
+        pairs: Sequence[Pairs],
+        by_task: bool = False,
+        seed: int = 0,
+        places: Mapping[tuple[str, int], int] | None = None,
+    ) -> Evidence:
         """Of all documents of some tasks of one scale.
 
         Args:
@@ -54,6 +65,11 @@ class Evidence:
             by_task: Tasks weigh the same, whatever their sizes; not in perplexities, whose mean over tasks is no
                 mean of the nats that are compared.
             seed: Of what is drawn.
+            places: Task and document to its place in the random order in which documents came, where they were added
+                until they could tell.
+
+        Raises:
+            AdaInferError: Where nothing holds for documents that are added until they can tell.
         """
         weights, equal = weights_of(pairs), DOCUMENTS
         if weights is not None:
@@ -65,6 +81,8 @@ class Evidence:
                 weights = np.repeat(sizes.mean() / sizes, sizes)
         bounds = [p.most for p in pairs]
         most = None if any(b is None for b in bounds) else max(b for b in bounds if b is not None)
+        if places is not None:
+            return cls(_in_order(pairs, weights, most, places), None, None, most, most or 1.0, equal, seed, True)
         return cls(
             np.concatenate([p.drops for p in pairs]),
             weights,
@@ -83,6 +101,8 @@ class Evidence:
     @cached_property
     def method(self) -> str:
         """What the tests and bounds are."""
+        if self.in_order:
+            return BETTING
         if self.most is not None:
             broken = np.count_nonzero(self.drops != np.round(self.drops))
             plain = self.most == 1 and self.weights is None and self.clusters is None
@@ -120,6 +140,8 @@ class Evidence:
         """P of "the true drop is ``limit`` or more"."""
         if self.method == EXACT:
             return statistics.exact_p(*self.flips, len(self.drops), limit)
+        if self.method == BETTING:
+            return anytime.betting_p(self.drops, limit, self.reach)
         if self.method == GAFFKE:
             return bounded.gaffke_p(*self.units, limit, self.reach)
         if self.method == RESAMPLED:
@@ -139,6 +161,8 @@ class Evidence:
         if self.method == EXACT:
             lost, won = self.mirrored.flips
             return -statistics.exact_bound(lost, won, len(self.drops), level, True, None if at is None else -at)
+        if self.method == BETTING:
+            return anytime.betting_bound(self.drops, level, upper, self.reach, at)
         if self.method == GAFFKE:
             return bounded.gaffke_bound(*self.units, level, upper, self.reach, at)
         if self.method == RESAMPLED:
@@ -169,6 +193,8 @@ class Evidence:
         approximation, with the spread that was seen.
         """
         n = len(self.drops)
+        if self.method == BETTING:
+            return None  # it depends on when one stops
         if self.method == EXACT:
             return powers.visible_drop(self.flips[1] / n, n, limit, error)
         totals, sizes = self.units
@@ -190,6 +216,8 @@ class Evidence:
             far_error: With this error.
             error_of_failing: Of failing wrongly; by default that of passing.
         """
+        if self.method == BETTING:
+            return None
         failing = error if error_of_failing is None else error_of_failing
         error = failing if self.mean >= max_drop else error
         if self.method == EXACT:
@@ -215,6 +243,19 @@ def weights_of(pairs: Sequence[Pairs]) -> np.ndarray | None:
     """The documents' weights in a ratio of sums; None where all weigh the same."""
     found = [p.weights for p in pairs if p.weights is not None]
     return np.concatenate(found) if found else None
+
+
+def _in_order(
+    pairs: Sequence[Pairs], weights: np.ndarray | None, most: float | None, places: Mapping[tuple[str, int], int]
+) -> np.ndarray:
+    """The drops in the order in which the documents came."""
+    if weights is not None or most is None or any(p.clusters is not None for p in pairs):
+        raise AdaInferError(
+            f"stop-early: {pairs[0].task} can't be judged by it: it is proven for independent documents of equal "
+            f"weight and of a metric from 0 to 1 (or 100), and {pairs[0].metric} is no such; leave --stop-early out"
+        )
+    ranks = [places[p.task, a.doc_id] for p in pairs for a, _ in p.documents]
+    return np.concatenate([p.drops for p in pairs])[np.argsort(ranks)]
 
 
 def reach(baseline: np.ndarray, candidate: np.ndarray, unit: str = "") -> float:

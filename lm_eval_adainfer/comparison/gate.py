@@ -14,7 +14,7 @@ pass, all must (each at 5%), and they share the error of failing.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -22,7 +22,7 @@ import numpy as np
 
 from lm_eval_adainfer import statistics
 from lm_eval_adainfer.comparison.compare import row
-from lm_eval_adainfer.comparison.evidence import APPROXIMATE, EXACT, TASKS, Evidence
+from lm_eval_adainfer.comparison.evidence import APPROXIMATE, BETTING, EXACT, TASKS, Evidence
 from lm_eval_adainfer.comparison.matching import Pairs, main_kind, pools
 from lm_eval_adainfer.comparison.selection import listing
 from lm_eval_adainfer.errors import AdaInferError
@@ -113,6 +113,7 @@ def judge(
     min_flops_saved: float | None = None,
     name: str = "all documents",
     by_task: Collection[str] = (),
+    places: Mapping[tuple[str, int], int] | None = None,
 ) -> Verdict:
     """Judge a candidate.
 
@@ -125,6 +126,8 @@ def judge(
         min_flops_saved: The least that 1 minus its mean ``flops_ratio_total`` may be.
         name: Of the pool.
         by_task: Metrics in which the pool's tasks weigh the same, whatever their sizes.
+        places: Task and document to its place in the random order in which documents came, where they were added until
+            they could tell; all error rates then hold over everything that was looked at.
 
     Raises:
         AdaInferError: On limits that make no sense for these runs.
@@ -156,10 +159,17 @@ def judge(
     apart = pools(pooled)
     lower_level = 1 - ERROR * (POOL_SHARE if len(pairs) > 1 else 1) / len(apart)
     found = [
-        _pool(name if len(apart) == 1 else f"{name} ({p[0].metric})", p, max_drop, lower_level, p[0].metric in by_task)
+        _pool(
+            name if len(apart) == 1 else f"{name} ({p[0].metric})",
+            p,
+            max_drop,
+            lower_level,
+            p[0].metric in by_task,
+            places,
+        )
         for p in apart
     ]
-    guards = _guards(pairs, max_drop) if len(pairs) > 1 else []
+    guards = _guards(pairs, max_drop, places) if len(pairs) > 1 else []
     limit = f"{max_drop:g} {unit}".rstrip()
     notes += _caveats(found)
 
@@ -226,8 +236,15 @@ def _require_share(option: str, least: float | None, found: float | None, metric
         raise AdaInferError(f"{option}: the candidate logged no {metric}; give a run of --model adainfer")
 
 
-def _pool(name: str, pairs: Sequence[Pairs], max_drop: float, lower_level: float, by_task: bool) -> Pool:
-    evidence = Evidence.of(pairs, by_task)
+def _pool(
+    name: str,
+    pairs: Sequence[Pairs],
+    max_drop: float,
+    lower_level: float,
+    by_task: bool,
+    places: Mapping[tuple[str, int], int] | None,
+) -> Pool:
+    evidence = Evidence.of(pairs, by_task, places=places)
     baseline, candidate = (np.concatenate([getattr(p, side) for p in pairs]) for side in ("baseline", "candidate"))
     far = max(max_drop + FAR * evidence.reach, FAR_TIMES * max_drop)
     within = evidence.p_above(max_drop) <= ERROR and evidence.p_above(far) <= FAR_ERROR
@@ -273,8 +290,10 @@ def percent(level: float) -> str:
     return f"{100 * level:.3g}%"
 
 
-def _guards(pairs: Sequence[Pairs], max_drop: float) -> list[Guard]:
-    by_task = [Evidence.of([p]) for p in pairs]
+def _guards(
+    pairs: Sequence[Pairs], max_drop: float, places: Mapping[tuple[str, int], int] | None
+) -> list[Guard]:
+    by_task = [Evidence.of([p], places=places) for p in pairs]
     found = []
     for pair, own, p_holm in zip(pairs, by_task, statistics.holm([d.p_below(max_drop) for d in by_task]), strict=True):
         interval, n = own.interval(), len(own.drops)
@@ -296,6 +315,8 @@ def _advice(pool: Pool, max_drop: float, unit: str = "") -> str:
             what = "clusters" if pool.clusters is not None else "documents"
             text = f"{what} of {name} differ so much that a drop of {far:g} {unit}".rstrip()
             text += " can't be ruled out well enough"
+    if pool.method == BETTING:
+        return f"{text}; all documents were used"
     if needed is None:
         return f"{text}; the drop seen is so near the limit that no number of documents would settle it"
     at = "at the discordance seen" if pool.clusters is None else "in clusters like these"

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from lm_eval_adainfer import container
 from lm_eval_adainfer.comparison.check import Case, metric_name
+from lm_eval_adainfer.comparison.evidence import BETTING
 from lm_eval_adainfer.comparison.gate import FAIL, INCONCLUSIVE, PASS, Pool, Verdict, percent
 from lm_eval_adainfer.errors import AdaInferError
 from lm_eval_adainfer.output.rendering import escape_markdown
@@ -32,14 +33,18 @@ def text(verdict: Verdict, baseline: str, candidate: str) -> str:
         least = "" if verdict.min_flops_saved is None else f", at least {verdict.min_flops_saved:g} wanted"
         lines.append(f"flops saved, 1 - flops_ratio_total (counted): {verdict.flops_saved:.4f}{least}")
     if verdict.guards:
+        early = verdict.pools[0].method == BETTING  # what it sees depends on when it stops
         width = max(len(g.task) for g in verdict.guards)
-        lines += ["", f"{'task'.ljust(width)}   docs     drop        95% interval   Holm's p     sees"]
+        sees = ["" if early else f"  {'nothing' if g.sees is None else f'{g.sees:.4f}':>7}" for g in verdict.guards]
+        heading = f"{'task'.ljust(width)}   docs     drop        95% interval   Holm's p"
+        lines += ["", heading if early else f"{heading}     sees"]
         lines += [
             f"{g.task.ljust(width)}  {g.documents:5d}  {g.drop:+.4f}  [{g.lower:+.4f}, {g.upper:+.4f}]"
-            f"  {g.p_holm:9.2g}  {'nothing' if g.sees is None else f'{g.sees:.4f}':>7}{'  FAIL' if g.failed else ''}"
-            for g in verdict.guards
+            f"  {g.p_holm:9.2g}{seen}{'  FAIL' if g.failed else ''}"
+            for g, seen in zip(verdict.guards, sees, strict=True)
         ]
-        lines.append("sees: the drop that this task's guard would reveal with 80% probability")
+        if not early:
+            lines.append("sees: the drop that this task's guard would reveal with 80% probability")
     return "\n".join(lines)
 
 
