@@ -96,7 +96,7 @@ def lines(found: Mapping[str, Any], output: str | Path, run: str, page: Path | N
             f"reading and checks included, loses {_share(test, 'lost')}{change}, exit block {test['exit_layer']:.1f}"
         )
         for task, used in test["used_elsewhere"].items():
-            said.append(f"{task} has no training split: it was fitted and calibrated on {used} of its evaluation documents")
+            said.append(f"{task} has no training split: {used} of its evaluation documents were fitted and tuned on")
     said.append(f"{Path(output) / 'tune.json'}" + (f", {page}" if page else "; no page: pip install "
                 "'lm-eval-adainfer[report]'"))  # fmt: skip
     said.append(run)
