@@ -10,7 +10,7 @@ from lm_eval_adainfer import container
 from lm_eval_adainfer.output import per_block, report
 from lm_eval_adainfer.tuning.tune import Tuned
 
-_POINTS = 9  # contestants in the frontier
+_POINTS = 5  # readers in the frontier, so that each has its colour and mark
 
 
 def write(tuned: Tuned, output: str | Path, command: str) -> Path | None:
@@ -43,8 +43,8 @@ def _figures(tuned: Tuned) -> list[tuple[str, str, str, Any]]:
         if points := _points(tuned.found):
             found.append(
                 ("frontier", "Accuracy against work",
-                 f"The {len(points) - 1} cheapest contestants on fitting documents, simulated, each judged by stoppers "
-                 "that had not seen the document; work is counted, reading and checks included. A dashed line joins "
+                 "The cheapest contestant of every reader on fitting documents, simulated, judged by stoppers that "
+                 "had not seen the document; work is counted, reading and checks included. A dashed line joins "
                  "those that no other beats in both; what is recommended is marked in the legend.",
                  figures.frontier(points, "acc"))
             )  # fmt: skip
@@ -67,12 +67,15 @@ def _figures(tuned: Tuned) -> list[tuple[str, str, str, Any]]:
 
 
 def _points(found: dict[str, Any]) -> list[Any]:
-    """The dense model and the cheapest contestants; none where accuracy is not known."""
+    """The dense model and the cheapest contestant of every reader; none where accuracy is not known."""
     from lm_eval_adainfer.output.figures import Point
 
     shown = [one for one in found["contestants"] if one["acc"] is not None]
     chosen = found.get("chosen", {}).get("name")
-    shown = [one for i, one in enumerate(shown) if i < _POINTS or one["name"] == chosen]
+    best: dict[str, Any] = {}
+    for one in sorted(shown, key=lambda one: one["name"] != chosen):
+        best.setdefault(one["reader"], one)
+    shown = [one for one in shown if one in best.values()][:_POINTS]
     if not shown:
         return []
     dense = shown[0]["acc_dense"]
