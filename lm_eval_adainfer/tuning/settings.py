@@ -86,5 +86,13 @@ def tried(documents: int, max_drop: float, confidence: float) -> int:
     return 1
 
 
+def most_each(held: Sequence[int], wanted: int) -> int:
+    """At most how many documents of each task make so many together, where tasks hold so many."""
+    most = -(-wanted // len(held))
+    while most < max(held) and sum(min(most, n) for n in held) < wanted:
+        most += 1
+    return most
+
+
 def _passes(losses: int, documents: int, max_drop: float, confidence: float) -> bool:
     return bool(binom.cdf(losses, documents, max_drop) <= 1 - confidence)

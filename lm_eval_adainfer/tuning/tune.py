@@ -39,7 +39,7 @@ from lm_eval_adainfer.tuning import probe
 from lm_eval_adainfer.tuning.contestants import Contestant, Fitter, contestants, losses, scores
 from lm_eval_adainfer.tuning.probe import Probed
 from lm_eval_adainfer.tuning.search import left, share_lost
-from lm_eval_adainfer.tuning.settings import Settings, documents_for, most_losses, tried
+from lm_eval_adainfer.tuning.settings import Settings, documents_for, most_each, most_losses, tried
 from lm_eval_adainfer.tuning.work import Work
 
 if TYPE_CHECKING:
@@ -95,6 +95,7 @@ class Tuning:
         self.asked = asked or Asking()
         self.named = {**(named or {}), "tasks": sorted(tasks), **settings.described()}
         self._started = time.monotonic()
+        self._sizes: dict[str, dict[str, int]] = {}  # split -> task -> documents
 
     def run(self) -> Tuned:
         """Do all of it; what an equal command that was killed has finished is kept.
@@ -204,7 +205,7 @@ class Tuning:
     def _trace(
         self, split: str, wanted: Sequence[tuple[Reader, tuple[int, ...]]], count: int, place: Path | None = None
     ) -> list[Path]:
-        limit = count if place is not None else -(-count // len(self.tasks))
+        limit = count if place is not None else self._limit(split, count)
         return recording.trace(
             self.lm,
             self.tasks,
@@ -218,11 +219,22 @@ class Tuning:
             plan=Plan(self.lm.anatomy, tuple(wanted)),
         )
 
+    def _held(self, split: str) -> dict[str, int]:
+        """How many documents every task's split holds."""
+        if split not in self._sizes:
+            sizes = self._sizes[split] = {}
+            for name, task in self.tasks.items():
+                with documents_of(task, name, split, None, self.settings.seed, self.settings.num_fewshot or 0) as all_:
+                    sizes[name] = len(all_)
+        return self._sizes[split]
+
+    def _limit(self, split: str, count: int) -> int:
+        """At most how many documents of each task make so many together."""
+        return most_each(list(self._held(split).values()), count)
+
     def _number(self, split: str, count: int, name: str) -> int:
-        """How many documents of a task's split there are, at most as many as are wanted."""
-        shots, limit = self.settings.num_fewshot, -(-count // len(self.tasks))
-        with documents_of(self.tasks[name], name, split, limit, self.settings.seed, shots or 0) as chosen:
-            return len(chosen)
+        """How many documents of a task's split are traced, where so many of all tasks are wanted."""
+        return min(self._limit(split, count), self._held(split)[name])
 
     def _say(self, step: int, what: str, seconds: float = 0.0) -> None:
         """Where it is, and about how many seconds tracing will take yet, at most."""
@@ -378,6 +390,8 @@ class Tuning:
         elif allowed < 0:
             why, helps = f"{waiting} calibration documents can't carry the promise", True
             more = f"more documents may help: {most}"
+            if waiting < self.settings.documents:
+                more += "; these tasks hold no more, so pool further ones of their kind, or give a greater --max-drop"
         else:
             more_needed = [c["needed"] for c in result.get("candidates", ()) if not c["stops"]]
             known = [n for n in more_needed if n is not None]
