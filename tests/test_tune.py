@@ -263,7 +263,7 @@ def test_work_against_a_slow_count(tmp_path, spec):
     exits, asked = np.array([1, 2, 3, 2]), (1, 2)
     weights, head = [100, 200, 300], 8 * 16
     expected = np.zeros(4)
-    for n, (document, tokens) in enumerate(zip(view.owner, view.arrays["prompt_tokens"].tolist(), strict=True)):
+    for document, tokens in zip(view.owner, view.arrays["prompt_tokens"].tolist(), strict=True):
         k = exits[document]
         cost = tokens * sum(weights[:k]) + (0 if k < 3 else head)
         for j in [j for j in asked if j <= k]:
