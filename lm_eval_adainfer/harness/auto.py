@@ -87,17 +87,20 @@ class Auto:
         """The options with the stopper of a file."""
         return Options.read(str(path), *self.others)
 
-    def find(self, lm: Any, tasks: Mapping[str, Any], asked: Asking) -> tuple[Path, Stopper, list[int]]:
+    def find(self, lm: Any, tasks: Mapping[str, Any], how: Mapping[str, Any]) -> tuple[Path, Stopper, list[int]]:
         """The file that was tuned for what an evaluation asks, its stopper, and after which blocks that is asked.
 
         Args:
             lm: The ``AdaInferLM``.
             tasks: The evaluation's, by name.
-            asked: How their documents are asked.
+            how: The arguments of lm-eval's ``evaluate``, by name.
 
         Raises:
             AdaInferError: Where there is none, or more than one.
         """
+        template = how.get("apply_chat_template") or False
+        turns = bool(how.get("fewshot_as_multiturn")) if template else None
+        asked = Asking(template, how.get("system_instruction") or None, turns)
         shots = {name: int(task.get_config("num_fewshot") or 0) for name, task in tasks.items()}
         wanted = {**_model(lm), **_how(lm, asked), "shots": shots}
         if self.others[_READER] is not None:

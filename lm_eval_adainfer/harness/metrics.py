@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from types import FunctionType
 from typing import TYPE_CHECKING, Any, Protocol
@@ -19,7 +19,6 @@ from lm_eval.config.group import AggMetricConfig
 
 from lm_eval_adainfer.errors import AdaInferError
 from lm_eval_adainfer.harness import pilot, private
-from lm_eval_adainfer.harness.asking import Asking
 from lm_eval_adainfer.harness.gold import right_requests
 from lm_eval_adainfer.records import ExitRecord
 
@@ -57,7 +56,7 @@ class ReportsExits(Protocol):
     def fingerprint(self) -> str:
         """Of the model and the stopper, as they are now."""
 
-    def resolve_auto(self, tasks: dict[str, Any], asked: Asking) -> None:
+    def resolve_auto(self, tasks: dict[str, Any], how: Mapping[str, Any]) -> None:
         """Find the stopper, where the tasks decide which."""
 
     def totals(self) -> dict[str, Any]:
@@ -100,14 +99,6 @@ def _stand_in(*args: Any, **kwargs: Any) -> Any:
     return evaluate_with_exit_statistics(_adainfer_stock_evaluate, *args, **kwargs)  # type: ignore[name-defined] # noqa: F821
 
 
-def _asked(evaluate: Callable[..., Any], *args: Any, **kwargs: Any) -> Asking:
-    """How an evaluation asks its documents."""
-    given = inspect.signature(evaluate).bind(*args, **kwargs).arguments
-    template = given.get("apply_chat_template") or False
-    turns = given.get("fewshot_as_multiturn") if template else None
-    return Asking(template, given.get("system_instruction") or None, turns)
-
-
 def evaluate_with_exit_statistics(
     evaluate: Callable[..., Any], lm: Any, task_dict: Any, *args: Any, **kwargs: Any
 ) -> Any:
@@ -119,7 +110,7 @@ def evaluate_with_exit_statistics(
         tasks, groups = task_dict["tasks"], task_dict.get("groups", {})
     else:
         groups, tasks = private.groups_and_tasks(task_dict)
-    model.resolve_auto(tasks, _asked(evaluate, lm, task_dict, *args, **kwargs))
+    model.resolve_auto(tasks, inspect.signature(evaluate).bind(lm, task_dict, *args, **kwargs).arguments)
     before, model.run_totals = model.totals(), {}  # one model object may be evaluated several times
     model.pilot_record, dense = None, pilot.Pilot(model, tasks)
     with ExitStack() as stack:

@@ -7,7 +7,7 @@ import math
 import os
 import time
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import wraps
 from typing import TYPE_CHECKING, Any, Protocol
@@ -52,8 +52,6 @@ from lm_eval_adainfer.structure.windows import Windows
 
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
-
-    from lm_eval_adainfer.harness.asking import Asking
 
 eval_logger = logging.getLogger(__name__)
 
@@ -301,19 +299,19 @@ class AdaInferLM(HFLM):
             with self._autocast():
                 _ = self.anatomy.reads_few_tokens  # it takes forwards of its own: now, and not in a run
 
-    def resolve_auto(self, tasks: dict[str, Any], asked: Asking) -> None:
+    def resolve_auto(self, tasks: dict[str, Any], how: Mapping[str, Any]) -> None:
         """Take the stopper that was tuned for what an evaluation asks, where the model was built with ``stopper=auto``.
 
         Args:
             tasks: The evaluation's, by name.
-            asked: How their documents are asked.
+            how: The arguments of lm-eval's ``evaluate``, by name.
 
         Raises:
             AdaInferError: Where there is none, or more than one.
         """
         if self._auto is None:
             return
-        path, strategy, blocks = self._auto.find(self, tasks, asked)
+        path, strategy, blocks = self._auto.find(self, tasks, how)
         self.options = self._auto.options(path)
         self.stopper_name = str(path)
         check_layers = blocks if self._auto.check_layers is None else self._auto.check_layers
