@@ -26,7 +26,7 @@ from lm_eval_adainfer.strategies.rules import GapStopper
 from lm_eval_adainfer.traces import recording
 from lm_eval_adainfer.traces.documents import TracedDocuments, read
 from lm_eval_adainfer.tuning import told
-from lm_eval_adainfer.tuning.search import search
+from lm_eval_adainfer.tuning.search import DRAWS, expected, left, search
 from lm_eval_adainfer.tuning.settings import Settings, documents_for, most_each, most_losses, tried
 from lm_eval_adainfer.tuning.tune import RESULT, STOPPER, Tuning
 from lm_eval_adainfer.tuning.work import Work
@@ -248,6 +248,26 @@ def test_search_against_all_blocks_and_thresholds_of_one_check(seed, allowed):
             left = [k if row[k - 1] > threshold else 4 for row in scores]
             if np.mean([lost[d, e - 1] for d, e in enumerate(left)]) <= allowed:
                 assert found.cost <= cost_of(left, [k]) + 1e-9
+
+
+@given(seed=st.integers(0, 200), allowed=st.sampled_from([0, 1, 3]))
+@settings(max_examples=20, deadline=None)
+def test_what_is_expected_after_calibration_against_a_slow_calibration(seed, allowed):
+    draw = np.random.default_rng(seed)
+    scores, lost = draw.uniform(size=(15, 4)), (draw.uniform(size=(15, 4)) < 0.3).astype(float)
+    lost[:, 3] = 0
+    work = Work(np.tile(np.arange(5.0), (15, 1)), np.full((15, 4), 0.2), np.full(15, 0.1), True)
+    thresholds = [0.9, 0.6, 0.3]
+    total = 0.0
+    for counts in np.random.default_rng(0).multinomial(30, np.full(15, 1 / 15), DRAWS):
+        cost = 1.0
+        for threshold in thresholds:
+            exits = left(scores, [1, 3], threshold)
+            if sum(c * lost[d, exits[d] - 1] for d, c in enumerate(counts)) > allowed:
+                break
+            cost = work.ratio(exits, [1, 3])
+        total += cost
+    assert expected(scores, lost, work, allowed / 30, [1, 3], thresholds, 30) == pytest.approx(total / DRAWS)
 
 
 @pytest.mark.parametrize("spec", ["head", "copy:2", "sim:2"])

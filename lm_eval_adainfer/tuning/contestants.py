@@ -64,9 +64,9 @@ class Contestant:
         return f"{self.reader.name} {self.kind}"
 
     @property
-    def saved(self) -> float:
-        """The share of the dense work that is saved."""
-        return 1 - self.choice.cost
+    def expected(self) -> float:
+        """The share of the dense work that is expected to be saved after calibration."""
+        return 1 - self.choice.expected
 
 
 class Fitter:
@@ -110,7 +110,9 @@ class Fitter:
         options["max_examples"] = _EXAMPLES[kind]
         return fit.fit(kind, self.files if files is None else files, seed=self.seed, reader=reader, **options)
 
-    def contestant(self, kind: str, reader: Reader, loss: str, most_lost: float, folder: Path) -> Contestant:
+    def contestant(
+        self, kind: str, reader: Reader, loss: str, most_lost: float, folder: Path, calibration: int
+    ) -> Contestant:
         """Judge a kind under a reader, and choose its blocks.
 
         Args:
@@ -119,6 +121,7 @@ class Fitter:
             loss: Of ``TracedDocuments.losses``.
             most_lost: The greatest share of lost documents that is allowed.
             folder: Where :meth:`write_folds` put the folds.
+            calibration: The number of calibration documents.
 
         Raises:
             AdaInferError: Where it can't be fitted on these documents.
@@ -139,7 +142,8 @@ class Fitter:
         found, lost = np.concatenate(parts), losses(views, loss)
         work = Work.of(views, reader, stopper)
         right = np.concatenate([view.hits for view in views])
-        return Contestant(reader, kind, found, lost, work, search(found, lost, work, most_lost), right)
+        choice = search(found, lost, work, most_lost, calibration=calibration)
+        return Contestant(reader, kind, found, lost, work, choice, right)
 
     def write_folds(self, folder: Path) -> None:
         """Write, for every fold, the traces of the other folds' documents."""
@@ -158,15 +162,16 @@ class Fitter:
 
 
 def contestants(
-    fitter: Fitter, readers: Sequence[Reader], loss: str, most_lost: float
+    fitter: Fitter, readers: Sequence[Reader], loss: str, most_lost: float, calibration: int
 ) -> tuple[list[Contestant], dict[str, str]]:
-    """All that can be fitted, the cheapest first, and why others can't.
+    """All that can be fitted, the one first of which most is expected to be left, and why others can't.
 
     Args:
         fitter: Of the fitting documents.
         readers: The readers.
         loss: Of ``TracedDocuments.losses``.
         most_lost: The greatest share of lost documents that is allowed.
+        calibration: The number of calibration documents.
     """
     found, without = [], {}
     with tempfile.TemporaryDirectory() as folder:
@@ -174,10 +179,10 @@ def contestants(
         for reader in readers:
             for kind in fitter.kinds():
                 try:
-                    found.append(fitter.contestant(kind, reader, loss, most_lost, Path(folder)))
+                    found.append(fitter.contestant(kind, reader, loss, most_lost, Path(folder), calibration))
                 except AdaInferError as error:
                     without[f"{reader.name} {kind}"] = str(error)
-    return sorted(found, key=lambda c: c.choice.cost), without
+    return sorted(found, key=lambda c: (c.choice.expected, c.choice.cost)), without
 
 
 def scores(stopper: Stopper, view: TracedDocuments) -> np.ndarray:

@@ -43,9 +43,9 @@ def _figures(tuned: Tuned) -> list[tuple[str, str, str, Any]]:
         if points := _points(tuned.found):
             found.append(
                 ("frontier", "Accuracy against work",
-                 "The cheapest contestant of every reader on fitting documents, simulated, judged by stoppers that "
-                 "had not seen the document; work is counted, reading and checks included. A dashed line joins "
-                 "those that no other beats in both; what is recommended is marked in the legend.",
+                 "The most promising contestant of every reader on fitting documents, simulated, judged by "
+                 "stoppers that had not seen the document; work is counted, reading and checks included. A dashed line "
+                 "joins those that no other beats in both; what is recommended is marked in the legend.",
                  figures.frontier(points, "acc"))
             )  # fmt: skip
         panels = per_block.accuracy_panels(tuned.fitting, figures.PANELS)
@@ -67,7 +67,7 @@ def _figures(tuned: Tuned) -> list[tuple[str, str, str, Any]]:
 
 
 def _points(found: dict[str, Any]) -> list[Any]:
-    """The dense model and the cheapest contestant of every reader; none where accuracy is not known."""
+    """The dense model and the most promising contestant of every reader; none where accuracy is not known."""
     from lm_eval_adainfer.output.figures import Point
 
     shown = [one for one in found["contestants"] if one["acc"] is not None]

@@ -1,15 +1,21 @@
-"""After which blocks to ask and from which score on to stop, so that least work is done at a share of losses."""
+"""After which blocks to ask and from which score on to stop, so that least work is done at a share of losses.
+
+The threshold that is found on some documents is not the one that calibration on others ends at: where few losses are
+allowed, one document with a high score decides. So choices are compared by what is left of them after calibration on
+documents that are drawn, with replacement, from those at hand (:func:`expected`).
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from lm_eval_adainfer.tuning.work import Work
 
 THRESHOLDS = 40  # that are tried, quantiles of the scores
+DRAWS = 200  # of calibration documents
 MOST_BLOCKS = 6  # that are chosen; a seventh has never paid
 
 
@@ -23,6 +29,7 @@ class Choice:
         exit_layer: [D].
         cost: The work over that of the dense model.
         lost: The share of documents that lose their answer.
+        expected: The mean work, over that of the dense model, at the thresholds that calibration would end at.
     """
 
     blocks: tuple[int, ...]
@@ -30,12 +37,20 @@ class Choice:
     exit_layer: np.ndarray
     cost: float
     lost: float
+    expected: float = 1.0
 
 
 def search(
-    scores: np.ndarray, lost: np.ndarray, work: Work, most_lost: float, thresholds: Sequence[float] | None = None
+    scores: np.ndarray,
+    lost: np.ndarray,
+    work: Work,
+    most_lost: float,
+    thresholds: Sequence[float] | None = None,
+    calibration: int | None = None,
 ) -> Choice:
     """Choose threshold and blocks; for every threshold, blocks greedily, always the one that saves most.
+
+    Of the blocks that are found so, those are taken of which most is expected to be left after calibration.
 
     Args:
         scores: [D, L], what a stopper says after every block; NaN where it can't be asked.
@@ -43,16 +58,59 @@ def search(
         work: Of these documents.
         most_lost: The greatest share of lost documents that is allowed.
         thresholds: That are tried; by default quantiles of the scores.
+        calibration: The number of calibration documents; None leaves calibration out of it.
     """
     n, n_blocks = scores.shape
     possible = [k for k in range(1, n_blocks) if not np.isnan(scores[:, k - 1]).all()]
-    best = Choice((), np.inf, np.full(n, n_blocks), 1.0, 0.0)
-    for threshold in _thresholds(scores[:, [k - 1 for k in possible]]) if thresholds is None else thresholds:
+    nothing = Choice((), np.inf, np.full(n, n_blocks), 1.0, 0.0)
+    tried = _thresholds(scores[:, [k - 1 for k in possible]]) if thresholds is None else thresholds
+    best: dict[tuple[int, ...], Choice] = {(): nothing}  # of every set of blocks
+    for threshold in tried:
         stops = scores > threshold  # NaN never does
         found = _blocks(stops, lost, work, most_lost, possible, float(threshold))
-        if found.cost < best.cost - 1e-12:
-            best = found
-    return best
+        if found.blocks and (found.blocks not in best or found.cost < best[found.blocks].cost - 1e-12):
+            best[found.blocks] = found
+    if calibration is None:
+        return min(best.values(), key=lambda choice: (choice.cost, choice.blocks))
+    choices = [
+        replace(choice, expected=expected(scores, lost, work, most_lost, choice.blocks, tried, calibration))
+        for choice in best.values()
+    ]
+    return min(choices, key=lambda choice: (choice.expected, choice.cost, choice.blocks))
+
+
+def expected(
+    scores: np.ndarray,
+    lost: np.ndarray,
+    work: Work,
+    most_lost: float,
+    blocks: Sequence[int],
+    thresholds: Sequence[float],
+    calibration: int,
+) -> float:
+    """The mean work, over that of the dense model, where the threshold is calibrated on drawn documents.
+
+    Thresholds are tested from the strictest on, until the first at which more than the allowed share is lost.
+
+    Args:
+        scores: As :func:`search`'s.
+        lost: As :func:`search`'s.
+        work: As :func:`search`'s.
+        most_lost: As :func:`search`'s.
+        blocks: After which it is asked.
+        thresholds: From the strictest on.
+        calibration: The number of documents of every draw.
+    """
+    if not blocks or not len(thresholds):
+        return 1.0
+    n = len(scores)
+    exits = [left(scores, blocks, threshold) for threshold in thresholds]
+    loses = np.array([lost[np.arange(n), of - 1] for of in exits])  # [T, D]
+    costs = np.array([1.0, *(work.ratio(of, blocks) for of in exits)])
+    draws = np.random.default_rng(0).multinomial(calibration, np.full(n, 1 / n), DRAWS)
+    fails = loses @ draws.T > most_lost * calibration + 1e-9  # [T, draws]
+    passed = np.where(fails.any(axis=0), fails.argmax(axis=0), len(exits))
+    return float(costs[passed].mean())
 
 
 def left(scores: np.ndarray, blocks: Sequence[int], threshold: float) -> np.ndarray:

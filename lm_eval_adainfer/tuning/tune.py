@@ -59,7 +59,7 @@ class Tuned:
     Attributes:
         found: What ``tune.json`` holds.
         fitting: The fitting documents' traces.
-        contestants: All, the cheapest first.
+        contestants: All, the most promising first.
         exits: Task to the exit layers of test documents, where something is recommended.
     """
 
@@ -117,8 +117,8 @@ class Tuning:
         self._say(2, f"choosing among readers and stoppers; {max(allowed, 0)} of {waiting} may be lost later")
         fitter = Fitter(fitting_files, self.settings.seed)
         fitted_under = [one.reader for one in probed if not one.hopeless]
-        rivals, without = contestants(fitter, fitted_under, self.settings.loss, most_lost)
-        candidates = [c for c in rivals if c.saved >= WORTH][:count]
+        rivals, without = contestants(fitter, fitted_under, self.settings.loss, most_lost, max(waiting, 1))
+        candidates = [c for c in rivals if c.expected >= WORTH][:count]
         fitting = documents.read(fitting_files)
         result = self._described(probed, fitting, rivals, without, most_lost)
         tuned = Tuned(result, fitting, rivals)
@@ -431,6 +431,7 @@ def _told(rival: Contestant, seed: int) -> dict[str, Any]:
         "stopper": rival.kind,
         "check_layers": list(choice.blocks),
         "threshold": choice.threshold if np.isfinite(choice.threshold) else None,
+        "expected": rival.expected,
         **_figures(choice.exit_layer, choice.blocks, rival.lost, rival.work, seed),
         "acc": accuracy,
         "acc_low": spread[0],
