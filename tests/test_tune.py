@@ -319,6 +319,16 @@ def test_the_command_writes_a_page_and_prints_the_command_to_run(tmp_path, capsy
     assert all(one["name"] in page for one in found["contestants"])
 
 
+@pytest.mark.parametrize("given", ["stopper=gap:0.8", "reader=copy", "check_layers=3"])
+def test_arguments_that_are_to_be_found_are_refused(given, capsys, tmp_path):
+    assert main.main(["tune", "-a", f"pretrained=adainfer-demo,{given}", "-t", TASK, "-o", str(tmp_path)]) == 2
+    assert f"{given.partition('=')[0]} is what adainfer tune finds" in capsys.readouterr().err
+
+
+def test_readers_that_do_not_exist_are_refused(tmp_path):
+    assert "copy" in refused(lambda: tune(tmp_path, Settings(readers=("copy:0",))))
+
+
 def test_a_task_of_texts_is_refused():
     task = SimpleNamespace(OUTPUT_TYPE="generate_until")
     assert "generate_until" in refused(lambda: Tuning(None, {"t": task}, "x", SETTINGS))

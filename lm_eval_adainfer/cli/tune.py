@@ -50,6 +50,17 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     return parser
 
 
+def refuse_found(model_args: str) -> None:
+    """Raise AdaInferError where the model's arguments say what is to be found."""
+    from lm_eval_adainfer.errors import AdaInferError
+    from lm_eval_adainfer.harness.asking import key_values
+
+    given = key_values(model_args)
+    for name in ("stopper", "stopper_dir", "reader", "check_layers", "min_layer", "token_stopper"):
+        if name in given:
+            raise AdaInferError(f"model_args: {name} is what adainfer tune finds; leave it out")
+
+
 def run(arguments: argparse.Namespace) -> None:
     """Tune, write the files, and print the recommendation."""
     from lm_eval_adainfer.tuning import page, told
@@ -67,6 +78,7 @@ def run(arguments: argparse.Namespace) -> None:
         seed=arguments.seed,
         fewshot_seed=arguments.fewshot_seed,
     )
+    refuse_found(arguments.model_args)
     asked = options.asking(arguments)
     lm, tasks = options.load_model_and_tasks(arguments)
     require_tasks(tasks)

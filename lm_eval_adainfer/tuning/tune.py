@@ -139,8 +139,11 @@ class Tuning:
         """What the probe found, how many documents of each split, and seconds of a dense document."""
         plan = self.folder / "plan.json"
         place = self.folder / "probe"
-        every = [HEAD, *(readers.parse(spec) for spec in self.settings.readers)]
         blocks = probe.places(self.lm.n_blocks)
+        if blocks:
+            Plan.of(self.lm.anatomy, self.settings.readers)  # which refuses what is no reader of this model
+        named = [readers.parse(spec) for spec in self.settings.readers]
+        every = [HEAD, *(reader for reader in named if not reader.same(HEAD))]
         limit = -(-probe.DOCUMENTS // len(self.tasks))
         decided = self._decided(plan)
         if decided is None:
