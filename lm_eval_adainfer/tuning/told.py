@@ -83,7 +83,7 @@ def lines(found: Mapping[str, Any], output: str | Path, run: str, page: Path | N
         promise, blocks = chosen["promise"], "+".join(map(str, chosen["check_layers"]))
         said.append(
             f"recommended: reader={chosen['reader']}, {chosen['stopper']} above {chosen['threshold']:.4g}, asked after "
-            f"blocks {blocks} of {n_blocks}"
+            f"block{'s' if '+' in blocks else ''} {blocks} of {n_blocks}"
         )
         said.append(
             f"promise: at most {promise['max_drop']:.2%} lost at {settings['confidence']:.0%} confidence "
