@@ -25,7 +25,8 @@ pytest.importorskip("matplotlib")
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
 MOST = {"README.md": 100, "quickstart.md": 10, "your-model.md": 4, "your-stopper.md": 20, "comparing.md": 30,
-        "strategies.md": 10, "guarantee.md": 10, "extending.md": 1}  # --limit
+        "strategies.md": 10, "guarantee.md": 10, "extending.md": 1,
+        "tune.md": 150}  # --limit
 GUIDE = sorted(p.name for p in DOCS.glob("*.md"))
 _BLOCK = re.compile(r"(?:<!-- (?P<mark>[^>]*?) -->\n)?```(?P<language>\w*)\n(?P<text>.*?)```", re.DOTALL)
 _NUMBER = re.compile(r"[+-]?\d[\d,.]*(?:e[+-]\d+)?%?|N/A")
@@ -69,7 +70,7 @@ def printed_so(line: str, printed: str) -> bool:
 
 
 def with_at_most(command: str, most: int) -> str:
-    return re.sub(r"--limit (\d+)", lambda m: f"--limit {min(int(m[1]), most)}", command)
+    return re.sub(r"(--limit|--documents) (\d+)", lambda m: f"{m[1]} {min(int(m[2]), most)}", command)
 
 
 def commands_of(block) -> list[str]:

@@ -19,12 +19,13 @@ from lm_eval_adainfer.cli import (
     report,
     terminal,
     trace,
+    tune,
     verify,
 )
 from lm_eval_adainfer.errors import AdaInferError
 
 # in the order of `adainfer --help`; what a command needs is imported when it runs, so that help is there at once
-_COMMANDS = (verify, trace, fit, calibrate, layers, influence, replay, recipe, compare, check, report)
+_COMMANDS = (verify, tune, trace, fit, calibrate, layers, influence, replay, recipe, compare, check, report)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -51,7 +52,8 @@ def main(argv: list[str] | None = None) -> int:
         found = f" ({str(error).splitlines()[0]:.120})" if str(error) else ""
         return _refuse(f"batch_size: there is not enough memory{found}; give a smaller one")
     except KeyboardInterrupt:
-        what = "traces" if arguments.command == "trace" else "blocks" if vars(arguments).get("kind") == "reader" else ""
+        makes_traces = arguments.command in ("trace", "tune")
+        what = "traces" if makes_traces else "blocks" if vars(arguments).get("kind") == "reader" else ""
         kept = f"; finished {what} are kept, and the same command goes on" if what else ""
         print(f"\nadainfer: interrupted{kept}", file=sys.stderr)  # behind the progress bar
         return 130
@@ -75,6 +77,7 @@ def _parser() -> argparse.ArgumentParser:
         description="What belongs to `lm_eval --model adainfer`: stoppers are fitted before, runs are compared after.",
         epilog="in order:\n"
         "  adainfer verify --model_args pretrained=MODEL\n"
+        "  adainfer tune   --model_args pretrained=MODEL --tasks TASKS -o tuned/     (the next three in one, or:)\n"
         "  adainfer trace  --model_args pretrained=MODEL --tasks TASKS -o traces/\n"
         "  adainfer fit svm traces/ -o svm.stopper\n"
         "  adainfer layers traces/ --stopper svm.stopper\n"

@@ -87,6 +87,7 @@ def add_documents(
     shots_help: str = "shots per document (default: the task's own)",
     limit_help: str = "at most so many documents per task, drawn with --seed",
     batch_size: str | None = "8",
+    limit: bool = True,
 ) -> list[argparse.Action]:
     """Add the options that say which documents are asked of which model, and how.
 
@@ -99,13 +100,14 @@ def add_documents(
         shots_help: The help of ``--num_fewshot``.
         limit_help: The help of ``--limit``.
         batch_size: The default; None where the command sets one later (8).
+        limit: Whether there is ``--limit``.
     """
     size_help = "as lm_eval's: a number or auto" + (" (default: 8)" if batch_size is None else "")
     return [
         *_add_model(where, "model_args" in required, model_help),
         where.add_argument("--tasks", "-t", required="tasks" in required, help=tasks_help),
         where.add_argument("--num_fewshot", "-f", type=shots, help=shots_help),
-        where.add_argument("--limit", "-L", type=int, help=limit_help),
+        *([where.add_argument("--limit", "-L", type=int, help=limit_help)] if limit else []),
         where.add_argument("--batch_size", "-b", default=batch_size, help=size_help),
         where.add_argument("--include_path", help="a folder of further task YAMLs"),
         where.add_argument(

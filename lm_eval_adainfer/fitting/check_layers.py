@@ -106,7 +106,7 @@ def _read(files: Sequence[Path], stopper: Stopper, reader: Reader) -> tuple[_Ins
         check = np.full(len(top), head if is_head else 0.0)
         if of_choices:
             check = meta["hidden_size"] * (arrays["request"] >= 0).sum(axis=1).astype(np.float64)
-        costs = tokens[:, None] * weights, _reading(reader, meta, tokens), check
+        costs = tokens[:, None] * weights, reading(reader, meta, tokens), check
         parts.append(_Instances(stops, top == top[:, -1:], *costs, head, is_head or of_choices, is_head))
     found = _Instances(
         np.concatenate([p.stops for p in parts]),
@@ -121,7 +121,7 @@ def _read(files: Sequence[Path], stopper: Stopper, reader: Reader) -> tuple[_Ins
     return found, list(blocks)
 
 
-def _reading(reader: Reader, meta: Mapping[str, Any], tokens: np.ndarray) -> np.ndarray:
+def reading(reader: Reader, meta: Mapping[str, Any], tokens: np.ndarray) -> np.ndarray:
     """[N, L], multiplications of what a reader runs for a prompt of so many tokens ([N]) after every block."""
     n_blocks, weights = meta["n_blocks"], np.array(meta["block_weights"], dtype=float)
     if not reader.runs_tokens:

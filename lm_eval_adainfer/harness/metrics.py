@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from types import FunctionType
 from typing import TYPE_CHECKING, Any, Protocol
@@ -58,6 +58,9 @@ class ReportsExits(Protocol):
     @property
     def fingerprint(self) -> str:
         """Of the model and the stopper, as they are now."""
+
+    def resolve_auto(self, tasks: dict[str, Any], how: Mapping[str, Any]) -> None:
+        """Find the stopper, where the tasks decide which."""
 
     def totals(self) -> dict[str, Any]:
         """This process's totals since the model was built."""
@@ -110,6 +113,7 @@ def evaluate_with_exit_statistics(
         tasks, groups = task_dict["tasks"], task_dict.get("groups", {})
     else:
         groups, tasks = private.groups_and_tasks(task_dict)
+    model.resolve_auto(tasks, inspect.signature(evaluate).bind(lm, task_dict, *args, **kwargs).arguments)
     before, model.run_totals = model.totals(), {}  # one model object may be evaluated several times
     model.pilot_record, dense = None, pilot.Pilot(model, tasks)
     how = inspect.signature(evaluate).bind(lm, task_dict, *args, **kwargs).arguments

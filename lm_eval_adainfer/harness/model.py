@@ -7,7 +7,7 @@ import math
 import os
 import time
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import wraps
 from typing import TYPE_CHECKING, Any, Protocol
@@ -27,7 +27,7 @@ from lm_eval_adainfer.generation.loop import Seeds, Stop, decode
 from lm_eval_adainfer.generation.probes import prepare
 from lm_eval_adainfer.generation.prompts import PromptExits
 from lm_eval_adainfer.generation.settings import Settings, check_checkpoint
-from lm_eval_adainfer.harness import answer_cache, arguments, identity, metrics, pilot, run_record
+from lm_eval_adainfer.harness import answer_cache, arguments, auto, identity, metrics, pilot, run_record
 from lm_eval_adainfer.harness.answers import LogLikelihood, Rolling, Text
 from lm_eval_adainfer.harness.options import Options, check_stock
 from lm_eval_adainfer.prefill import planning, probes
@@ -126,6 +126,9 @@ class AdaInferLM(HFLM):
         token_stopper: With ``reader=copy`` or ``sim``, whose ``stopper`` decides how deep the prompt goes: when new
             tokens stop in ``generate_until`` (``none`` by default; anything that ``stopper`` takes, read by ``head`` or
             a file's own ``tuned`` reader).
+        stopper_dir: With ``stopper=auto``, which takes the stopper that ``adainfer tune`` made for this model, the
+            evaluation's tasks and its shots: the folder in which files are looked for. By default the model's own, and
+            ``lm_eval_adainfer`` in the user's cache.
         log_features: Put the features after every block up to the exit into the samples (``--log_samples``);
             default False.
 
@@ -149,13 +152,15 @@ class AdaInferLM(HFLM):
         reader: Any = None,
         token_stopper: Any = None,
         pilot: int | str = pilot.DOCUMENTS,
+        stopper_dir: Any = None,
         **kwargs: Any,
     ) -> None:
         report_errors_in_one_sentence()
         # before the weights are loaded: a wrong argument should fail at once
-        self.options = Options.read(
-            stopper, log_features, generation, kv_policy, head_check, prefix_cache, pilot, reader, token_stopper
-        )
+        others = log_features, generation, kv_policy, head_check, prefix_cache, pilot, reader, token_stopper
+        self._auto = auto.Auto.of(stopper, stopper_dir, pretrained, min_layer, check_layers, others)
+        self.auto_record: dict[str, Any] | None = None  # which file was taken
+        self.options = Options.read(*((stopper, *others) if self._auto is None else self._auto.waiting()))
         strategy = self.options.stopper
         self.stopper_name = strategy.kind if stopper is strategy else str(stopper)
         check_stock(kwargs)
@@ -192,59 +197,8 @@ class AdaInferLM(HFLM):
         if strategy.removes_blocks and not isinstance(pretrained, str):
             self._model = unwrapping.with_same_weights(self.model)  # the caller's model keeps its blocks
         self.anatomy = self._taken_apart()
-        self.stopper, self.n_blocks = strategy, self.anatomy.n_blocks
-        strategy.bind(self.n_blocks)
-        self.reader = self.options.reader
-        if strategy.dropped_blocks and (str(min_layer), str(check_layers)) not in (("1", "None"), ("1", "all")):
-            eval_logger.warning(f"min_layer/check_layers: {strategy.kind} asks nothing, so they don't apply")
-            min_layer, check_layers = 1, None
-        self.schedule = Schedule(self.n_blocks, strategy, min_layer, check_layers, self.reader)
-        if strategy.kind != "none" and not strategy.removes_blocks and not self.schedule.blocks:
-            eval_logger.warning("check_layers/min_layer: they leave no block to ask the stopper at, so it runs dense")
-        warn_if_foreign(strategy, self._model_name(), self.n_blocks, self.anatomy.head_hash())
-        for reader in (self.reader, self.options.token_stopper.reader):
-            if reader is not None and reader.maps is not None:
-                width, signs = self.anatomy.block_hidden_size, signs_hash(self.anatomy.model)
-                reader.maps.require_model(self.n_blocks, width, self.anatomy.head_hash(), signs)
-        if strategy.removes_blocks:
-            if self.reader.kind != "head":
-                raise AdaInferError(
-                    f"reader: {self.reader.name} has nothing to read with stopper={strategy.kind}, which takes blocks "
-                    "out of the model and asks nothing; leave reader= out"
-                )
-            self._drop_blocks()
-        self.reading: Reading | None = None
-        if self.reader.runs_tokens:
-            with self._autocast():
-                self.reading = prepared(self.anatomy, self.reader)
-        # what new tokens are asked: with a reader that reads prompts, a strategy of their own
-        self.token_stopper, self.token_schedule, self.token_reader = strategy, self.schedule, self.reader
-        if self.reader.runs_tokens:
-            self.token_stopper = self.options.token_stopper
-            self.token_reader = self.token_stopper.reader or HEAD
-            self.token_schedule = Schedule(self.n_blocks, self.token_stopper, reader=self.token_reader)
-        if self.schedule.blocks or self.token_schedule.blocks:
-            self.anatomy.keep_head_loaded()
-        self.engine = Engine(
-            self.anatomy, strategy, self.schedule, self.softmax_dtype, self.options.log_features, self.reader,
-            self.reading,
-        )
-        self.counter = FlopCounter(self.anatomy, strategy, self.reader)
-        self.token_counter = FlopCounter(self.anatomy, self.token_stopper, self.reader)
-        if self.reading is not None and self.reading.storing is not None:
-            self.counter.copied_weights = self.token_counter.copied_weights = self.reading.storing.weights
-        self.generation = generation if self.schedule.blocks or self.token_schedule.blocks else "dense"
-        if self.options.shortlist and self.token_stopper.carries:
-            raise AdaInferError(
-                f"head_check: shortlist needs a stopper that decides from one block alone, which "
-                f"{self.token_stopper.kind} with {', '.join(self.token_stopper.features)} does not; use "
-                "head_check=exact"
-            )
-        if self.options.shortlist:
-            self.anatomy.require_candidates()
-        if features.needs_choices(strategy.features):
-            with self._autocast():
-                _ = self.anatomy.reads_few_tokens  # it takes forwards of its own: now, and not in a run
+        self.n_blocks = self.anatomy.n_blocks
+        self._use(min_layer, check_layers)
         self._identified = ""  # the fingerprint, for the length of a run
         if any(weight.device.type == "meta" for weight in self.model.parameters()):
             self.anatomy.weights_hash(self.model)  # it reads offloaded weights once: now, and not in a run
@@ -288,6 +242,84 @@ class AdaInferLM(HFLM):
                 "but adainfer needs a decoder-only one"
             )
         check_checkpoint(pretrained, kwargs.get("revision"), kwargs.get("subfolder"))
+
+    def _use(self, min_layer: Any, check_layers: Any) -> None:
+        """Set up what depends on the options' strategy and reader."""
+        strategy = self.options.stopper
+        self.stopper = strategy
+        strategy.bind(self.n_blocks)
+        self.reader = self.options.reader
+        if strategy.dropped_blocks and (str(min_layer), str(check_layers)) not in (("1", "None"), ("1", "all")):
+            eval_logger.warning(f"min_layer/check_layers: {strategy.kind} asks nothing, so they don't apply")
+            min_layer, check_layers = 1, None
+        self.schedule = Schedule(self.n_blocks, strategy, min_layer, check_layers, self.reader)
+        if strategy.kind != "none" and not strategy.removes_blocks and not self.schedule.blocks:
+            eval_logger.warning("check_layers/min_layer: they leave no block to ask the stopper at, so it runs dense")
+        warn_if_foreign(strategy, self._model_name(), self.n_blocks, self.anatomy.head_hash())
+        for reader in (self.reader, self.options.token_stopper.reader):
+            if reader is not None and reader.maps is not None:
+                width, signs = self.anatomy.block_hidden_size, signs_hash(self.anatomy.model)
+                reader.maps.require_model(self.n_blocks, width, self.anatomy.head_hash(), signs)
+        if strategy.removes_blocks:
+            if self.reader.kind != "head":
+                raise AdaInferError(
+                    f"reader: {self.reader.name} has nothing to read with stopper={strategy.kind}, which takes blocks "
+                    "out of the model and asks nothing; leave reader= out"
+                )
+            self._drop_blocks()
+        self.reading: Reading | None = None
+        if self.reader.runs_tokens:
+            with self._autocast():
+                self.reading = prepared(self.anatomy, self.reader)
+        # what new tokens are asked: with a reader that reads prompts, a strategy of their own
+        self.token_stopper, self.token_schedule, self.token_reader = strategy, self.schedule, self.reader
+        if self.reader.runs_tokens:
+            self.token_stopper = self.options.token_stopper
+            self.token_reader = self.token_stopper.reader or HEAD
+            self.token_schedule = Schedule(self.n_blocks, self.token_stopper, reader=self.token_reader)
+        if self.schedule.blocks or self.token_schedule.blocks:
+            self.anatomy.keep_head_loaded()
+        self.engine = Engine(
+            self.anatomy, strategy, self.schedule, self.softmax_dtype, self.options.log_features, self.reader,
+            self.reading,
+        )
+        self.counter = FlopCounter(self.anatomy, strategy, self.reader)
+        self.token_counter = FlopCounter(self.anatomy, self.token_stopper, self.reader)
+        if self.reading is not None and self.reading.storing is not None:
+            self.counter.copied_weights = self.token_counter.copied_weights = self.reading.storing.weights
+        self.generation = self.options.generation if self.schedule.blocks or self.token_schedule.blocks else "dense"
+        if self.options.shortlist and self.token_stopper.carries:
+            raise AdaInferError(
+                f"head_check: shortlist needs a stopper that decides from one block alone, which "
+                f"{self.token_stopper.kind} with {', '.join(self.token_stopper.features)} does not; use "
+                "head_check=exact"
+            )
+        if self.options.shortlist:
+            self.anatomy.require_candidates()
+        if features.needs_choices(strategy.features):
+            with self._autocast():
+                _ = self.anatomy.reads_few_tokens  # it takes forwards of its own: now, and not in a run
+
+    def resolve_auto(self, tasks: dict[str, Any], how: Mapping[str, Any]) -> None:
+        """Take the stopper that was tuned for what an evaluation asks, where the model was built with ``stopper=auto``.
+
+        Args:
+            tasks: The evaluation's, by name.
+            how: The arguments of lm-eval's ``evaluate``, by name.
+
+        Raises:
+            AdaInferError: Where there is none, or more than one.
+        """
+        if self._auto is None:
+            return
+        path, strategy, blocks = self._auto.find(self, tasks, how)
+        self.options = self._auto.options(path)
+        self.stopper_name = str(path)
+        check_layers = blocks if self._auto.check_layers is None else self._auto.check_layers
+        self._use(self._auto.min_layer, check_layers)
+        self._found_sharing, self._windows, self._prompt_exits = None, None, None
+        self._found_aside = None, None
+        self.auto_record = {"file": str(path), "tasks": dict(strategy.info["tuned"]["shots"])}
 
     def _set_ranks(self) -> None:
         """Stock HFLM sets rank and world size only where there are several GPUs; processes on CPUs count too."""
@@ -342,6 +374,10 @@ class AdaInferLM(HFLM):
         Raises:
             AdaInferError: Where the model is no longer the one whose answers the cache holds.
         """
+        if self._auto is not None and self.auto_record is None:
+            raise AdaInferError(
+                "stopper: auto is found by the tasks of an evaluation; give a stopper file where there is none"
+            )
         if self._identified:
             yield
             return

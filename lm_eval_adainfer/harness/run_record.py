@@ -45,6 +45,7 @@ def of(lm: Any, sharing: Sharing | None, windows: Windows | None) -> dict[str, A
         **({} if sharing is None else {"shared_prefixes": _with_reason(sharing.how, sharing.missed)}),
         **({} if windows is None else {"generation_layout": _with_reason(windows.layout, windows.missed)}),
         **totals,
+        **({} if lm.auto_record is None else {"stopper_auto": lm.auto_record}),
         **({} if lm.pilot_record is None else {"pilot": lm.pilot_record}),
         **(lm.promise_record or {}),
         **({"generated_tokens_per_second_measured": tokens / seconds} if tokens and seconds else {}),

@@ -79,8 +79,6 @@ def write(
     Raises:
         AdaInferError: Where runs don't match, traces are damaged, or the folder can't be written to.
     """
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-
     found = per_block.load(traces) if traces else []
     for run in runs:
         if found and run.n_blocks not in (None, found[0].n_blocks):
@@ -98,14 +96,10 @@ def write(
         said.append(f"the frontier leaves out {which}, which are another metric")
     folder, pictures = Path(output), []
     for name, heading, caption, figure in _figures(runs, _pooled(pairs), found):
-        pictures.append(_save(folder, name, heading, caption, figure))
-    environment = Environment(
-        loader=PackageLoader("lm_eval_adainfer.output", "templates"), autoescape=True, undefined=StrictUndefined
-    )
-    page = environment.get_template("page.html").render(
+        pictures.append(save_picture(folder, name, heading, caption, figure))
+    text = render(
+        "page.html",
         title=title,
-        made=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        version=__version__,
         runs=runs,
         columns=list(columns),
         leaderboard=_leaderboard(runs, pairs, columns),
@@ -114,8 +108,19 @@ def write(
         documents=[(run.label, run.n_blocks, *_extremes(run, pairs[run.label])) for run in runs if _early(run, pairs)],
         notes=list(dict.fromkeys([*(f"{run.label}: {note}" for run in runs for note in run.notes), *said])),
     )
-    container.write_atomically(folder / "index.html", page.encode("utf-8", "replace"))
+    container.write_atomically(folder / "index.html", text.encode("utf-8", "replace"))
     return folder / "index.html"
+
+
+def render(template: str, **values: Any) -> str:
+    """A page from one of the templates, with everything escaped that is not a picture; it says when it was made."""
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    environment = Environment(
+        loader=PackageLoader("lm_eval_adainfer.output", "templates"), autoescape=True, undefined=StrictUndefined
+    )
+    made = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
+    return environment.get_template(template).render(made=made, version=__version__, **values)
 
 
 def _pooled(pairs: dict[str, list[Pairs]]) -> dict[str, list[Pairs]]:
@@ -338,7 +343,19 @@ def _speeds(runs: list[Run], pairs: dict[str, list[Pairs]]) -> list[tuple[str, f
     return rows
 
 
-def _save(folder: Path, name: str, heading: str, caption: str, figure: Any) -> Picture:
+def save_picture(folder: Path, name: str, heading: str, caption: str, figure: Any) -> Picture:
+    """Write a figure's files into a folder.
+
+    Args:
+        folder: The page's.
+        name: Of the files, without extensions.
+        heading: Over the picture.
+        caption: Below it.
+        figure: matplotlib's.
+
+    Returns:
+        The picture for the page.
+    """
     from markupsafe import Markup
 
     from lm_eval_adainfer.output import figures

@@ -1,0 +1,1 @@
+"""From a model and tasks to a recommendation: which reader, stopper and blocks, with a promise (``adainfer tune``)."""

@@ -1,0 +1,86 @@
+"""The page of a recommendation: what is recommended, every contestant, and pictures; all of it *simulated*."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from lm_eval_adainfer import container
+from lm_eval_adainfer.output import per_block, report
+from lm_eval_adainfer.tuning.tune import Tuned
+
+_POINTS = 5  # readers in the frontier, so that each has its colour and mark
+
+
+def write(tuned: Tuned, output: str | Path, command: str) -> Path | None:
+    """Write ``index.html`` and its pictures.
+
+    Args:
+        tuned: What is told.
+        output: The folder.
+        command: That runs what is recommended.
+
+    Returns:
+        The page; None where the extra that draws is not installed.
+    """
+    if any(find_spec(name) is None for name in ("matplotlib", "jinja2")):
+        return None
+    folder, found = Path(output), tuned.found
+    pictures = [report.save_picture(folder, *one) for one in _figures(tuned)]
+    title = f"Early exit, tuned: {found['model']['model']}"
+    text = report.render("tune.html", title=title, found=found, command=command, pictures=pictures)
+    container.write_atomically(folder / "index.html", text.encode("utf-8", "replace"))
+    return folder / "index.html"
+
+
+def _figures(tuned: Tuned) -> list[tuple[str, str, str, Any]]:
+    """Name, heading, caption and figure of everything that there is data for."""
+    from lm_eval_adainfer.output import figures
+
+    found = []
+    with figures.style():
+        if points := _points(tuned.found):
+            found.append(
+                ("frontier", "Accuracy against work",
+                 "The most promising contestant of every reader on fitting documents, simulated, judged by "
+                 "stoppers that had not seen the document; work is counted, reading and checks included. A dashed line "
+                 "joins those that no other beats in both; what is recommended is marked in the legend.",
+                 figures.frontier(points, "acc"))
+            )  # fmt: skip
+        panels = per_block.accuracy_panels(tuned.fitting, figures.PANELS)
+        if any(panels.values()):
+            found.append(
+                ("accuracy_per_block", "Accuracy per block under each reader",
+                 "Simulated on fitting documents: what each block would have answered, after the blocks that were "
+                 "recorded. Bands: 95% intervals.",
+                 figures.accuracy(panels))
+            )  # fmt: skip
+        if tuned.exits:
+            name = tuned.found["chosen"]["name"]
+            found.append(
+                ("exit_layers", "Where documents leave", "Simulated on test documents, with what is recommended.",
+                 figures.histograms({task: {name: exits} for task, exits in tuned.exits.items()},
+                                    tuned.found["model"]["n_blocks"]))
+            )  # fmt: skip
+    return found
+
+
+def _points(found: dict[str, Any]) -> list[Any]:
+    """The dense model and the most promising contestant of every reader; none where accuracy is not known."""
+    from lm_eval_adainfer.output.figures import Point
+
+    shown = [one for one in found["contestants"] if one["acc"] is not None]
+    chosen = found.get("chosen", {}).get("name")
+    best: dict[str, Any] = {}
+    for one in sorted(shown, key=lambda one: one["name"] != chosen):
+        best.setdefault(one["reader"], one)
+    shown = [one for one in shown if one in best.values()][:_POINTS]
+    if not shown:
+        return []
+    dense = shown[0]["acc_dense"]
+    points = [Point("stopper=none", 1.0, dense, dense, dense, dense=True)]
+    for one in shown:
+        mark = "recommended: " if one["name"] == chosen else ""
+        points.append(Point(mark + one["name"], 1 - one["saved"], one["acc"], one["acc_low"], one["acc_high"]))
+    return points
