@@ -76,7 +76,7 @@ class FlopCounter:
         """Tokens of a row that run through the later blocks when it is read at so many positions."""
         if not self.reader.runs_tokens:
             return 0
-        return min(self.reader.window + (self.reader.kind == "sim"), prompt) + positions - 1
+        return min(self.reader.width, prompt) + positions - 1
 
     def head(self, rows: int) -> float:
         """2Vh per head row."""

@@ -130,7 +130,7 @@ def reading(reader: Reader, meta: Mapping[str, Any], tokens: np.ndarray) -> np.n
     # what the blocks behind each come to: all of their maps, and those that lead to keys and values
     keys = np.array(meta.get("stored_weights", weights), dtype=float)
     whole, stored = (np.append(np.cumsum(of[::-1])[::-1], 0.0)[1:] for of in (weights, keys))
-    run = np.minimum(reader.window + (reader.kind == "sim"), tokens)
+    run = np.minimum(reader.width, tokens)
     others = tokens - run if reader.kind == "copy" else 0 * tokens
     return run[:, None] * whole + others[:, None] * stored
 

@@ -43,6 +43,11 @@ class Reader:
         """Whether tokens of the prompt run through later blocks, so that it reads prompts and no position alone."""
         return self.kind in ("copy", "sim")
 
+    @property
+    def width(self) -> int:
+        """How many tokens of a long prompt run on: the window, and with ``sim`` the first token; 0 where none do."""
+        return self.window + (self.kind == "sim")
+
     def translate(self, block: int, hidden: Tensor) -> Tensor:
         """[n, h], what norm and head read of states [n, h] after a block, where each is read on its own."""
         return hidden if self.maps is None else self.maps.apply(block, hidden)
