@@ -8,6 +8,7 @@ from typing import Any
 
 from lm_eval_adainfer import container
 from lm_eval_adainfer.output import per_block, report
+from lm_eval_adainfer.tuning.told import LOST
 from lm_eval_adainfer.tuning.tune import Tuned
 
 _POINTS = 5  # readers in the frontier, so that each has its colour and mark
@@ -29,7 +30,7 @@ def write(tuned: Tuned, output: str | Path, command: str) -> Path | None:
     folder, found = Path(output), tuned.found
     pictures = [report.save_picture(folder, *one) for one in _figures(tuned)]
     title = f"Early exit, tuned: {found['model']['model']}"
-    text = report.render("tune.html", title=title, found=found, command=command, pictures=pictures)
+    text = report.render("tune.html", title=title, found=found, command=command, pictures=pictures, lost=LOST)
     container.write_atomically(folder / "index.html", text.encode("utf-8", "replace"))
     return folder / "index.html"
 
