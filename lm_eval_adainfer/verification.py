@@ -481,13 +481,15 @@ class _Verifier:
             texts = [list(self.tokens(1 + (longest - 1) * (n + 1) // rows)) for n in range(rows)]
             lengths, policy = [len(text) for text in texts], "recompute" if prompts is None else "propagate"
             with self.lm._autocast():
-                decoder = Decoder(self.anatomy, stopper, schedule, windows, texts, new, policy, reader=reader)
-                first = None if prompts is None else prompts.run(decoder.state, texts)
+                decoder = Decoder(
+                    self.anatomy, stopper, schedule, windows, texts, new, prompt_exits=prompts, kv_policy=policy,
+                    reader=reader,
+                )  # fmt: skip
                 with decoder.attached():
                     for step in range(1, new + 1):
                         # the last tokens go through all blocks, so whatever earlier ones left out is filled in
                         self.drawn.only = self.n if step == new else None
-                        logits = decoder.step() if first is None or step > 1 else first
+                        logits = decoder.step()
                         chosen = logits.argmax(-1).tolist()
                         for n, (text, result) in enumerate(zip(texts, decoder.results, strict=True)):
                             k = result.layers[-1] if prompts is None else int(result.prompt_exit or 0)

@@ -319,8 +319,11 @@ class RecomputeRecent(KVPolicy):
 
     exact, n = False, 2
 
-    def split(self, rows, missing, first_exit, newest):
-        begins = [slot if slot < first_exit else max(slot, newest - self.n) for slot in missing]
+    def split(self, rows, missing, first_exits, newest):
+        begins = [
+            slot if slot < first else max(slot, newest - self.n)
+            for slot, first in zip(missing, first_exits, strict=True)
+        ]
         stored = Tokens(rows, missing, begins, newest, with_newest=False)
         return Tokens(rows, begins, [newest] * len(rows), newest), stored if stored.n else None
 

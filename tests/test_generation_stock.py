@@ -14,6 +14,7 @@ import datasets
 import pytest
 import torch
 from helpers.models import SHARED, make_model
+from helpers.replay import generated
 from helpers.tasks import instance
 from lm_eval import simple_evaluate
 from lm_eval.api.task import ConfigurableTask
@@ -145,20 +146,11 @@ def test_stop_strings_of_several_tokens_end_a_text_where_stock_ends_it_alone(dem
         assert sum(len(a.exit_record.layers) < 20 for a in ours) >= 3
 
 
-def test_every_end_token_of_a_list_ends_a_text(tokenizer):
+def test_every_end_token_of_a_list_ends_a_text(tokenizer, monkeypatch):
     model = make_model("llama", vocab_size=257, max_position_embeddings=1024)
     options = {"tokenizer": tokenizer, "batch_size": 1, "max_length": 700}
     probe = AdaInferLM(pretrained=model, stopper="gap:1", **options)
-    seen = []
-    decode = probe._model_generate
-
-    def watched(context, *more, **settings):
-        whole = decode(context, *more, **settings)
-        seen.append(whole[0, context.shape[1] :].tolist())
-        return whole
-
-    probe._model_generate = watched
-    probe.generate_until(asked(PROMPTS, until=[]), True)
+    seen = [row.tokens for row, _ in generated(probe, asked(PROMPTS, until=[]), monkeypatch)]
     model.generation_config.eos_token_id = [0, seen[0][3], seen[1][5]]
     for size in (1, 5, 16):
         stock, ours = both(model, asked(PROMPTS, until=[]), size, tokenizer=tokenizer)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from helpers.models import lm_of, make_model
 from helpers.reference import logits_after_block, slow_features
+from helpers.replay import generated
 from helpers.tasks import KINDS, documents, instance, make_task
 from helpers.traces import traced
 
@@ -105,30 +106,19 @@ def test_rolling_tokens_exit_as_simulated(check_layers, stoppers, model, tokeniz
 
 
 @pytest.mark.parametrize("check_layers", CHECKS)
-def test_generated_tokens_exit_as_simulated(check_layers, stoppers, model, tokenizer):
+def test_generated_tokens_exit_as_simulated(check_layers, stoppers, model, tokenizer, monkeypatch):
     """Every new token is compared with the whole text before it, run alone; the text is what the early run wrote."""
     prompts = ["a cat", "deer fox goat hi", "x", "no way"]
     seen = {name: set() for name in NAMES}
     for name, stopper in stoppers.items():
         lm = lm_of(model, tokenizer, stopper=stopper, check_layers=check_layers)
-        rows = []
-        generate = lm._model_generate
-
-        def watched(context, *args, generate=generate, rows=rows, lm=lm, **kwargs):
-            real = [row[mask.bool()].tolist() for row, mask in zip(context, kwargs["attention_mask"], strict=True)]
-            whole = generate(context, *args, **kwargs)
-            rows += [(p, w[context.shape[1] :].tolist(), t) for p, w, t in zip(real, whole, lm._exit_records, strict=True)]
-            return whole
-
-        lm._model_generate = watched
-        lm.generate_until(
-            [instance(p, {"until": ["\0"], "max_gen_toks": 7}, n, kind="generate_until") for n, p in enumerate(prompts)], True
-        )
-        assert len(rows) == len(prompts)
+        requests = [
+            instance(p, {"until": ["\0"], "max_gen_toks": 7}, n, kind="generate_until") for n, p in enumerate(prompts)
+        ]
         real, prefixes = [], []
-        for prompt, new, trace in rows:
-            real += trace.layers
-            prefixes += [[*prompt, *new[:j]] for j in range(len(trace.layers))]
+        for row, prompt in generated(lm, requests, monkeypatch):
+            real += row.layers
+            prefixes += [[*prompt, *row.tokens[:j]] for j in range(len(row.layers))]
         meta, arrays = slow_trace(lm, model, prefixes)
         agree(real, exits(stopper, meta, arrays, lm.schedule.blocks, [[n] for n in range(len(prefixes))]))
         seen[name] = set(real)

@@ -8,12 +8,11 @@ import pytest
 import torch
 from helpers.models import lm_of, make_model
 from helpers.reference import read_logits, states_after_blocks
+from helpers.replay import generated
 from helpers.stoppers import Scripted, ScriptedByState
 from helpers.tasks import instance
 
 from lm_eval_adainfer.errors import AdaInferError
-from lm_eval_adainfer.generation.loop import decode
-from lm_eval_adainfer.harness import model as model_module
 from lm_eval_adainfer.structure.arguments import hidden_of
 
 NEW = 5
@@ -23,21 +22,6 @@ def questions(n=7, new=NEW):
     rng = random.Random(3)
     texts = ["".join(rng.choice("abcdef ") for _ in range(rng.randint(1, 25))) + "q" for _ in range(n)]
     return [instance(t, {"until": [], "max_gen_toks": new}, i, kind="generate_until") for i, t in enumerate(texts)]
-
-
-def generated(lm, asked, monkeypatch):
-    """(what was decoded, prompt tokens) of every text; the texts themselves can't be turned into tokens again."""
-    found = []
-
-    def noting(*args, **kwargs):
-        rows = decode(*args, **kwargs)
-        context, mask = args[5], args[6]
-        found.extend((row, x[m.bool()].tolist()) for row, x, m in zip(rows, context, mask, strict=True))
-        return rows
-
-    monkeypatch.setattr(model_module, "decode", noting)
-    lm.generate_until(asked, True)
-    return found
 
 
 def slow_logits(model, blocks, reader, prompt, new, k):

@@ -21,7 +21,7 @@ class Call:
     """What one call of a block writes.
 
     Attributes:
-        n_rows: How many rows the decoder has.
+        n_rows: How many places are in use.
         end: One behind the last slot that it may read.
         store_only: Leave the block once its keys and values are stored.
     """
@@ -45,7 +45,7 @@ class PackedCall(Call):
     def write(self, whole: Tensor, new: Tensor) -> Tensor:
         """All rows' keys up to the newest slot."""
         whole[self.row.to(whole.device), :, self.slot.to(whole.device)] = new[0].transpose(0, 1)
-        return whole[:, :, : self.end]
+        return whole[: self.n_rows, :, : self.end]
 
 
 @dataclass
@@ -58,7 +58,7 @@ class PaddedCall(Call):
     def write(self, whole: Tensor, new: Tensor) -> Tensor:
         """The keys of the rows in flow up to the newest slot."""
         start, valid = self.end - new.shape[-2], self.valid
-        part = whole if self.rows is None else whole[self.rows.to(whole.device)]
+        part = whole[: self.n_rows] if self.rows is None else whole[self.rows.to(whole.device)]
         window = part[:, :, start : self.end]
         window.copy_(new if valid is None else torch.where(valid[:, None, :, None].to(new.device), new, window))
         if self.rows is not None:
@@ -71,12 +71,16 @@ class SlotCache(DynamicCache):
 
     It tells the model that ``base`` tokens are cached, so that the model makes masks and rotary embeddings for every
     slot that some block still misses.
+
+    Args:
+        places: Rows at once, at most.
+        capacity: Slots of each.
     """
 
-    def __init__(self, capacity: int) -> None:
+    def __init__(self, places: int, capacity: int) -> None:
         super().__init__()
         self.base = 0
-        self.capacity = capacity
+        self.places, self.capacity = places, capacity
         self.keys: dict[int, Tensor] = {}
         self.values: dict[int, Tensor] = {}
         self.call: Call | None = None
@@ -99,22 +103,29 @@ class SlotCache(DynamicCache):
         assert call is not None
         found = []
         for store, new in ((self.keys, key_states), (self.values, value_states)):
-            if layer_idx not in store:
-                store[layer_idx] = new.new_zeros(call.n_rows, new.shape[1], self.capacity, new.shape[-1])
-            found.append(call.write(store[layer_idx], new))
+            found.append(call.write(self._made(store, layer_idx, new[0]), new))
         if call.store_only:
             raise Stored
         return tuple(found)
 
-    def put(self, layer: int, n_rows: int, row: int, slots: Tensor, pair: tuple[Tensor, ...]) -> None:
+    def _made(self, store: dict[int, Tensor], layer: int, like: Tensor) -> Tensor:
+        """[places, heads, capacity, d] of a layer, for keys or values like these ([heads, n, d])."""
+        if layer not in store:
+            store[layer] = like.new_zeros(self.places, like.shape[0], self.capacity, like.shape[-1])
+        return store[layer]
+
+    def put(self, layer: int, place: int, slots: slice | Tensor, pair: tuple[Tensor, ...]) -> None:
         """Write one row's keys and values ([heads, n, d]) into some slots of a layer."""
         for store, new in zip((self.keys, self.values), pair, strict=True):
-            if layer not in store:
-                store[layer] = new.new_zeros(n_rows, new.shape[0], self.capacity, new.shape[-1])
-            store[layer][row, :, slots.to(new.device)] = new
+            whole = self._made(store, layer, new)
+            where = slots.to(whole.device) if isinstance(slots, Tensor) else slots
+            whole[place, :, where] = new.to(whole.device)
 
-    def keep_rows(self, rows: Tensor) -> None:
-        """Forget finished rows."""
-        for store in (self.keys, self.values):
-            for layer, whole in store.items():
-                store[layer] = whole[rows.to(whole.device)]
+    def all(self) -> list[tuple[Tensor, int]]:
+        """Every layer's keys and values, and which of their dimensions are the slots."""
+        return [(whole, 2) for store in (self.keys, self.values) for whole in store.values()]
+
+    def move(self, place: int, to: int, length: int) -> None:
+        """A row takes another place, with its slots up to a length."""
+        for whole, _ in self.all():
+            whole[to, :, :length] = whole[place, :, :length]

@@ -16,18 +16,22 @@ from lm_eval_adainfer.structure.state import BlockState
 class Decisions:
     """The decisions of one step: what is seen of the newest tokens, which of them go on, and the logits of the others.
 
+    Args:
+        decoder: Whose.
+        places: Of the rows that are stepped.
+
     Attributes:
-        results: Of the decoder's rows, what was decoded.
-        flow: The decoder's rows whose newest token goes on.
+        results: Of these rows, what was decoded.
+        flow: The rows whose newest token goes on, by their place among these.
         before: [flow, h], the current block's input at the newest tokens, where the stopper needs it.
         parts: ``"attn"`` / ``"mlp"`` -> [flow, h], output of that part of the current block.
         parts_before: The same of the previous block.
     """
 
-    def __init__(self, decoder: DecoderState):
+    def __init__(self, decoder: DecoderState, places: Sequence[int]):
         self.decoder, self.anatomy = decoder, decoder.anatomy
-        self.n_rows = len(decoder.rows)
-        self.results = [decoder.results[row] for row in decoder.rows]
+        self.n_rows = len(places)
+        self.results = [decoder.results[decoder.rows[place]] for place in places]
         self.flow = list(range(self.n_rows))
         self.before: Tensor | None = None
         self.parts: dict[str, Tensor] = {}
@@ -85,7 +89,7 @@ class Decisions:
         """
         self.flow = [row for row, stays in zip(self.flow, stay, strict=True) if stays]
         if self.parts_before:
-            index = torch.tensor([n for n, stays in enumerate(stay) if stays], device=device)
+            index = torch.tensor([n for n, stays in enumerate(stay) if stays], dtype=torch.long, device=device)
             self.parts_before = {name: x[index.to(x.device)] for name, x in self.parts_before.items()}
 
     def logits(self) -> Tensor:

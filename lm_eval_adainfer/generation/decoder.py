@@ -15,29 +15,33 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lm_eval_adainfer.generation import prefill
 from lm_eval_adainfer.generation.decoded import Decoded
+from lm_eval_adainfer.generation.prompts import PromptExits
 from lm_eval_adainfer.generation.state import DecoderState
 from lm_eval_adainfer.generation.step import Step
-from lm_eval_adainfer.readers.base import HEAD, Reader
+from lm_eval_adainfer.prefill.prefixes import Prefix
 from lm_eval_adainfer.strategies.base import Schedule, Stopper
 from lm_eval_adainfer.structure.anatomy import Anatomy
 from lm_eval_adainfer.structure.calls import hooked
 from lm_eval_adainfer.structure.windows import Windows
 
+SLACK = 64  # slots beyond a row's own, so that rows need not be moved at every step
+
 
 class Decoder:
-    """Decodes a batch of rows, one token of every row per step.
+    """Decodes rows, one token of every row per step; others can join where some are finished.
 
     Args:
         anatomy: The model.
         stopper: Says after a block whether a new token leaves.
         schedule: After which blocks it is asked.
         windows: How the blocks' arguments follow a step (``probes.prepare``).
-        prompts: Token ids of the rows.
-        max_new_tokens: Room to make.
-        kv_policy: As :class:`DecoderState`'s.
-        shortlist: As :class:`DecoderState`'s.
-        reader: As :class:`DecoderState`'s.
+        prompts: Token ids of the first rows.
+        max_new_tokens: Room to make behind the longest of these; without prompts, for whole rows.
+        places: Rows at once, at most; None for these.
+        prompt_exits: What decides how deep prompts go; None where the first new token's decision does.
+        options: ``kv_policy``, ``shortlist`` and ``reader`` as :class:`DecoderState`'s.
     """
 
     def __init__(
@@ -48,26 +52,39 @@ class Decoder:
         windows: Windows,
         prompts: Sequence[Sequence[int]],
         max_new_tokens: int,
-        kv_policy: str = "recompute",
-        shortlist: int = 0,
-        reader: Reader = HEAD,
+        places: int | None = None,
+        prompt_exits: PromptExits | None = None,
+        **options: Any,
     ):
-        self.anatomy = anatomy
-        self.state = DecoderState(
-            anatomy, stopper, schedule, windows, prompts, max_new_tokens, kv_policy, shortlist, reader
-        )
+        self.anatomy, self.prompt_exits = anatomy, prompt_exits
+        capacity = max(map(len, prompts), default=0) + max_new_tokens + SLACK
+        self.state = DecoderState(anatomy, stopper, schedule, windows, places or len(prompts), capacity, **options)
         self.current: Step | None = None
         self._attached = False
+        if prompts:
+            self.join(prompts)
 
     @property
     def rows(self) -> list[int]:
-        """The rows still being decoded, by their number in the batch."""
-        return self.state.rows
+        """The rows that are being decoded, by their numbers, in the order of :meth:`step`'s logits."""
+        state = self.state
+        return [state.rows[place] for place in state.joined] if state.joined else list(state.rows)
 
     @property
     def results(self) -> list[Decoded]:
-        """What was decoded so far, for every row of the batch."""
+        """What was decoded so far, for every row that ever joined."""
         return self.state.results
+
+    def texts(self) -> list[Tensor]:
+        """[n] token ids of each row that is stepped, prompt and new tokens."""
+        state = self.state
+        places = state.joined or range(len(state.rows))
+        end = state.length - bool(state.joined)
+        return [state.slots[place, state.pad[place] : end] for place in places]
+
+    def join(self, prompts: Sequence[Sequence[int]], prefix: Prefix | None = None) -> list[int]:
+        """As :meth:`DecoderState.join`; the next step runs these prompts, and nothing else."""
+        return self.state.join(prompts, prefix)
 
     @contextmanager
     def attached(self) -> Iterator[None]:
@@ -94,7 +111,7 @@ class Decoder:
 
     @torch.no_grad()
     def step(self) -> Tensor:
-        """Run every row's newest token as deep as it needs.
+        """Run every row's newest token as deep as it needs; or, where rows have joined, these rows' prompts.
 
         Returns:
             [rows, V] float32 logits of each row at its exit block.
@@ -102,6 +119,8 @@ class Decoder:
         if not self._attached:
             with self.attached():
                 return self.step()
+        if self.state.joined:
+            return prefill.run(self.state) if self.prompt_exits is None else self.prompt_exits.run(self.state)
         self.current = Step(self.state)
         try:
             return self.current.run()
@@ -109,5 +128,5 @@ class Decoder:
             self.current = None
 
     def append(self, tokens: Sequence[int], finished: Sequence[bool]) -> None:
-        """Add each row's chosen token; rows that are finished leave the batch."""
+        """Add each stepped row's chosen token; rows that are finished leave."""
         self.state.append(tokens, finished)

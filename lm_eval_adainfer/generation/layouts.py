@@ -34,6 +34,7 @@ class _Layout:
     def __init__(self, windows: Windows, n_rows: int, length: int):
         self.windows, self.n_rows, self.length = windows, n_rows, length
         self.base = 0
+        self.paused = False  # while blocks are called for what is no part of the step
         self.shaped: Tensor = torch.empty(0)  # the current block's input, for the shape of its parts
         self._cuts: dict[tuple[Any, ...], tuple[Tensor, Any]] = {}
         self._cut_for: Tokens | None = None
@@ -147,6 +148,8 @@ class Packed(_Layout):
 
         def get_interface(interface: Any, implementation: str, default: Callable) -> Callable:
             real = before(interface, implementation, default)
+            if self.paused:
+                return real
             return lambda module, q, k, v, mask, **kwargs: self._attend(real, module, q, k, v, mask, kwargs)
 
         AttentionInterface.get_interface = get_interface  # type: ignore

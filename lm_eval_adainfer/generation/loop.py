@@ -3,22 +3,29 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.generation import LogitsProcessorList
 
 from lm_eval_adainfer.errors import AdaInferError, UnsupportedModelError
 from lm_eval_adainfer.generation.decoded import Decoded
 from lm_eval_adainfer.generation.decoder import Decoder
 from lm_eval_adainfer.generation.prompts import PromptExits
 from lm_eval_adainfer.generation.settings import Settings
+from lm_eval_adainfer.prefill.common import groups
+from lm_eval_adainfer.prefill.documents import Document, Row
+from lm_eval_adainfer.prefill.prefixes import Prefix
 from lm_eval_adainfer.readers.base import HEAD, Reader
 from lm_eval_adainfer.strategies.base import Schedule, Stopper
 from lm_eval_adainfer.structure.anatomy import Anatomy
+from lm_eval_adainfer.structure.arguments import BatchRule
 from lm_eval_adainfer.structure.windows import Windows
 
 
@@ -57,93 +64,215 @@ class Seeds:
         return torch.Generator(device=device).manual_seed(seed)
 
 
-@torch.no_grad()
-def decode(
-    anatomy: Anatomy,
-    stopper: Stopper,
-    schedule: Schedule,
-    windows: Windows,
-    settings: Settings,
-    context: Tensor,
-    attention_mask: Tensor,
-    max_new: int,
-    max_length: int | None,
-    tokenizer: Any,
-    stop: Sequence[str],
-    seeds: Seeds,
-    kv_policy: str = "recompute",
-    shortlist: int = 0,
-    reader: Reader = HEAD,
-    prompt_exits: PromptExits | None = None,
-) -> list[Decoded]:
-    """Generate with early exit.
+@dataclass(frozen=True)
+class Asked:
+    """A text to generate.
 
-    Args:
+    Attributes:
+        prompt: Token ids.
+        settings: How tokens are chosen, and when a text is finished.
+        max_new: New tokens at most.
+        stop: Stop strings.
+        max_length: Tokens of prompt and text together at most, where the request says so.
+    """
+
+    prompt: Sequence[int]
+    settings: Settings
+    max_new: int
+    stop: tuple[str, ...] = ()
+    max_length: int | None = None
+
+    @property
+    def limit(self) -> int:
+        """New tokens at most, whoever says so."""
+        return self.settings.new_tokens(len(self.prompt), self.max_new, self.max_length)
+
+
+@dataclass
+class _Row:
+    """A text that is being generated."""
+
+    number: int  # among those asked for
+    limit: int
+    is_finished: Stop
+    processors: LogitsProcessorList
+    generator: torch.Generator | None  # None: greedy
+    until: float  # when its time is over
+
+    def is_done(self, new: Sequence[int]) -> bool:
+        return time.time() > self.until or len(new) >= self.limit or self.is_finished(new)
+
+
+@dataclass
+class Generator:
+    """Generates texts with early exit, so many rows at once; where one is finished, the next takes its place.
+
+    Attributes:
         anatomy: The model.
         stopper: Says after a block whether a new token leaves.
         schedule: After which blocks it is asked.
         windows: From ``probes.prepare``.
-        settings: How tokens are chosen, and when a text is finished.
-        context: [B, S] token ids, left-padded.
-        attention_mask: [B, S], 0 at padding.
-        max_new: New tokens of a row at most.
-        max_length: Tokens of a row's prompt and text together at most, where the request says so.
         tokenizer: For stop strings.
-        stop: Stop strings.
-        seeds: Where rows that sample get their generators.
-        kv_policy: As :class:`Decoder`'s.
-        shortlist: As :class:`Decoder`'s.
-        reader: As :class:`Decoder`'s.
+        kv_policy: As ``DecoderState``'s.
+        shortlist: As ``DecoderState``'s.
+        reader: As ``DecoderState``'s.
         prompt_exits: What decides how deep prompts go; None where the first new token's decision does.
-
-    Raises:
-        UnsupportedModelError: On texts that are longer than the model's rotary embeddings allow.
+        rule: How the blocks' arguments follow the batch where rows continue a prefix; None: all prompts run whole.
+        budget: Tokens of a prefix that may be run once for the prompts that share it; 0 shares nothing.
+        spared: Block executions x tokens that are counted for texts, and were run for another one.
     """
-    prompts = [row[mask.bool()] for row, mask in zip(context, attention_mask, strict=True)]
-    limits = [settings.new_tokens(len(prompt), max_new, max_length) for prompt in prompts]
-    longest, limit = context.shape[1] + max(limits), anatomy.fixed_positions
-    if limit is not None and longest > limit:
-        raise UnsupportedModelError(
-            f"generation: beyond {limit} tokens the rotary embeddings of {anatomy.name} depend on the longest text, so "
-            f"texts of up to {longest} tokens can't exit early; pass generation=dense"
-        )
-    # each row has processors of its own, so what they remember and count is the row's, and none of it is padding
-    processors = [settings.processors(p[None], new) for p, new in zip(prompts, limits, strict=True)]
-    finished, samples = Stop(tokenizer, stop, settings.end_tokens()), settings.config.do_sample
-    most_seconds, start = settings.config.max_time, time.time()
 
-    texts = [prompt.tolist() for prompt in prompts]
-    decoder = Decoder(anatomy, stopper, schedule, windows, texts, max(limits), kv_policy, shortlist, reader)
-    state = decoder.state
-    generators = [seeds.generator(text, context.device) for text in texts] if samples else []
-    first = None if prompt_exits is None else prompt_exits.run(state, texts)
-    with decoder.attached():
-        while decoder.rows:
-            logits = scores = decoder.step() if first is None else first
-            first = None
-            if any(processors):
-                ids = state.slots[:, : state.length].to(logits.device)
-                rows = zip(state.rows, state.pad, ids, logits, strict=True)
-                scores = torch.cat([processors[row](x[None, pad:], y[None]) for row, pad, x, y in rows])
-            odds = scores.softmax(dim=-1) if samples else scores
-            # one reading of the device for everything
-            read = [scores.argmax(dim=-1), logits.amax(dim=-1).isfinite(), odds.sum(dim=-1).isfinite()]
-            chosen, finite, can_draw = torch.stack(read).tolist()
-            for row, is_finite in zip(decoder.rows, finite, strict=True):
-                decoder.results[row].finite &= bool(is_finite)
-            if samples:
-                if not all(can_draw):
-                    raise AdaInferError(
-                        "generation: the logits are NaN or infinite, so no token can be drawn; give a dtype that does "
-                        "not overflow, or do_sample=False"
-                    )
-                chosen = [
-                    int(torch.multinomial(odds[n], 1, generator=generators[row])) for n, row in enumerate(decoder.rows)
-                ]
-            is_late = most_seconds is not None and time.time() - start > most_seconds
-            done = []
-            for row, token in zip(decoder.rows, chosen, strict=True):
-                new = [*decoder.results[row].tokens, token]
-                done.append(is_late or len(new) >= limits[row] or finished(new))
-            decoder.append(chosen, done)
-    return decoder.results
+    anatomy: Anatomy
+    stopper: Stopper
+    schedule: Schedule
+    windows: Windows
+    tokenizer: Any
+    kv_policy: str = "recompute"
+    shortlist: int = 0
+    reader: Reader = HEAD
+    prompt_exits: PromptExits | None = None
+    rule: BatchRule | None = None
+    budget: int = 0
+    spared: int = 0
+
+    @torch.no_grad()
+    def run(self, asked: Sequence[Asked], size: int, seeds: Seeds) -> Iterator[tuple[int, Decoded]]:
+        """Generate texts.
+
+        Args:
+            asked: What is asked for.
+            size: Rows at once, at most.
+            seeds: Where rows that sample get their generators.
+
+        Yields:
+            The number of a text among those asked for, and what was decoded, as soon as it is finished.
+
+        Raises:
+            UnsupportedModelError: On texts that are longer than the model's rotary embeddings allow.
+            AdaInferError: Where logits overflow and a token has to be drawn.
+        """
+        # those on a clock of their own wait for nobody
+        alone = [n for n, one in enumerate(asked) if one.settings.value("max_time") is not None]
+        for n in alone:
+            yield from self._some(asked, [([n], None)], 1, seeds)
+        together = [n for n in range(len(asked)) if n not in set(alone)]
+        yield from self._some(asked, self._queues(asked, together, size), size, seeds)
+
+    def _queues(
+        self, asked: Sequence[Asked], numbers: Sequence[int], size: int
+    ) -> list[tuple[list[int], Prefix | None]]:
+        """Texts by what their prompts share, the longest first, and that."""
+
+        def longest_first(n: int) -> tuple[int, list[int]]:
+            return -len(asked[n].prompt), list(asked[n].prompt)
+
+        if self.rule is None or not self.budget or len(numbers) < 2 or self.prompt_exits is not None:
+            return [(sorted(numbers, key=longest_first), None)]
+        documents = {Document([Row(list(asked[n].prompt), 1)], []): n for n in numbers}
+        found = []
+        for members, shared in groups(list(documents), size, self.budget):
+            queue = sorted((documents[d] for d in members), key=longest_first)
+            prefix = Prefix(self.anatomy, [shared], self.rule) if shared else None
+            found.append((queue, prefix))
+        return sorted(found, key=lambda one: longest_first(one[0][0]))
+
+    def _some(
+        self, asked: Sequence[Asked], queues: list[tuple[list[int], Prefix | None]], size: int, seeds: Seeds
+    ) -> Iterator[tuple[int, Decoded]]:
+        numbers = [n for queue, _ in queues for n in queue]
+        prefixes = [prefix for _, prefix in queues if prefix is not None]
+        if not numbers:
+            return
+        longest = max(len(asked[n].prompt) + asked[n].limit for n in numbers)
+        self._require_positions(longest)
+        size = min(size, len(numbers))
+        decoder = Decoder(
+            self.anatomy, self.stopper, self.schedule, self.windows, [], longest, size, self.prompt_exits,
+            kv_policy=self.kv_policy, shortlist=self.shortlist, reader=self.reader,
+        )  # fmt: skip
+        rows: dict[int, _Row] = {}
+        with decoder.attached():
+            while queues or rows:
+                # prompts that join in groups fill the model's matrices better; the last ones wait for nobody
+                if queues and (decoder.state.free >= min(max(1, size // _JOIN), len(queues[0][0])) or not rows):
+                    self._join(decoder, asked, queues, rows, seeds)
+                logits = decoder.step()
+                stepped = decoder.rows
+                chosen = _choose(logits, [rows[row] for row in stepped], decoder)
+                done = []
+                for row, token in zip(stepped, chosen, strict=True):
+                    new = decoder.results[row].tokens
+                    done.append(rows[row].is_done([*new, token]))
+                decoder.append(chosen, done)
+                for row, is_done in zip(stepped, done, strict=True):
+                    if is_done:
+                        yield rows.pop(row).number, decoder.results[row]
+        self.spared += decoder.state.copied - sum(prefix.executed for prefix in prefixes)
+
+    def _join(
+        self,
+        decoder: Decoder,
+        asked: Sequence[Asked],
+        queues: list[tuple[list[int], Prefix | None]],
+        rows: dict[int, _Row],
+        seeds: Seeds,
+    ) -> None:
+        """The next prompts take the free places, as many as have one beginning."""
+        queue, prefix = queues[0]
+        joining, queue[:] = queue[: decoder.state.free], queue[decoder.state.free :]
+        if not queue:
+            queues.pop(0)
+        prompts = [asked[n].prompt for n in joining]
+        for n, row in zip(joining, decoder.join(prompts, prefix), strict=True):
+            one, device = asked[n], self.anatomy.input_device
+            settings, ids = one.settings, torch.tensor([list(one.prompt)], device=device)
+            seconds = settings.value("max_time")
+            rows[row] = _Row(
+                n,
+                one.limit,
+                Stop(self.tokenizer, one.stop, settings.end_tokens()),
+                # each row has processors of its own, so what they remember and count is the row's
+                settings.processors(ids, one.limit),
+                seeds.generator(one.prompt, device) if settings.config.do_sample else None,
+                math.inf if seconds is None else time.time() + seconds,
+            )
+
+    def _require_positions(self, longest: int) -> None:
+        limit = self.anatomy.fixed_positions
+        if limit is not None and longest > limit:
+            raise UnsupportedModelError(
+                f"generation: beyond {limit} tokens the rotary embeddings of {self.anatomy.name} depend on the longest "
+                f"text, so texts of up to {longest} tokens can't exit early; pass generation=dense"
+            )
+
+
+_JOIN = 8  # a part of the batch that is worth a call of its own for prompts that join
+
+
+def _choose(logits: Tensor, rows: Sequence[_Row], decoder: Decoder) -> list[int]:
+    """The next token of each row, of its logits [rows, V]; notes which were not finite."""
+    scores: Any = logits
+    texts: list[Any] = decoder.texts() if any(row.processors for row in rows) else []
+    if texts:
+        scores = logits.clone()
+        for n, (row, text) in enumerate(zip(rows, texts, strict=True)):
+            if row.processors:
+                scores[n] = row.processors(text.to(logits.device)[None], logits[n : n + 1])[0]
+    largest, top = scores.max(dim=-1)
+    if texts:
+        largest = logits.amax(dim=-1)
+    # one reading of the device for everything
+    chosen, finite = torch.stack([top.double(), largest.isfinite().double()]).long().tolist()
+    for number, is_finite in zip(decoder.rows, finite, strict=True):
+        decoder.results[number].finite &= bool(is_finite)
+    for n, row in enumerate(rows):
+        if row.generator is None:
+            continue
+        odds = scores[n].softmax(dim=-1)
+        if not bool(odds.sum().isfinite()):
+            raise AdaInferError(
+                "generation: the logits are NaN or infinite, so no token can be drawn; give a dtype that does not "
+                "overflow, or do_sample=False"
+            )
+        chosen[n] = int(torch.multinomial(odds, 1, generator=row.generator))
+    return chosen

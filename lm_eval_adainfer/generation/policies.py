@@ -24,17 +24,19 @@ class KVPolicy(ABC):
     exact: bool
 
     @abstractmethod
-    def split(self, rows: list[int], missing: list[int], first_exit: int, newest: int) -> tuple[Tokens, Tokens | None]:
+    def split(
+        self, rows: list[int], missing: list[int], first_exits: list[int], newest: int
+    ) -> tuple[Tokens, Tokens | None]:
         """What a block does in this step.
 
         Every slot from the first missing one to the newest has to be in one of the two parts, because the block counts
         as filled afterwards. A part has one stretch of slots of a row, and the part to run has the newest one too. The
-        prompt's tokens before ``first_exit`` are always run, since they have no exits of their own.
+        prompt's tokens before the first exit are always run, since they have no exits of their own.
 
         Args:
             rows: The rows whose newest token got here.
             missing: Per row, the first slot that the block has not filled; the newest where only that is missing.
-            first_exit: The first slot whose token may have left early, which is the last one of the prompt.
+            first_exits: Per row, the first slot whose token may have left early, which is the last one of the prompt.
             newest: The newest slot.
 
         Returns:
@@ -48,7 +50,9 @@ class Recompute(KVPolicy):
 
     exact = True
 
-    def split(self, rows: list[int], missing: list[int], first_exit: int, newest: int) -> tuple[Tokens, Tokens | None]:
+    def split(
+        self, rows: list[int], missing: list[int], first_exits: list[int], newest: int
+    ) -> tuple[Tokens, Tokens | None]:
         """Everything is run."""
         return Tokens(rows, missing, [newest] * len(rows), newest), None
 
@@ -61,12 +65,14 @@ class Propagate(KVPolicy):
 
     exact = False
 
-    def split(self, rows: list[int], missing: list[int], first_exit: int, newest: int) -> tuple[Tokens, Tokens | None]:
+    def split(
+        self, rows: list[int], missing: list[int], first_exits: list[int], newest: int
+    ) -> tuple[Tokens, Tokens | None]:
         """The prompt and the newest token are run; what lies between is stored."""
-        exits = [max(slot, first_exit) for slot in missing]
+        exits = list(map(max, missing, first_exits))
         stored = Tokens(rows, exits, [newest] * len(rows), newest, with_newest=False)
-        prompt = [slot if slot < first_exit else newest for slot in missing]
-        return Tokens(rows, prompt, [first_exit] * len(rows), newest), stored if stored.n else None
+        prompt = [slot if slot < first else newest for slot, first in zip(missing, first_exits, strict=True)]
+        return Tokens(rows, prompt, first_exits, newest), stored if stored.n else None
 
 
 KV_POLICIES: dict[str, type[KVPolicy]] = {"recompute": Recompute, "propagate": Propagate}

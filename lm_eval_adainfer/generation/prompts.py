@@ -38,32 +38,35 @@ class PromptExits:
         self.stopper, self.checked, self.reading, self.storing = stopper, frozenset(schedule.blocks), reading, storing
 
     @torch.no_grad()
-    def run(self, state: DecoderState, prompts: Sequence[Sequence[int]]) -> Tensor:
-        """Run the prompts of a decoder's rows, each as deep as it goes, and fill the cache.
+    def run(self, state: DecoderState) -> Tensor:
+        """Run the prompts of the rows that have joined, each as deep as it goes, and fill the cache.
 
         Args:
-            state: The decoder's, before its first step.
-            prompts: Token ids of its rows.
+            state: The decoder's.
 
         Returns:
             [rows, V] float32 logits of each row's first new token.
         """
-        return _Run(self, state, [Row(list(prompt), 1) for prompt in prompts]).logits()
+        return _Run(self, state).logits()
 
 
 class _Run:
-    """The prompts of one batch on their way.
+    """The prompts of some rows on their way.
 
     Attributes:
+        places: The rows' places.
         flow: The rows that have not left.
         found: Per row that has left, its logits [V]; or, where no check has computed these, its state [h] for the head.
     """
 
-    def __init__(self, exits: PromptExits, state: DecoderState, rows: Sequence[Row]):
-        self.exits, self.state, self.rows = exits, state, rows
+    def __init__(self, exits: PromptExits, state: DecoderState):
+        self.exits, self.state, self.places = exits, state, list(state.joined)
+        prompts = [state.slots[place, state.pad[place] : state.prompt_end[place]].tolist() for place in self.places]
+        self.rows = [Row(prompt, 1) for prompt in prompts]
+        self.results = [state.results[state.rows[place]] for place in self.places]
         self.anatomy, self.stopper = state.anatomy, exits.stopper
         self.needs_head = features.needs_head(self.stopper.features)
-        self.flow = list(range(len(rows)))
+        self.flow = list(range(len(prompts)))
         self.carried = Carried(self.stopper.carries)
         self.states: dict[int, Tensor] = {}
         self.known: dict[int, Tensor] = {}
@@ -87,16 +90,18 @@ class _Run:
                 forward.keep(torch.tensor(stay, dtype=torch.long))
             self.flow = [self.flow[n] for n in stay]
         state, device = self.state, self.state.device
-        state.known = [[state.length] * len(self.rows) for _ in range(self.anatomy.n_blocks)]
+        for known in state.known:
+            for place in self.places:
+                known[place] = state.prompt_end[place]
         if self.states:  # the head's weights are read once for all of them
             read = self.anatomy.logits(torch.stack([x.to(device) for x in self.states.values()]))
             self.known.update(zip(self.states, read, strict=True))
             for r in self.states:
-                state.results[r].head_rows += 1
+                self.results[r].head_rows += 1
         return torch.stack([self.known[r].to(device) for r in range(len(self.rows))]).float()
 
     def _count(self, r: int, k: int) -> None:
-        n, result = len(self.rows[r].tokens), self.state.results[r]
+        n, result = len(self.rows[r].tokens), self.results[r]
         result.block_tokens[k - 1] += n
         result.pairs[k - 1] += n * (n + 1) // 2
 
@@ -117,14 +122,14 @@ class _Run:
                 read = self._read(after, asked, store)
                 logits = self.anatomy.logits(read)
                 for r in self.flow:
-                    self.state.results[r].head_rows += 1
+                    self.results[r].head_rows += 1
             device = after.hidden.device
             points = torch.tensor(asked, device=device), torch.tensor(last, device=device)
             kept = self.carried.of(self.flow, device)
             stops = ask(self.stopper, self.anatomy, after, points, kept, logits).stops
             self.carried.keep(self.flow, kept)
             for r in self.flow:
-                self.state.results[r].reading += self.stopper.flops
+                self.results[r].reading += self.stopper.flops
             leaving = [n for n in asked if stops[n]]
         if not leaving:
             return set()
@@ -137,8 +142,8 @@ class _Run:
         return set(leaving)
 
     def _leave(self, r: int, k: int, state: Tensor | None = None, logits: Tensor | None = None) -> None:
-        self.state.results[r].layers.append(k)
-        self.state.results[r].prompt_exit = k
+        self.results[r].layers.append(k)
+        self.results[r].prompt_exit = k
         if state is not None:
             self.states[r] = state
         if logits is not None:
@@ -147,7 +152,7 @@ class _Run:
     def _read(self, after: BlockState, places: Sequence[int], store: dict[int, Pair]) -> Tensor:
         for n in places:
             r = self.flow[n]
-            self.state.results[r].reads.append((after.block, len(self.rows[r].tokens), 1))
+            self.results[r].reads.append((after.block, len(self.rows[r].tokens), 1))
         return self.exits.reading.read(after.block, after.hidden, None, self._spots(places), store)
 
     def _spots(self, places: Sequence[int]) -> list[Spot]:
@@ -177,7 +182,7 @@ class _Run:
             self._write(copied, gone, range(len(gone)), whole, starts)
         self._write(store, gone, places, [tokens_that_run(reader, self.rows[r]) for r in gone], [0] * len(gone))
         for r in gone:
-            self.state.results[r].copied_prompt = len(self.rows[r].tokens)
+            self.results[r].copied_prompt = len(self.rows[r].tokens)
 
     def _write(
         self,
@@ -198,6 +203,6 @@ class _Run:
         """
         for layer, pair in stored.items():
             for r, i, some, start in zip(rows, places, tokens, starts, strict=True):
-                slots = torch.tensor(some) + self.state.pad[r]
+                slots = torch.tensor(some) + self.state.pad[self.places[r]]
                 found = tuple(x[i, :, start : start + len(some)] for x in pair)
-                self.state.cache.put(layer, len(self.rows), r, slots, found)
+                self.state.cache.put(layer, self.places[r], slots, found)

@@ -8,6 +8,8 @@ pay for masks of the whole prompt.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -41,12 +43,12 @@ class Step:
 
     def __init__(self, decoder: DecoderState):
         self.decoder, self.anatomy, self.length = decoder, decoder.anatomy, decoder.length
-        self.decisions = Decisions(decoder)
+        self.decisions = Decisions(decoder, range(len(decoder.rows)))
         self.layout = LAYOUTS[decoder.windows.layout](decoder.windows, len(decoder.rows), self.length)
         self.tokens: Tokens | None = None
         self.first, self.end = 1, 0
         self._carried: Tensor | None = None  # hidden states on their way from one forward to the next
-        self._storing = False  # while a block is called for its keys and values alone
+        self._aside = False  # while a block is called for something else: its keys and values alone, or a prefix
 
     def run(self) -> Tensor:
         """All forwards of this step; returns [rows, V] float32 logits of each row at its exit block."""
@@ -86,12 +88,11 @@ class Step:
             given["attention_mask"] = (slot[None] >= pad[:, None]).long().to(decoder.device)
         if anatomy.takes_position_ids:
             given["position_ids"] = (slot[None, base:] - pad[:, None]).clamp(min=0).to(decoder.device)
-        # one query needs no causal mask, and neither do the queries of all keys; whatever lies between does
-        partial = length - 1 - base > 0 and length > decoder.prompt_end
         passed = anatomy.blocks[: self.first - 1]
-        with explicit_masks(partial), self.layout.active(), without_hooks(passed), bypassed(anatomy, passed):
+        masks = explicit_masks(length - 1 - base > 0)  # a single query needs no causal mask
+        with masks, self.layout.active(), without_hooks(passed), bypassed(anatomy, passed):
             anatomy.model(
-                input_ids=decoder.slots[:, base:length].to(decoder.device),
+                input_ids=decoder.slots[: len(decoder.rows), base:length].to(decoder.device),
                 past_key_values=decoder.cache,
                 use_cache=True,
                 **given,
@@ -99,7 +100,7 @@ class Step:
 
     def pre_hook(self, k: int, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         """Before block k: give it what flows and what it misses, and cut its arguments to that."""
-        if k < self.first or self._storing:
+        if k < self.first or self._aside:
             return None
         decoder, decisions, layout = self.decoder, self.decisions, self.layout
         original = args[0] if args else kwargs["hidden_states"]
@@ -108,9 +109,13 @@ class Step:
             raise _NextWindow
         hidden = original if self._carried is None else self._carried.to(original.device)
         self._carried = None
+        if lacking := decoder.without_prefix(k, decisions.flow):
+            with self._doing_else():
+                decoder.take_prefix(k, lacking)
         missing = [decoder.known[k - 1][row] for row in decisions.flow]
         # the last prompt token is the first that decides: what lies behind it may have left, what lies before can't
-        tokens, stored = decoder.policy.split(decisions.flow, missing, decoder.prompt_end - 1, self.length - 1)
+        first_exits = [decoder.prompt_end[row] - 1 for row in decisions.flow]
+        tokens, stored = decoder.policy.split(decisions.flow, missing, first_exits, self.length - 1)
         if stored is not None:
             self._store(k, stored, args, kwargs, original)
         if self.tokens is None or tokens != self.tokens:
@@ -131,7 +136,7 @@ class Step:
         hidden = layout.laid_out(stored, decoder.kept(stored, original.device))
         decoder.cache.call = layout.call(stored, store_only=True)
         new_args, new_kwargs = walk([list(args), kwargs], layout.cutter(k, stored, original, hidden))
-        self._storing = True  # this call's hooks are other people's alone
+        self._aside = True  # this call's hooks are other people's alone
         try:
             self.anatomy.blocks[k - 1](*new_args, **new_kwargs)
         except Stored:
@@ -139,18 +144,27 @@ class Step:
         else:
             raise RuntimeError("a block ran on after its keys and values were stored")
         finally:
-            self._storing = False
+            self._aside = False
         count_stored(self.decisions.results, k, stored)
+
+    @contextmanager
+    def _doing_else(self) -> Iterator[None]:
+        """While blocks are called for what is no part of this step."""
+        self._aside = self.layout.paused = True
+        try:
+            yield
+        finally:
+            self._aside = self.layout.paused = False
 
     def part_hook(self, which: str, output: Any) -> None:
         """After the attention or feed-forward part of a block."""
-        if self.tokens is not None and not self._storing:
+        if self.tokens is not None and not self._aside:
             output = part_output(output, self.layout.shaped)
             self.decisions.parts[which] = self.layout.newest(output, self.tokens)
 
     def post_hook(self, k: int, output: Any) -> Any:
         """After block k: it now knows every slot of the rows in flow; those whose token leaves go."""
-        if k < self.first or self._storing:
+        if k < self.first or self._aside:
             return None
         decoder, decisions, layout, tokens = self.decoder, self.decisions, self.layout, self.tokens
         assert tokens is not None

@@ -16,14 +16,14 @@ import torch
 from lm_eval import utils
 from lm_eval.api.model import CacheHook, hash_args
 from lm_eval.models.huggingface import HFLM
-from lm_eval.models.utils import normalize_gen_kwargs
+from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
 from tqdm import tqdm
 
 from lm_eval_adainfer import paths
 from lm_eval_adainfer.counting import FlopCounter
 from lm_eval_adainfer.errors import AdaInferError, UnsupportedModelError, report_errors_in_one_sentence
-from lm_eval_adainfer.generation.decoded import record_of
-from lm_eval_adainfer.generation.loop import Seeds, Stop, decode
+from lm_eval_adainfer.generation.decoded import Decoded, record_of
+from lm_eval_adainfer.generation.loop import Asked, Generator, Seeds, Stop
 from lm_eval_adainfer.generation.probes import prepare
 from lm_eval_adainfer.generation.prompts import PromptExits
 from lm_eval_adainfer.generation.settings import Settings, check_checkpoint
@@ -208,7 +208,6 @@ class AdaInferLM(HFLM):
         self._generated: defaultdict[str, deque[Text]] = defaultdict(deque)
         self._max_length_asked: int | None = None  # gen_kwargs' max_length of the requests being generated
         self._exit_records: deque[ExitRecord] = deque()
-        self._seeds = Seeds()
         self.text_observer: TextObserver | None = None  # what is shown every text that is generated
         self._generated_tokens: deque[tuple[list[int], list[int]]] = deque()  # for it, as the exit records are
         self.set_cache_hook(CacheHook(None))
@@ -674,10 +673,11 @@ class AdaInferLM(HFLM):
         self._check_settings(requests, early)
         if early:
             self._warn_without_choices(len(requests), len(requests), "texts")
-        if requests and early and self._windows is None:
+        decodes = bool(requests) and (early or self._decodes_dense(requests))
+        if decodes and self._windows is None:
             self._windows = self._found_aside[1] or self._probed_windows()
             self.token_counter.stored_weights = self._windows.stored_weights
-            if (reading := self.engine.reading) is not None:
+            if (reading := self.engine.reading) is not None and early:
                 storing = reading.storing or watch_storing(self.anatomy)
                 self.token_counter.copied_weights = storing.weights
                 self._prompt_exits = PromptExits(self.stopper, self.schedule, reading, storing)
@@ -686,13 +686,15 @@ class AdaInferLM(HFLM):
         self._generated.clear()
         self._exit_records.clear()
         self._generated_tokens.clear()
-        self._seeds = Seeds()
         started = time.perf_counter()
-        try:
-            for self._max_length_asked, some in _by_max_length(requests).items():
-                super().generate_until(some, disable_tqdm=disable_tqdm)
-        finally:
-            self._max_length_asked = None
+        if decodes:
+            self._decode(requests, disable_tqdm)
+        else:
+            try:
+                for self._max_length_asked, some in _by_max_length(requests).items():
+                    super().generate_until(some, disable_tqdm=disable_tqdm)
+            finally:
+                self._max_length_asked = None
         seconds = time.perf_counter() - started
         self.seconds, self.generating_seconds = self.seconds + seconds, self.generating_seconds + seconds
         return [self._generated[hash_args("generate_until", r.args)].popleft() for r in requests]
@@ -729,10 +731,9 @@ class AdaInferLM(HFLM):
 
     @_identified
     def _model_generate(self, context: torch.Tensor, max_length: int, stop: list[str], **kwargs: Any) -> torch.Tensor:
-        """HFLM's call for one batch: [B, S] left-padded ids to [B, S + new]; notes every row's exit record."""
-        early = self._windows is not None and self.generation == "early"  # dense while tracing, whatever came before
+        """HFLM's call for one batch: [B, S] left-padded ids to [B, S + new], dense; notes every row's exit record."""
         mask = kwargs.pop("attention_mask")
-        settings = Settings(self.anatomy.model, kwargs, early)
+        settings = Settings(self.anatomy.model, kwargs, early=False)
         max_new = max_length - context.shape[1]
         padded = bool((mask == 0).any())
         alone = settings.needs_rows_alone(context, mask) or (padded and self._max_length_asked is not None)
@@ -742,11 +743,8 @@ class AdaInferLM(HFLM):
             batches = [(context, mask)]
         generated: list[list[int]] = []
         for ids, some in batches:
-            if early:
-                generated += self._generate_early(settings, ids, some, max_new, stop)
-            else:
-                longest = self._max_length_asked or ids.shape[1] + max_new
-                generated += self._generate_dense(settings, ids, some, longest, stop, kwargs)
+            longest = self._max_length_asked or ids.shape[1] + max_new
+            generated += self._generate_dense(settings, ids, some, longest, stop, kwargs)
         width = max(map(len, generated))
         new = torch.full((len(generated), width), self.tokenizer.pad_token_id, dtype=context.dtype)
         for n, tokens in enumerate(generated):
@@ -774,26 +772,82 @@ class AdaInferLM(HFLM):
         self.generated_tokens += sum(map(len, ended))
         return ended if len(rows) > 1 else rows  # a single row's end is stock's own, with beams too
 
-    def _generate_early(
-        self, settings: Settings, context: torch.Tensor, mask: torch.Tensor, max_new: int, stop: list[str]
-    ) -> list[list[int]]:
-        """New tokens of every row, each of which left at its own block."""
+    def _decodes_dense(self, requests: Sequence[Instance]) -> bool:
+        """Whether texts without early exit are decoded here as well: what prompts share is run once, and no row waits.
+
+        Where that can't be, or ``generation=dense`` asks for it, ``model.generate`` does it.
+        """
+        if self.options.generation == "dense" or self.text_observer is not None:
+            return False
+        try:
+            asked = self._asked(requests)
+            self._windows = self._windows or self._probed_windows()
+        except (AdaInferError, UnsupportedModelError):
+            return False
+        limit = self.anatomy.fixed_positions
+        return limit is None or max(len(one.prompt) + one.limit for one in asked) <= limit
+
+    def _decode(self, requests: Sequence[Instance], disable_tqdm: bool) -> None:
+        """Generate with the engine; every text is noted, and kept in the response cache, as soon as it is finished."""
         assert self._windows is not None
+        size = self._detect_batch_size() if self.batch_size == "auto" else int(self.batch_size)
+        shares = self.options.prefix_cache and len(requests) > 1 and self._prompt_exits is None
+        generator = Generator(
+            self.anatomy, self.token_stopper, self.token_schedule, self._windows, self.tokenizer,
+            self.options.kv_policy, self.options.shortlist, self.token_reader, self._prompt_exits,
+            self._sharing().rule if shares else None, self.options.prefix_cache,
+        )  # fmt: skip
+        asked = self._asked(requests)
+        is_quiet = disable_tqdm or self.rank != 0
+        progress = tqdm(total=len(requests), disable=is_quiet, desc="Running generate_until requests")
         with self._autocast():
-            rows = decode(
-                self.anatomy, self.token_stopper, self.token_schedule, self._windows, settings, context, mask, max_new,
-                self._max_length_asked, self.tokenizer, stop, self._seeds, self.options.kv_policy,
-                self.options.shortlist, self.token_reader, self._prompt_exits,
-            )  # fmt: skip
-        for row, prompt, slots in zip(rows, mask.sum(-1).tolist(), context.tolist(), strict=True):
-            if not row.finite:
-                self._warn_not_finite([*slots[len(slots) - int(prompt) :], *row.tokens[:-1]])
-            self._exit_records.append(record_of(row, int(prompt), self.token_counter, self.fingerprint))
-            self.engine.head_rows += row.head_rows
-            self.engine.block_tokens += row.executed
-            self.engine.tokens += int(prompt) + len(row.tokens) - 1
-            self.generated_tokens += len(row.tokens)
-        return [row.tokens for row in rows]
+            for n, row in generator.run(asked, size, Seeds()):
+                self._note_decoded(requests[n], asked[n], row)
+                progress.update(1)
+        progress.close()
+        self.engine.block_tokens -= generator.spared
+
+    def _asked(self, requests: Sequence[Instance]) -> list[Asked]:
+        """What requests ask for, as HFLM's ``generate_until`` reads them at batch size 1."""
+        kinds: dict[str, tuple[Settings, int, int | None, tuple[str, ...]]] = {}
+        found = []
+        eos = self.tok_decode(self.eot_token_id, skip_special_tokens=False)
+        for request in requests:
+            context, options = request.args
+            if (key := str(options)) not in kinds:
+                given: dict[str, Any] = dict(normalize_gen_kwargs(options, self.max_gen_toks))
+                stop = tuple(handle_stop_sequences(given.pop("until", None), eos=eos))
+                max_new, max_length = given.pop("max_gen_toks"), given.pop("max_length", None)
+                kinds[key] = Settings(self.anatomy.model, given, early=True), max_new, max_length, stop
+            settings, max_new, max_length, stop = kinds[key]
+            ids, _ = self.tok_batch_encode(
+                [context], left_truncate_len=self.max_length - max_new, truncation=self.truncation
+            )
+            found.append(Asked(ids[0].tolist(), settings, max_new, stop, max_length))
+        return found
+
+    def _note_decoded(self, request: Instance, asked: Asked, row: Decoded) -> None:
+        """Note a finished text with its exit record, processed as HFLM does."""
+        prompt = len(asked.prompt)
+        if not row.finite:
+            self._warn_not_finite([*asked.prompt, *row.tokens[:-1]])
+        early = self.generation == "early"
+        record = record_of(row, prompt, self.token_counter, self.fingerprint) if early else None
+        self._exit_records.append(record or self._dense_record(prompt, len(row.tokens)))
+        self.engine.head_rows += row.head_rows
+        self.engine.block_tokens += row.executed
+        self.engine.tokens += prompt + len(row.tokens) - 1
+        self.generated_tokens += len(row.tokens)
+        tokens, think = row.tokens, self.think_end_token
+        if isinstance(think, int) and think in tokens:
+            tokens = tokens[len(tokens) - tokens[::-1].index(think) :]
+        text = self.tok_decode(tokens)
+        text = postprocess_generated_text(
+            generation=text.lstrip() if isinstance(think, int) else text,
+            stop=list(asked.stop),
+            think_end_token=think if isinstance(think, str) else None,
+        )
+        self.cache_hook.add_partial("generate_until", request.args, text)
 
     def note_text(self, arguments: Any, text: str) -> Text:
         """Pair a generated text with its exit record; HFLM finishes rows in the order in which they were generated."""

@@ -58,6 +58,7 @@ class ContinuedCache(DynamicCache):
         super().__init__()
         self.source, self.owner, self.store = source, owner, store
         self.leaves, self.alone = leaves, alone
+        self.own: dict[int, Pair] | None = None  # where to put the rows' own, by layer
         self.slots: Tensor | None = None  # [rows, slots], an order that puts the padding in front; None: as it is
         self.apart: Apart | None = None  # set where the prefix's need not be put in front of every row's
 
@@ -76,6 +77,8 @@ class ContinuedCache(DynamicCache):
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
         """The prefix's in front of the new ones."""
         found = (key_states, value_states)
+        if self.own is not None:
+            self.own[layer_idx] = found
         if self.source is not None and not self.alone:
             stored = self.source.stored[layer_idx]
             if self.apart is not None:

@@ -11,6 +11,7 @@ import torch
 from helpers.models import make_model
 from helpers.reference import logits_after_block
 from lm_eval_adainfer.generation.decoder import Decoder
+from lm_eval_adainfer.generation.loop import Generator
 from lm_eval_adainfer.generation.probes import prepare
 from lm_eval_adainfer.strategies.base import Schedule
 from lm_eval_adainfer.structure.anatomy import Anatomy
@@ -61,6 +62,21 @@ def assert_exact(model, decoder, prompts, logits):
             expected = logits_after_block(model, decoder.anatomy.blocks, [*prompt, *result.tokens[:n]], layer)[-1]
             torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
             assert result.tokens[n] == expected.argmax().item()
+
+
+def generated(lm, requests, monkeypatch):
+    """(what was decoded, prompt tokens) of every request; the texts themselves can't be turned into tokens again."""
+    found, run = {}, Generator.run
+
+    def noting(self, asked, *args):
+        for n, row in run(self, asked, *args):
+            found[n] = row, list(asked[n].prompt)
+            yield n, row
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Generator, "run", noting)
+        lm.generate_until(requests, True)
+    return [found[n] for n in range(len(requests))]
 
 
 def logits_with_states_copied(model, blocks, ids, copied, k):
