@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ from lm_eval_adainfer.comparison import adding, running
 from lm_eval_adainfer.comparison import runs as comparison_runs
 from lm_eval_adainfer.errors import AdaInferError
 from lm_eval_adainfer.harness.one_pass import OnePass, dense_args, hindered
+from lm_eval_adainfer.readers import specs as readers
 from lm_eval_adainfer.strategies import files as stopper_files
 from lm_eval_adainfer.strategies.crf import CRFStopper
 from lm_eval_adainfer.strategies.shortgpt import ShortGPTStopper
@@ -63,6 +65,7 @@ def both(model, tokenizer, requests, **options):
     same(one[1], dense.loglikelihood(requests, True))
     for mine, alone in ((lm, early), (passes.dense, dense)):
         assert {c: getattr(mine.engine, c) for c in COUNTS} == {c: getattr(alone.engine, c) for c in COUNTS}
+    assert not passes.too._rows  # nothing of a batch outlives it
     return one[0], {c: lm.totals()[f"one_pass_{c}_counted"] for c in COUNTS}, early, dense
 
 
@@ -143,6 +146,19 @@ def test_an_early_side_is_itself_again_where_it_is_not_watched(tokenizer):
     lm.one_pass = None
     lm.loglikelihood(requests, True)
     assert lm.engine.dense is None and "seconds_in_model_measured" in lm.totals()
+
+
+def test_a_stopper_that_is_found_later_is_the_early_sides_alone(tokenizer):
+    """As ``stopper=auto`` finds one by the tasks, when the dense side is there already."""
+    model, requests = make_model("llama", vocab_size=257), asked()
+    given = {"max_length": 128, "check_layers": "all"}
+    lm = lm_of(model, tokenizer, **given)
+    passes = OnePass(lm)
+    lm.options = replace(lm.options, stopper=ScriptedByState(), reader=readers.parse("copy:3"))
+    lm._use(1, "all")
+    early = lm_of(model, tokenizer, stopper=ScriptedByState(), reader="copy:3", **given)
+    same(lm.loglikelihood(requests, True), early.loglikelihood(requests, True))
+    same(passes.dense.loglikelihood(requests, True), lm_of(model, tokenizer, **given).loglikelihood(requests, True))
 
 
 # ------------------------------------------------------------------ through lm-eval
