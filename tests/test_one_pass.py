@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import random
 import re
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +19,6 @@ from lm_eval_adainfer.comparison import adding, running
 from lm_eval_adainfer.comparison import runs as comparison_runs
 from lm_eval_adainfer.errors import AdaInferError
 from lm_eval_adainfer.harness.one_pass import OnePass, dense_args, hindered
-from lm_eval_adainfer.readers import specs as readers
 from lm_eval_adainfer.strategies import files as stopper_files
 from lm_eval_adainfer.strategies.crf import CRFStopper
 from lm_eval_adainfer.strategies.shortgpt import ShortGPTStopper
@@ -154,9 +152,9 @@ def test_a_stopper_that_is_found_later_is_the_early_sides_alone(tokenizer):
     given = {"max_length": 128, "check_layers": "all"}
     lm = lm_of(model, tokenizer, **given)
     passes = OnePass(lm)
-    lm.options = replace(lm.options, stopper=ScriptedByState(), reader=readers.parse("copy:3"))
-    lm._use(1, "all")
     early = lm_of(model, tokenizer, stopper=ScriptedByState(), reader="copy:3", **given)
+    lm.options = early.options
+    lm._use(1, "all")
     same(lm.loglikelihood(requests, True), early.loglikelihood(requests, True))
     same(passes.dense.loglikelihood(requests, True), lm_of(model, tokenizer, **given).loglikelihood(requests, True))
 
