@@ -371,5 +371,7 @@ def test_all_of_our_arguments_are_ours_and_none_of_hfs_is(tmp_path, monkeypatch,
     given = ",".join(f"{name}=1" for name in explained if name != "pretrained")
     running.run_both(f"{given},max_length=64", "adainfer_demo_topic", tmp_path, stock_baseline=True)
     assert seen[0][0] == "hf" and set(seen[0][1]) == {"pretrained", "max_length"}
-    running.run_both("stopper=gap:0.5,prefix_cache=0", "adainfer_demo_topic", tmp_path)
-    assert seen[2:] == [("adainfer", {"stopper": "none", "prefix_cache": 0}), ("adainfer", {"stopper": "gap:0.5", "prefix_cache": 0})]
+    given = "stopper=gap:0.5,prefix_cache=0,log_features=True"  # which takes two runs
+    running.run_both(given, "adainfer_demo_topic", tmp_path)
+    ours = {"prefix_cache": 0, "log_features": True}
+    assert seen[2:] == [("adainfer", {"stopper": "none", **ours}), ("adainfer", {"stopper": "gap:0.5", **ours})]

@@ -14,6 +14,7 @@ from lm_eval_adainfer.errors import AdaInferError
 
 if TYPE_CHECKING:
     from lm_eval_adainfer.comparison.gate import Verdict
+    from lm_eval_adainfer.comparison.running import Made
     from lm_eval_adainfer.comparison.runs import Run
     from lm_eval_adainfer.comparison.selection import Selection
 
@@ -105,7 +106,8 @@ def _add_running(parser: argparse.ArgumentParser) -> list[argparse.Action]:
             "--run",
             action="store_true",
             default=None,
-            help="evaluate the candidate, and stopper=none (with --reproduces: --model hf) unless --baseline is given",
+            help="evaluate the candidate, and in the same pass stopper=none, unless --baseline is given (with "
+            "--reproduces: and --model hf)",
         ),
         *options.add_documents(
             group,
@@ -120,6 +122,7 @@ def _add_running(parser: argparse.ArgumentParser) -> list[argparse.Action]:
             default=None,
             help="add documents in a seeded random order until they can tell; error rates hold at whatever number",
         ),
+        group.add_argument("--seed", type=int, help="of that order (default: 0)"),
         group.add_argument("--output", "-o", help="a folder that keeps the two runs (default: they are thrown away)"),
     ]
 
@@ -133,15 +136,15 @@ def run(arguments: argparse.Namespace) -> int:
         if getattr(arguments, key) is None:
             setattr(arguments, key, value)
     selection = options.selection(arguments)
-    if not arguments.run:
-        return _judge(arguments, selection, arguments.baseline, arguments.candidate)
-    from lm_eval_adainfer.comparison import running
+    from lm_eval_adainfer.comparison import adding, running
 
-    selection = _selection_to_run(arguments, selection)
+    if not arguments.run:
+        return _judge(arguments, selection, running.Made(arguments.baseline, arguments.candidate))
+    selection, exclude = _selection_to_run(arguments, selection), selection.exclude
     asked = options.asking(arguments)
     with tempfile.TemporaryDirectory() as temporary:
         if arguments.stop_early:
-            early = running.run_until(
+            made = adding.run_until(
                 partial(_settled, arguments, selection),
                 arguments.model_args,
                 arguments.tasks,
@@ -152,9 +155,11 @@ def run(arguments: argparse.Namespace) -> int:
                 limit=arguments.limit,
                 batch_size=arguments.batch_size,
                 device=arguments.device,
+                seed=arguments.seed or 0,
+                exclude=exclude,
             )
-            return _judge(arguments, selection, *early)
-        baseline, candidate = running.run_both(
+            return _judge(arguments, selection, made)
+        made = running.run_both(
             arguments.model_args,
             arguments.tasks,
             Path(arguments.output or temporary),
@@ -167,7 +172,7 @@ def run(arguments: argparse.Namespace) -> int:
             batch_size=arguments.batch_size,
             device=arguments.device,
         )
-        return _judge(arguments, selection, baseline, candidate)
+        return _judge(arguments, selection, made)
 
 
 def _require(arguments: argparse.Namespace) -> None:
@@ -187,6 +192,10 @@ def _require(arguments: argparse.Namespace) -> None:
                 raise AdaInferError(f"{name}: only --run evaluates anything; give --run, or leave {name} out")
     if arguments.stop_early and (arguments.baseline or arguments.cluster or arguments.reproduces):
         raise AdaInferError("stop-early: it can't go with --baseline, --cluster or --reproduces; leave one of them out")
+    if arguments.seed is not None and not arguments.stop_early:
+        raise AdaInferError("seed: only --stop-early draws an order; give --stop-early, or leave it out")
+    if arguments.seed is not None and arguments.seed < 0:
+        raise AdaInferError(f"seed: {arguments.seed} is below 0; give 0 or more")
     if arguments.reproduces:
         for name in _given(arguments, _FOR_DROPS):
             raise AdaInferError(f"{name.replace('_', '-')}: --reproduces does not use it; leave out one of the two")
@@ -202,6 +211,8 @@ def _given(arguments: argparse.Namespace, names: Any) -> list[str]:
 
 def _selection_to_run(arguments: argparse.Namespace, selection: Selection) -> Selection:
     """What is compared of the runs that ``--run`` makes of ``--tasks``: all of it, so names are lm-eval's, tags too.
+
+    What ``--stop-early`` leaves out is not even run.
 
     Raises:
         AdaInferError: On a name in the other options that lm-eval does not know, before anything runs.
@@ -219,7 +230,7 @@ def _selection_to_run(arguments: argparse.Namespace, selection: Selection) -> Se
                 raise AdaInferError(
                     f"check: {name!r} in --exclude, --metric or --cluster is no task or group that lm-eval knows"
                 )
-    return replace(selection, tasks=())
+    return replace(selection, tasks=(), exclude=() if arguments.stop_early else selection.exclude)
 
 
 def _settled(
@@ -262,21 +273,15 @@ def _verdict(
     )
 
 
-def _judge(
-    arguments: argparse.Namespace,
-    selection: Selection,
-    baseline_path: str,
-    candidate_path: str,
-    places: dict[tuple[str, int], int] | None = None,
-) -> int:
+def _judge(arguments: argparse.Namespace, selection: Selection, made: Made) -> int:
     """Compare the two runs, write and print the verdict, and return the exit status."""
     import json
 
     from lm_eval_adainfer.comparison import check, gate
     from lm_eval_adainfer.output import verdicts
 
-    baseline, candidate = _load(arguments, selection, baseline_path, candidate_path)
-    said = [f"{run.label}: {note}" for run in (baseline, candidate) for note in run.notes]
+    baseline, candidate = _load(arguments, selection, made.baseline, made.candidate)
+    said = [*made.said, *(f"{run.label}: {note}" for run in (baseline, candidate) for note in run.notes)]
     other_prompts = bool(arguments.other_prompts)
     if arguments.reproduces:
         found = check.reproduces(baseline, candidate, arguments.tolerance, None, other_prompts)
@@ -284,11 +289,11 @@ def _judge(
         as_json: dict[str, Any] = {"status": status, "checks": [vars(c) for c in found]}
         text, reasons = verdicts.text_of_cases(status, found), []
     else:
-        verdict = _verdict(arguments, baseline, candidate, said, places)
-        if places is not None:
+        verdict = _verdict(arguments, baseline, candidate, said, made.places)
+        if made.places is not None:
             said.append(
-                f"documents came in a seeded random order, {verdict.documents:,} of {len(places):,} were used; the "
-                "bounds hold at whatever number one stops"
+                f"documents came in a random order (seed {arguments.seed or 0}), {verdict.documents:,} of "
+                f"{len(made.places):,} were used; the bounds hold at whatever number one stops"
             )
         found, status, as_json = check.cases(verdict), verdict.status, verdict.as_dict()
         said += verdict.notes

@@ -97,7 +97,7 @@ class Run:
 
     @property
     def seconds_in_model(self) -> float | None:
-        """Measured, where the run says so."""
+        """Measured, where the run says so; not where one pass gave the other side's answers, too."""
         return finite(self.adainfer.get("seconds_in_model_measured"))
 
     @property
@@ -158,7 +158,7 @@ def load(
         tasks=tasks,
         groups=_groups(sections["group_subtasks"], tasks),
         aliases=_aliases(results["results"]),
-        seconds_total=finite(results.get("total_evaluation_time_seconds")),
+        seconds_total=None if _of_one_pass(sections) else finite(results.get("total_evaluation_time_seconds")),
         held=tuple(held),
         held_groups=held_groups,
         by_task=tasks_weigh_the_same(results["results"], held_groups, sections["n-samples"], notes, EXIT_METRICS),
@@ -167,6 +167,12 @@ def load(
     for note in notes:
         _logger.info("%s: %s", run.label, note)
     return run
+
+
+def _of_one_pass(sections: dict[str, Any]) -> bool:
+    """Whether the run's answers came from a pass that gave those of another run, too."""
+    found = sections["config"].get("adainfer")
+    return isinstance(found, dict) and bool(found.get("one_pass"))
 
 
 def load_all(

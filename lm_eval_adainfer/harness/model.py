@@ -53,6 +53,8 @@ from lm_eval_adainfer.structure.windows import Windows
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
 
+    from lm_eval_adainfer.harness.one_pass import OnePass
+
 eval_logger = logging.getLogger(__name__)
 
 DEMO = "adainfer-demo"
@@ -62,7 +64,7 @@ _DEAR = 0.1  # of the dense work: checks that cost more are warned of
 _SET_ASIDE = (
     "stopper", "schedule", "reader", "engine", "counter", "seconds", "generating_seconds", "generated_tokens",
     "batch_sizes", "_found_sharing", "_windows", "token_stopper", "token_schedule", "token_reader", "token_counter",
-    "_prompt_exits",
+    "_prompt_exits", "one_pass",
 )  # fmt: skip
 
 TokenRequest = tuple["tuple[str, str] | None", list[int], list[int]]
@@ -160,6 +162,9 @@ class AdaInferLM(HFLM):
         others = log_features, generation, kv_policy, head_check, prefix_cache, pilot, reader, token_stopper
         self._auto = auto.Auto.of(stopper, stopper_dir, pretrained, min_layer, check_layers, others)
         self.auto_record: dict[str, Any] | None = None  # which file was taken
+        self.arguments_read, self.asked_after = others, (min_layer, check_layers)
+        self.one_pass: OnePass | None = None  # what keeps the dense answers of its passes, too
+        self.answered: OnePass | None = None  # what has its own answers, of another model's passes
         self.options = Options.read(*((stopper, *others) if self._auto is None else self._auto.waiting()))
         strategy = self.options.stopper
         self.stopper_name = strategy.kind if stopper is strategy else str(stopper)
@@ -315,6 +320,8 @@ class AdaInferLM(HFLM):
         self.options = self._auto.options(path)
         self.stopper_name = str(path)
         check_layers = blocks if self._auto.check_layers is None else self._auto.check_layers
+        if self.one_pass is not None and self.options.stopper.removes_blocks:
+            raise AdaInferError(f"stopper: {path} takes blocks out of the model; give it by its name instead of auto")
         self._use(self._auto.min_layer, check_layers)
         self._found_sharing, self._windows, self._prompt_exits = None, None, None
         self._found_aside = None, None
@@ -449,9 +456,22 @@ class AdaInferLM(HFLM):
             for r in requests
         ]
         try:
+            if self.answered is not None:
+                return self._already_answered(self.answered, requests, disable_tqdm)
             return super().loglikelihood(requests, disable_tqdm=disable_tqdm)
         finally:
             self._document_keys = []
+
+    def _already_answered(self, passes: OnePass, requests: list[Instance], disable_tqdm: bool) -> list[Any]:
+        """The answers that another model's passes have given, and those to what it was not asked."""
+        found: list[Any] = passes.answers(requests, self._document_keys)
+        missing = [n for n, answer in enumerate(found) if answer is None]
+        if missing:
+            self._document_keys = [self._document_keys[n] for n in missing]
+            own = super().loglikelihood([requests[n] for n in missing], disable_tqdm=disable_tqdm)
+            for n, answer in zip(missing, own, strict=True):
+                found[n] = answer
+        return found
 
     @_identified
     def _loglikelihood_tokens(
@@ -471,6 +491,7 @@ class AdaInferLM(HFLM):
             disable=disable_tqdm or self.rank != 0,
             desc="Running loglikelihood requests",
         )
+        self.engine.dense = None if self.one_pass is None else self.one_pass.too
         try:
             for batches in self._batches(documents, override_bs):
                 started = time.perf_counter()
@@ -489,6 +510,8 @@ class AdaInferLM(HFLM):
                             self._warn_not_finite(row.tokens)
                         progress.update(1)
                     answer_cache.remember(self.cache_hook.dbdict, finished)
+                    if self.one_pass is not None:
+                        self.one_pass.keep(document, requests, keys)
         finally:
             progress.close()
         return results
@@ -902,7 +925,7 @@ class AdaInferLM(HFLM):
         self.engine = Engine(self.anatomy, self.stopper, self.schedule, self.softmax_dtype)
         self.counter = self.token_counter = FlopCounter(self.anatomy, self.stopper)
         self.token_stopper, self.token_schedule, self.token_reader = self.stopper, self.schedule, self.reader
-        self._prompt_exits = None
+        self._prompt_exits, self.one_pass = None, None
         cost: dict[str, Any] = {}
         try:
             with self.without_cache():
@@ -927,10 +950,13 @@ class AdaInferLM(HFLM):
     def totals(self) -> dict[str, Any]:
         """This process's totals since it was built: measured seconds, counted tokens, head rows and block calls.
 
-        The record of a run holds what one evaluation added to them (``reporting``).
+        The record of a run holds what one evaluation added to them (``metrics``). Of a pass that gave two sides'
+        answers neither side has seconds of its own.
         """
+        seconds = {} if self.one_pass or self.answered else {"seconds_in_model_measured": self.seconds}
         return {
-            "seconds_in_model_measured": self.seconds,
+            **seconds,
+            **({} if self.one_pass is None else self.one_pass.totals()),
             "tokens_counted": self.engine.tokens,
             "block_tokens_counted": self.engine.block_tokens,
             "block_calls_counted": self.engine.block_calls,

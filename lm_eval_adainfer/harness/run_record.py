@@ -44,6 +44,7 @@ def of(lm: Any, sharing: Sharing | None, windows: Windows | None) -> dict[str, A
         "loglikelihood_rolling": "counted as if each token had been run to its exit block only",
         **({} if sharing is None else {"shared_prefixes": _with_reason(sharing.how, sharing.missed)}),
         **({} if windows is None else {"generation_layout": _with_reason(windows.layout, windows.missed)}),
+        **({"one_pass": True} if lm.one_pass or lm.answered else {}),
         **totals,
         **({} if lm.auto_record is None else {"stopper_auto": lm.auto_record}),
         **({} if lm.pilot_record is None else {"pilot": lm.pilot_record}),

@@ -6,13 +6,14 @@ of its distinct contexts (docs/numbers.md, "One decision per document").
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from lm_eval_adainfer.prefill.dense_too import DenseToo, InFlow
 from lm_eval_adainfer.prefill.documents import Document, Row
 from lm_eval_adainfer.prefill.feature_log import FeatureLog
 from lm_eval_adainfer.prefill.forward import Forward, padded, run_blocks
@@ -66,10 +67,15 @@ class _Underway:
         self.documents, self.prefix = documents, prefix
         rows = [(d, row) for d in documents for row in d.rows]
         skip = [0] * len(rows) if prefix is None else [prefix.lengths[o] for o in owner]
+        self._owner = {} if prefix is None else {row: o for (_, row), o in zip(rows, owner, strict=True)}
         self.flow = [(d, row, n) for (d, row), n in zip(rows, skip, strict=True)]
         ids = padded(anatomy, [row.tokens[n:] for _, row, n in self.flow])
         self.continued = None if prefix is None else Continued(prefix, owner)
         self.forward = Forward(anatomy, ids, parts, self.continued)
+
+    def owners(self, rows: Iterable[Row]) -> set[int]:
+        """Which of the prefix's rows some rows continue."""
+        return {self._owner[row] for row in rows}
 
 
 class Engine:
@@ -86,6 +92,8 @@ class Engine:
 
     Attributes:
         observer: What is shown every block; then documents run dense. None where nothing watches.
+        dense: What is given the dense answers of all documents, too: those that leave run on to the end. None where
+            rows that leave are gone.
         tokens: Tokens of all rows that were run, each counted once.
         block_tokens: Block executions x tokens.
         block_calls: Block executions of batches.
@@ -110,6 +118,7 @@ class Engine:
         self._parts = features.needed_parts(stopper.features) if self.checked else []
         self._parts += [p for p in features.needed_parts(self.log.names) if p not in self._parts]
         self.observer: Observer | None = None
+        self.dense: DenseToo | None = None
         self.reading = reading
         self.head_rows = 0
         self.copied_tokens = 0
@@ -168,7 +177,8 @@ class Engine:
         """Take batches through the blocks side by side; every document leaves at its own block."""
         n_blocks, carried = self.anatomy.n_blocks, Carried(self.stopper.carries)
         prefixes = dict.fromkeys(p for batch in batches for p in _lineage(batch.prefix))
-        ran = sum(p.executed for p in prefixes)
+        ran = sum(p.executed for p in prefixes), sum(p.idle_copies for p in prefixes)
+        wanted = 0
         for batch in batches:
             self.tokens += sum(len(row.tokens) for _, row, _ in batch.flow)
             for document in batch.documents:
@@ -176,14 +186,15 @@ class Engine:
         for k in range(1, n_blocks + 1):
             for batch in batches:
                 batch.state = batch.forward.advance()
-            self.block_calls += len(batches)
-            self.block_tokens += sum(len(row.tokens) - skip for batch in batches for _, row, skip in batch.flow)
-            at: dict[Row, Place] = {
-                row: (n, r, row.decision - skip)
+            flow = [
+                InFlow(d, row, (n, r, row.decision - skip), (d.exit_layer or n_blocks) < k, len(row.tokens) - skip)
                 for n, batch in enumerate(batches)
-                for r, (_, row, skip) in enumerate(batch.flow)
-            }
-            documents = list(dict.fromkeys(d for batch in batches for d, *_ in batch.flow))
+                for r, (d, row, skip) in enumerate(batch.flow)
+            ]
+            going = [x for x in flow if not x.has_left]
+            wanted += self._count(k, batches, going)
+            at: dict[Row, Place] = {x.row: x.place for x in flow}
+            documents = list(dict.fromkeys(x.document for x in going))
             ready = _Read({}, {})
             undecided = [d for d in documents if d.exit_layer is None or (self.log.names and k == n_blocks)]
             if k == n_blocks:
@@ -192,18 +203,35 @@ class Engine:
             if undecided and (k in self.checked or self._logs(k)):
                 ready = self._check(batches, undecided, at, carried)
             leaving = {d for d in documents if d.exit_layer == k}
-            if not leaving:
-                continue
-            self._score(batches, [d for d in documents if d in leaving], at, ready)
-            for batch in batches:
-                keep = [r for r, (d, *_) in enumerate(batch.flow) if d not in leaving]
-                if keep and len(keep) < len(batch.flow):
-                    batch.forward.keep(torch.tensor(keep, dtype=torch.long))
-                batch.flow = [batch.flow[r] for r in keep]
-            batches = [batch for batch in batches if batch.flow]
-            if not batches:
-                break
-        self.block_tokens += sum(p.executed for p in prefixes) - ran
+            if leaving:
+                self._score(batches, [d for d in documents if d in leaving], at, ready)
+            if self.dense is not None:
+                self.dense.after_block([batch.state for batch in batches], flow)
+            elif leaving:
+                batches = _without(batches, leaving)
+                if not batches:
+                    break
+        self.block_tokens += wanted
+        if self.dense is not None:
+            executed, idle = sum(p.executed for p in prefixes), sum(p.idle_copies for p in prefixes)
+            self.dense.prefixes(executed - ran[0], wanted, idle - ran[1])
+
+    def _count(self, k: int, batches: Sequence[_Underway], going: Sequence[InFlow]) -> int:
+        """Count block k of the rows whose documents have not left.
+
+        Returns:
+            Tokens of prefixes that it ran for these rows.
+        """
+        by_batch: dict[int, list[Row]] = {}
+        for x in going:
+            by_batch.setdefault(x.place[0], []).append(x.row)
+        self.block_calls += len(by_batch)
+        self.block_tokens += sum(x.length for x in going)
+        found = 0
+        for n, rows in by_batch.items():
+            if (prefix := batches[n].prefix) is not None:
+                found += prefix.wanted(k, batches[n].owners(rows))
+        return found
 
     def _check(
         self,
@@ -416,6 +444,16 @@ class Engine:
         self.block_tokens += run.block_tokens
         self.head_rows += run.head_rows
         return run.exits
+
+
+def _without(batches: Sequence[_Underway], leaving: set[Document]) -> list[_Underway]:
+    """The batches that have rows left when these documents' have gone."""
+    for batch in batches:
+        keep = [r for r, (d, *_) in enumerate(batch.flow) if d not in leaving]
+        if keep and len(keep) < len(batch.flow):
+            batch.forward.keep(torch.tensor(keep, dtype=torch.long))
+        batch.flow = [batch.flow[r] for r in keep]
+    return [batch for batch in batches if batch.flow]
 
 
 def _lineage(prefix: Prefix | None) -> Iterator[Prefix]:

@@ -135,6 +135,9 @@ class Prefix:
         self.asked = frozenset(asked)
         self.after: dict[int, Tensor] = {}
         self.copied = 0  # block executions for keys and values alone x tokens
+        self.idle = 0  # tokens of rows that only documents which have left continue, where these run on (``dense_too``)
+        self.idle_copies = 0  # as ``copied``, of those
+        self._wanted = 0  # how deep a prefix that stays has been wanted
         self._copies: dict[int, Copies] = {}
         self._forward: Forward | None = None
         self._kept = list(range(len(rows)))  # of those that stay no longer than the batch: the rows still needed
@@ -167,6 +170,21 @@ class Prefix:
             self.executed += self.tokens
             if self.depth == self.anatomy.n_blocks:
                 self._forward = None
+
+    def wanted(self, k: int, rows: Collection[int]) -> int:
+        """Count block k for what continues some of its rows; it may run more than is wanted (``dense_too``).
+
+        Returns:
+            The tokens that it has to run for them, the parent's too, without those that were wanted before.
+        """
+        found = 0 if self.parent is None else self.parent.wanted(k, (0,))
+        if not self.stays:
+            own = sum(len(self.rows[r]) for r in rows)
+            self.idle = self.tokens - own
+            return found + own
+        found += self.tokens if k > self._wanted else 0
+        self._wanted = max(self._wanted, k)
+        return found
 
     def copies(self, k: int, storing: Storing) -> Copies:
         """What later blocks would store of these tokens if they went no further than block k, one of ``asked``."""
@@ -255,7 +273,8 @@ class Copies:
             self._forward.store(k, self._hidden, self._storing)
             (layer,) = set(self.stored) - before
             self._made[k] = self.stored[layer]
-            self._prefix.copied += self._prefix.tokens
+            self._prefix.copied += self._prefix.tokens - self._prefix.idle
+            self._prefix.idle_copies += self._prefix.idle
         return self._made[k]
 
 
