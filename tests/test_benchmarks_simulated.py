@@ -52,7 +52,7 @@ def test_thresholds_see_calibration_documents_alone_and_figures_test_documents(f
     for how in ("calibrated", "own"):
         before, after = figures(first, how), figures(other_test, how)
         assert [row["thresholds"] for row in before] == [row["thresholds"] for row in after]
-        assert [row["acc_change"] for row in before] != [row["acc_change"] for row in after]
+        assert [row["pruned"] for row in before] != [row["pruned"] for row in after]
     write_random(folder / "a_calibrate.trace", 150, seed=78, task="a", split="calibrate")
     other_calibration = stoppers.measure(folder, 2, FEW)
     assert figures(other_calibration, "own") == figures(other_test, "own")
