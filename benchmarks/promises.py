@@ -18,7 +18,7 @@ import json
 import tempfile
 import textwrap
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from multiprocessing import get_context
@@ -118,18 +118,23 @@ def _work(settings: Settings, only: Sequence[str], seed: int) -> dict[str, Any]:
     return repeat(_pool, settings, only, seed)
 
 
-def measure(folder: Path, settings: Settings, only: Sequence[str], repeats: int, workers: int) -> dict[str, Any]:
-    """All repeats, and what they come to: what the JSON file holds."""
-    pool = Pool(folder)
-    rows = []
+def measure(
+    folder: Path, settings: Settings, only: Sequence[str], repeats: int, workers: int
+) -> Iterator[dict[str, Any]]:
+    """What the JSON file holds, again after every 50 repeats: they take long and are interrupted."""
+    pool, rows = Pool(folder), []
     with ProcessPoolExecutor(workers, get_context("spawn"), _start, (folder,)) as processes:
         for row in processes.map(partial(_work, settings, tuple(only)), range(repeats)):
             rows.append(row)
-            if len(rows) % 50 == 0:
-                broken = sum(one["name"] is not None and one["lost"] > settings.max_drop for one in rows)
-                print(f"{len(rows)} of {repeats} repeats, {broken} broken", flush=True)
+            if len(rows) % 50 == 0 or len(rows) == repeats:
+                yield described(pool, settings, only, rows)
+
+
+def described(pool: Pool, settings: Settings, only: Sequence[str], rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """What was drawn from, how, and what the repeats come to."""
     meta = pool.traces[0].meta
     each = most_each([len(t.doc_ids) for t in pool.traces], settings.documents)
+    allowance = Allowance.of(each * len(pool.traces), settings)
     return {
         "simulated": "from traces",
         "model": Path(meta["model"]).name,
@@ -141,11 +146,11 @@ def measure(folder: Path, settings: Settings, only: Sequence[str], repeats: int,
         "left_out": [kind for kind in KINDS if kind not in only],
         "max_drop": settings.max_drop,
         "confidence": settings.confidence,
-        "documents": each * len(pool.traces),
-        "candidates": Allowance.of(each * len(pool.traces), settings).candidates,
-        "may_lose": Allowance.of(each * len(pool.traces), settings).losses,
+        "documents": allowance.documents,
+        "candidates": allowance.candidates,
+        "may_lose": allowance.losses,
         **summary(rows, settings),
-        "rows": rows,
+        "rows": list(rows),
     }
 
 
@@ -181,9 +186,10 @@ def report(found: dict[str, Any]) -> str:
         [
             f"Population: {sum(found['pool'].values())} documents ({pool}).",
             f"Each repeat: {found['documents']} fitting and {found['documents']} calibration documents, of which",
-            f"{found['may_lose']} may be lost; up to {found['candidates']} candidates divide the error. Contestants:",
-            "the readers " + ", ".join(f"`{name}`" for name in found["readers"]),
-            "with the stoppers " + ", ".join(f"`{kind}`" for kind in found["stoppers"]) + ".",
+            f"{found['may_lose']} may be lost; candidates, at most: {found['candidates']}. Contestants: the readers",
+            ", ".join(f"`{name}`" for name in found["readers"]) + " with the stoppers",
+            ", ".join(f"`{kind}`" for kind in found["stoppers"]),
+            "(`choice_gap` only where every decision has choices of one token).",
             *([f"Left out for their time: {', '.join(f'`{k}`' for k in found['left_out'])}."] if found["left_out"]
               else []),
         ]
@@ -229,10 +235,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--output", "-o", type=Path, help="the files, .json and .md (default: printed)")
     options = parser.parse_args(arguments)
     settings = Settings(max_drop=options.max_drop, confidence=options.confidence, documents=options.documents)
-    found = measure(options.pool, settings, options.stoppers.split(","), options.repeats, options.workers)
-    if options.output:
-        container.write_atomically(options.output.with_suffix(".json"), (json.dumps(found) + "\n").encode())
-        container.write_atomically(options.output.with_suffix(".md"), report(found).encode())
+    only = options.stoppers.split(",")
+    for found in measure(options.pool, settings, only, options.repeats, options.workers):
+        print(f"{found['repeats']} of {options.repeats} repeats, {found['broken']} broken", flush=True)
+        if options.output:
+            container.write_atomically(options.output.with_suffix(".json"), (json.dumps(found) + "\n").encode())
+            container.write_atomically(options.output.with_suffix(".md"), report(found).encode())
     print(report(found))
 
 
