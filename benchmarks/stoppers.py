@@ -225,8 +225,10 @@ def report(found: dict[str, Any]) -> str:
         f"Figures are medians over {len(found['draws'])} draws (lowest to highest). `acc` is the task's own, its "
         "change in percentage points against the dense answers; the interval (95%, over test documents) is of the mean "
         "over draws. Pruned: 1 - exit block / L. Saved: of the counted work of the linear maps, reading and checks "
-        "included; `copy:1` runs one token through all blocks, so pruning tells little of it. The last column is "
-        "against the paper's SVM of the same draw. What was drawn is in the JSON file."
+        "included; `copy:1` runs one token through all blocks, so pruning tells little of it. A check after every block "
+        "costs much where prompts are short, as in word tasks: `adainfer tune` chooses after which few blocks to ask, "
+        "which is not done here. The last column is against the paper's SVM of the same draw. What was drawn is in the "
+        "JSON file."
     )
     lines = [
         f"# Stoppers: `{found['model']}`, {found['n_blocks']} blocks, {found['shots']} shots, *simulated*",
