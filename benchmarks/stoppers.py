@@ -3,16 +3,18 @@
     adainfer trace ... --split train --readers copy:1 -o TRACES    (and --split calibrate, and --split test)
     python -m benchmarks.stoppers TRACES --draws 10 -o benchmarks/results/stoppers-NAME
 
-Every draw takes half of each task's training documents, at random, and fits every contestant on them: a reader with a
-stopper, asked after all blocks that were recorded. For a mean, half samples spread as fresh samples of the whole size
-would. One threshold for all tasks is then chosen on the calibration documents: the loosest before the first at which
-more than 1% of them are lost (dense right, early wrong). What it comes to is reported on test documents, which nothing
-was fitted or chosen on. Every task weighs the same, in choosing and in reporting. All figures are *simulated*.
+Every draw parts each task's training documents at random: on one half every contestant, a reader with a stopper, is
+fitted, and on the other half it is chosen after which blocks it is asked (``tuning.search``: work saved, reading and
+checks counted, with at most 1% lost). For a mean, half samples spread as fresh samples of the whole size would. One
+threshold for all tasks is then chosen on the calibration documents: the loosest before the first at which more than 1%
+of them are lost (dense right, early wrong). What it comes to is reported on test documents, which nothing was fitted or
+chosen on. Every task weighs the same in calibrating and reporting. All figures are *simulated*.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import hashlib
 import itertools
 import json
@@ -36,8 +38,10 @@ from lm_eval_adainfer.strategies.features import FEATURES
 from lm_eval_adainfer.strategies.rules import GapStopper
 from lm_eval_adainfer.traces.documents import TracedDocuments, at_exit, exits, read
 from lm_eval_adainfer.traces.file import VERSION, find
+from lm_eval_adainfer.traces.margins import margins
 from lm_eval_adainfer.traces.splits import SPLITS
-from lm_eval_adainfer.tuning.contestants import scores
+from lm_eval_adainfer.tuning.contestants import losses
+from lm_eval_adainfer.tuning.search import search
 from lm_eval_adainfer.tuning.work import Work
 
 MOST_LOST = 0.01
@@ -91,12 +95,14 @@ class Outcome:
 
     Attributes:
         threshold: The threshold.
+        blocks: After which it is asked.
         change: ``acc`` minus that of the dense answer.
         pruned: 1 - exit block / L.
         saved: Of the counted work, reading and checks included, over the task's mean dense work.
     """
 
     threshold: float
+    blocks: list[int]
     change: list[np.ndarray]
     pruned: list[np.ndarray]
     saved: list[np.ndarray]
@@ -107,25 +113,43 @@ class Outcome:
 
 
 def draw(training: Sequence[TracedDocuments], seed: int, folder: Path) -> dict[str, Any]:
-    """Write traces of a random half of every task's training documents; what was drawn."""
+    """Write traces of a random half of every task's training documents, and of the other half; what was drawn."""
     drawn: dict[str, list[int]] = {}
     for trace in training:
         ids = sorted(set(trace.doc_ids.tolist()))
         name = trace.meta["task"]
-        chosen = sorted(Random(f"{seed} {name}").sample(ids, len(ids) // 2))
-        keep = np.isin(trace.arrays["doc_id"], chosen)
-        about = {**trace.meta, "documents": len(chosen)}
-        container.write(
-            folder / trace.path.name, "trace", VERSION, about, {k: a[keep] for k, a in trace.arrays.items()}
-        )
-        drawn[name] = chosen
+        drawn[name] = sorted(Random(f"{seed} {name}").sample(ids, len(ids) // 2))
+        is_drawn = np.isin(trace.arrays["doc_id"], drawn[name])
+        for half, keep, count in (("fit", is_drawn, len(drawn[name])), ("ask", ~is_drawn, len(ids) - len(drawn[name]))):
+            arrays = {key: array[keep] for key, array in trace.arrays.items()}
+            meta = {**trace.meta, "documents": count}
+            container.write(folder / half / trace.path.name, "trace", VERSION, meta, arrays)
     digest = hashlib.sha256(json.dumps(drawn, sort_keys=True).encode()).hexdigest()[:16]
     return {"seed": seed, "documents": {name: len(ids) for name, ids in drawn.items()}, "documents_sha256": digest}
 
 
-def calibrated(stopper: Stopper, views: Sequence[TracedDocuments]) -> float:
+def blocks_of(contestant: Contestant, stopper: Stopper, views: Sequence[TracedDocuments]) -> list[int]:
+    """After which blocks it pays to ask; after none where nothing does."""
+    said = np.concatenate([scores(stopper, view, everywhere(view)) for view in views])
+    work = Work.of(views, readers.parse(contestant.reader), stopper)
+    return list(search(said, losses(views, "gold"), work, MOST_LOST).blocks)
+
+
+def everywhere(view: TracedDocuments) -> list[int]:
+    """All recorded blocks but the last."""
+    return [k for k in view.blocks if k < view.n_blocks]
+
+
+def scores(stopper: Stopper, view: TracedDocuments, blocks: Sequence[int]) -> np.ndarray:
+    """[D, L], what a stopper says of documents where it is asked after these blocks alone, its threshold left out."""
+    free = copy.copy(stopper)
+    free.threshold = 0.0  # type: ignore[attr-defined]
+    return view.together(margins(free, view.meta, view.arrays, blocks))
+
+
+def calibrated(stopper: Stopper, views: Sequence[TracedDocuments], blocks: Sequence[int]) -> float:
     """The loosest threshold before the first at which more than ``MOST_LOST`` of the documents are lost."""
-    said = [scores(stopper, view) for view in views]
+    said = [scores(stopper, view, blocks) for view in views]
     thresholds, _ = grids.grid(stopper)
     for before, threshold in itertools.pairwise(thresholds):
         lost = [view.losses("gold", exits(of, threshold)).mean() for view, of in zip(views, said, strict=True)]
@@ -134,16 +158,21 @@ def calibrated(stopper: Stopper, views: Sequence[TracedDocuments]) -> float:
     return float(thresholds[-1])
 
 
-def outcome(contestant: Contestant, stopper: Stopper, views: Sequence[TracedDocuments], threshold: float) -> Outcome:
+def outcome(
+    contestant: Contestant,
+    stopper: Stopper,
+    views: Sequence[TracedDocuments],
+    threshold: float,
+    blocks: Sequence[int],
+) -> Outcome:
     """What exits at a threshold come to."""
-    found = Outcome(threshold, [], [], [])
+    found = Outcome(threshold, list(blocks), [], [], [])
     for view in views:
-        left = exits(scores(stopper, view), threshold)
-        asked = [k for k in view.blocks if k < view.n_blocks]
+        left = exits(scores(stopper, view, blocks), threshold)
         work = Work.of([view], readers.parse(contestant.reader), stopper)
         found.change.append(at_exit(view.hits, left) - view.hits[:, -1])
         found.pruned.append(1 - left / view.n_blocks)
-        found.saved.append((work.dense - work.at(left, asked)) / work.dense.mean())
+        found.saved.append((work.dense - work.at(left, blocks)) / work.dense.mean())
     return found
 
 
@@ -186,11 +215,13 @@ def measure(folder: Path, draws: int, contestants: Sequence[Contestant]) -> dict
         with tempfile.TemporaryDirectory() as place:
             found["draws"].append(draw(by_split["train"], seed, Path(place)))
             for contestant in contestants:
-                stopper = contestant.fitted(find([place]), seed)
+                stopper = contestant.fitted(find([Path(place, "fit")]), seed)
+                others = read(find([Path(place, "ask")]), contestant.reader)
+                blocks = blocks_of(contestant, stopper, others)
+                chosen = calibrated(stopper, views["calibrate", contestant.reader], blocks)
                 own = float(stopper.threshold)  # type: ignore[attr-defined]
-                chosen = calibrated(stopper, views["calibrate", contestant.reader])
-                for how, threshold in (("calibrated", chosen), ("own", own)):
-                    of = outcome(contestant, stopper, views["test", contestant.reader], threshold)
+                for how, threshold, at in (("calibrated", chosen, blocks), ("own", own, everywhere(others[0]))):
+                    of = outcome(contestant, stopper, views["test", contestant.reader], threshold, at)
                     every.setdefault((contestant, how), []).append(of)
         print(f"draw {seed + 1} of {draws}", flush=True)
     found["rows"] = [row(contestant, how, of, every[contestants[0], how]) for (contestant, how), of in every.items()]
@@ -206,6 +237,7 @@ def row(contestant: Contestant, how: str, of: Sequence[Outcome], base: Sequence[
         "contestant": str(contestant),
         "threshold": how,
         "thresholds": [one.threshold for one in of],
+        "check_layers": [one.blocks for one in of],
         "acc_change": [one.mean("change") for one in of],
         "acc_change_interval": [mean - 1.96 * error, mean + 1.96 * error],
         "worst_task": [100 * min(part.mean() for part in one.change) for one in of],
@@ -225,10 +257,8 @@ def report(found: dict[str, Any]) -> str:
         f"Figures are medians over {len(found['draws'])} draws (lowest to highest). `acc` is the task's own, its "
         "change in percentage points against the dense answers; the interval (95%, over test documents) is of the mean "
         "over draws. Pruned: 1 - exit block / L. Saved: of the counted work of the linear maps, reading and checks "
-        "included; `copy:1` runs one token through all blocks, so pruning tells little of it. A check after every block "
-        "costs much where prompts are short, as in word tasks: `adainfer tune` chooses after which few blocks to ask, "
-        "which is not done here. The last column is against the paper's SVM of the same draw. What was drawn is in the "
-        "JSON file."
+        "included; `copy:1` runs one token through all blocks, so pruning tells little of it. The last column is "
+        "against the paper's SVM of the same draw. What was drawn, and the chosen blocks, are in the JSON file."
     )
     lines = [
         f"# Stoppers: `{found['model']}`, {found['n_blocks']} blocks, {found['shots']} shots, *simulated*",
@@ -237,7 +267,7 @@ def report(found: dict[str, Any]) -> str:
         "",
         *textwrap.wrap(explained, 120),
         "",
-        "Asked after: "
+        "Recorded after: "
         + "; ".join(f"`{name}` {', '.join(map(str, blocks))}" for name, blocks in found["readers"].items())
         + ".",
         "",
@@ -245,7 +275,7 @@ def report(found: dict[str, Any]) -> str:
     ]
     titles = {
         "calibrated": "One threshold for all tasks, chosen on calibration documents: at most 1% of them lost",
-        "own": "Thresholds as they stand (SVM: 0; gap: 0.8; others: 0.95)",
+        "own": "Thresholds as they stand (SVM: 0; gap: 0.8; others: 0.95), asked after all recorded blocks",
     }
     for how, title in titles.items():
         rows = [one for one in found["rows"] if one["threshold"] == how]

@@ -38,9 +38,12 @@ def test_every_draw_is_half_of_each_tasks_training_documents(folder, tmp_path):
     for seed in (0, 0, 1):
         about = stoppers.draw(training, seed, tmp_path / "drawn")
         assert about["documents"] == {"a": 75, "b": 80}
-        for whole, part in zip(training, read(find([tmp_path / "drawn"])), strict=True):
-            keep = np.isin(whole.arrays["doc_id"], part.doc_ids)
-            assert np.array_equal(part.arrays["features"], whole.arrays["features"][keep])
+        halves = [read(find([tmp_path / "drawn" / half])) for half in ("fit", "ask")]
+        for whole, fitted, other in zip(training, *halves, strict=True):
+            assert sorted([*fitted.doc_ids, *other.doc_ids]) == whole.doc_ids.tolist()
+            for part in (fitted, other):
+                keep = np.isin(whole.arrays["doc_id"], part.doc_ids)
+                assert np.array_equal(part.arrays["features"], whole.arrays["features"][keep])
         drawn.setdefault(seed, set()).add(about["documents_sha256"])
     assert len(drawn[0]) == 1 and drawn[0] != drawn[1]
 
@@ -63,11 +66,14 @@ def test_thresholds_see_calibration_documents_alone_and_figures_test_documents(f
 def test_the_gap_rules_threshold_and_figures_against_a_slow_count(folder):
     (row,) = figures(stoppers.measure(folder, 1, FEW[:1]), "calibrated")
 
+    asked = row["check_layers"][0]
+    assert asked, "else there is nothing to be seen here"
+
     def come_to(split, threshold):
         lost, change, pruned = [], [], []
         for trace in read(sorted(folder.glob(f"*_{split}.trace"))):
             gap = trace.arrays["features"][:, :, 0]
-            leaves = [next((k for k in (1, 2, 3) if gap[d, k - 1] > threshold), 4) for d in range(len(gap))]
+            leaves = [next((k for k in asked if gap[d, k - 1] > threshold), 4) for d in range(len(gap))]
             gold, top = trace.arrays["gold_token"], trace.arrays["top_token"]
             pairs = [(top[d, 3] == gold[d], top[d, k - 1] == gold[d]) for d, k in enumerate(leaves)]
             lost.append(np.mean([dense and not early for dense, early in pairs]))
