@@ -1,291 +1,268 @@
-"""Which stopper saves most at equal accuracy: fit on traces, choose thresholds on others, compare on yet others.
+"""Which reader and stopper save most at equal accuracy, and how much that depends on the training documents.
 
-    python -m benchmarks.stoppers traces/ -o benchmarks/results/stoppers-NAME
+    adainfer trace ... --split train --readers copy:1 -o TRACES    (and --split calibrate, and --split test)
+    python -m benchmarks.stoppers TRACES --draws 10 -o benchmarks/results/stoppers-NAME
 
-``traces/`` holds ``train`` and ``test`` traces of one model and several tasks. Every stopper is fitted once, on all
-``train`` traces. The documents of the ``test`` traces are split by a fixed hash, 2 to 5, into those that thresholds are
-chosen on and those that are reported (docs/numbers.md, Splits). All figures are *simulated* from the traces.
+Every draw parts each task's training documents at random: on one half every contestant, a reader with a stopper, is
+fitted, and on the other half it is chosen after which blocks it is asked (``tuning.search``: work saved, reading and
+checks counted, with at most 1% lost). For a mean, half samples spread as fresh samples of the whole size would. One
+threshold for all tasks is then chosen on the calibration documents: the loosest before the first at which more than 1%
+of them are lost (dense right, early wrong). What it comes to is reported on test documents, which nothing was fitted or
+chosen on. Every task weighs the same in calibrating and reporting. All figures are *simulated*.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
-from dataclasses import dataclass
+import copy
+import hashlib
+import itertools
+import json
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import numpy as np
 from scipy.stats import binomtest
 
+from benchmarks import stoppers_report
 from lm_eval_adainfer import container
-from lm_eval_adainfer.fitting import fit
+from lm_eval_adainfer.fitting import fit, grids
+from lm_eval_adainfer.readers import specs as readers
 from lm_eval_adainfer.strategies.base import Stopper
 from lm_eval_adainfer.strategies.features import FEATURES
 from lm_eval_adainfer.strategies.rules import GapStopper
-from lm_eval_adainfer.tasks.qa import stable_hash
-from lm_eval_adainfer.traces.documents import TracedDocuments, at_exit, exits, read, stable
+from lm_eval_adainfer.traces.documents import TracedDocuments, at_exit, exits, read
+from lm_eval_adainfer.traces.file import VERSION, find
 from lm_eval_adainfer.traces.margins import margins
+from lm_eval_adainfer.traces.splits import SPLITS
+from lm_eval_adainfer.tuning.allowance import Allowance
+from lm_eval_adainfer.tuning.contestants import losses
+from lm_eval_adainfer.tuning.search import search
+from lm_eval_adainfer.tuning.work import Work
 
-MAX_LOSS = 0.01
-# thresholds: quantiles of the scores on the training traces, closest where stoppers are strict
-GRID = np.concatenate([np.linspace(0, 0.8, 100, endpoint=False), np.linspace(0.8, 1, 200)])
-RESAMPLES = 2000
-HEAD_ONLY = ("gap", "top_prob", "entropy")
-
-CONTESTANTS: dict[str, Callable[[list[Path]], Stopper]] = {
-    "paper's SVM (gap, top_prob; final)": lambda files: fit.fit_svm(files),
-    "gap rule": lambda files: GapStopper(),
-    "SVM, all features; final": lambda files: fit.fit_svm(
-        files, features=[name for name in FEATURES if not FEATURES[name].choices]
-    ),
-    "logistic; stable": lambda files: fit.fit_classifier("logistic", files, label="stable"),
-    "mlp; stable": lambda files: fit.fit_classifier("mlp", files, label="stable"),
-    "boosted; stable": lambda files: fit.fit_classifier("boosted", files, label="stable"),
-    "boosted; gold": lambda files: fit.fit_classifier("boosted", files, label="gold"),
-    "boosted; final": lambda files: fit.fit_classifier("boosted", files, label="final"),
-    "boosted, gap top_prob entropy; stable": lambda files: fit.fit_classifier(
-        "boosted", files, label="stable", features=HEAD_ONLY
-    ),
-    "boosted, gap top_prob; final": lambda files: fit.fit_classifier(
-        "boosted", files, label="final", features=fit.PAPER_FEATURES
-    ),
-}
+MOST_LOST = 0.01
+AT_MOST = Allowance(1, MOST_LOST, 0.95)  # one document promises nothing, so the share itself is the limit
+WITHOUT_CHOICES = [name for name in FEATURES if not FEATURES[name].choices]
 
 
-@dataclass
-class Task:
-    """A test trace.
+@dataclass(frozen=True)
+class Contestant:
+    """A reader with a stopper.
 
     Attributes:
-        name: Of the task.
-        found: Answers after every block.
-        calibrate: [D] bool, the documents that thresholds are chosen on.
-        above_chance: Whether the dense model is significantly better than always naming the commonest gold answer.
+        reader: The reader.
+        name: The stopper's, for the tables.
+        kind: What is fitted (``fit.FITTERS``), or ``gap``.
+        options: Of the fit.
     """
 
+    reader: str
     name: str
-    found: TracedDocuments
-    calibrate: np.ndarray
-    above_chance: bool
+    kind: str
+    options: dict[str, Any] = field(default_factory=dict, hash=False)
 
-    @property
-    def dense(self) -> np.ndarray:
-        """[D] bool: the dense answer is right."""
-        return self.found.hits[:, -1] > 0
+    def fitted(self, files: Sequence[Path], seed: int) -> Stopper:
+        reader = readers.parse(self.reader)
+        if self.kind == "gap":
+            return GapStopper()
+        return fit.fit(self.kind, files, reader=reader, seed=seed, **self.options)
 
-
-@dataclass
-class Curve:
-    """What a stopper does on a task at every threshold, from strict to loose, for every document: [G + 1, D]."""
-
-    saved: np.ndarray  # 1 - exit / L
-    lost: np.ndarray  # dense right, early wrong
-    gained: np.ndarray  # dense wrong, early right
-    agrees: np.ndarray
+    def __str__(self) -> str:
+        return f"{self.reader}, {self.name}"
 
 
-def as_task(found: TracedDocuments) -> Task:
-    name = found.meta["task"]
-    hashes = [stable_hash("calibrate", name, str(i)) % 7 for i in found.doc_ids.tolist()]
-    calibrate = np.array(hashes) < 2
-    right = (found.hits[:, -1] > 0)[~calibrate]
-    commonest = max(np.bincount(found.gold[~calibrate])) / len(right)
-    p = binomtest(int(right.sum()), len(right), commonest, alternative="greater").pvalue
-    return Task(name, found, calibrate, bool(p < 0.01))
+BASE = Contestant("head", "paper's SVM (gap, top_prob; final)", "svm")
+CONTESTANTS = [
+    BASE,
+    Contestant("head", "gap rule", "gap"),
+    Contestant("head", "SVM, all features; final", "svm", {"features": WITHOUT_CHOICES}),
+    Contestant("head", "logistic; stable", "logistic", {"label": "stable"}),
+    Contestant("head", "mlp; stable", "mlp", {"label": "stable"}),
+    Contestant("head", "boosted; stable", "boosted", {"label": "stable"}),
+    Contestant("head", "boosted; final", "boosted", {"label": "final"}),
+    Contestant("copy:1", "gap rule", "gap"),
+    Contestant("copy:1", "logistic; stable", "logistic", {"label": "stable"}),
+    Contestant("copy:1", "boosted; stable", "boosted", {"label": "stable"}),
+]
 
 
-def scores(stopper: Stopper, found: TracedDocuments) -> np.ndarray:
-    """[N, L] margins, NaN at the last block."""
-    return margins(stopper, found.meta, found.arrays) + stopper.threshold  # type: ignore[attr-defined]
+@dataclass(frozen=True)
+class Outcome:
+    """What a threshold comes to on test documents, one number per document, an array per task.
 
-
-def curve(stopper: Stopper, task: Task, grid: np.ndarray) -> Curve:
-    values = task.found.together(scores(stopper, task.found))
-    left = np.array([exits(values, t) for t in grid])
-    right = np.array([at_exit(task.found.hits, e) > 0 for e in left])
-    agrees = np.array([at_exit(task.found.answers, e) for e in left]) == task.found.answers[:, -1]
-    return Curve(1 - left / task.found.n_blocks, task.dense & ~right, ~task.dense & right, agrees)
-
-
-def loosest(bad: np.ndarray) -> int:
-    """Index of the last threshold before the first at which ``bad`` ([G]) exceeds MAX_LOSS."""
-    over = bad > MAX_LOSS + 1e-9
-    return (int(over.argmax()) if over.any() else len(over)) - 1
-
-
-def interval(values: np.ndarray) -> str:
-    low, high = np.quantile(values, [0.025, 0.975])
-    return f"[{low:.1f}, {high:.1f}]"
-
-
-def report(folder: Path, names: list[str]) -> str:
-    files = fit.find([folder])
-    traces = read(files)
-    training = [t for t in traces if t.meta["split"] == "train"]
-    train = [t.path for t in training]
-    tasks = [as_task(t) for t in traces if t.meta["split"] == "test"]
-    model = tasks[0].found.meta
-    curves: dict[str, list[Curve]] = {}
-    standing: dict[str, list[int]] = {}
-    for name in names:
-        stopper = CONTESTANTS[name](train)
-        pooled = np.concatenate([scores(stopper, t).ravel() for t in training])
-        pooled = pooled[~np.isnan(pooled)]
-        grid = np.unique(np.quantile(pooled, GRID))[::-1]
-        grid = np.concatenate([[np.inf], grid, [stopper.threshold]])  # type: ignore[attr-defined]
-        found = [curve(stopper, task, grid) for task in tasks]
-        standing[name] = [len(grid) - 1] * len(tasks)
-        curves[name] = found
-        print(name, "fitted", flush=True)
-    lines = [
-        f"# Stoppers: `{Path(model['model']).name}`, {model['n_blocks']} blocks, {model['num_fewshot']} shots",
-        "",
-        __doc__.split("\n\n", 2)[2].strip(),
-        "Losses are percentage points of accuracy, with 95% intervals (paired bootstrap over documents, "
-        f"{RESAMPLES} resamples).",
-        "The ratio's denominator is always the paper's SVM at the best threshold at which "
-        "the *reported* documents lose at most 1 point per task: chosen in hindsight, in its favour.",
-        "",
-        *tasks_table(tasks),
-    ]
-    measurable = [i for i, task in enumerate(tasks) if task.above_chance]
-    base = names[0]
-    for title, choose in PROTOCOLS.items():
-        picked = {n: choose(curves[n], tasks, measurable) for n in names}
-        lines += ["", f"## {title}", "", *protocol_table(curves, tasks, measurable, picked, base)]
-        best = [base, *[n for n in ("boosted; final", "logistic; stable") if n in names]]
-        lines += ["", *per_task_table(curves, tasks, {n: picked[n] for n in best})]
-    lines += ["", "## Thresholds as they stand (paper's SVM: 0; gap: 0.8; others: 0.95)", ""]
-    lines += [*protocol_table(curves, tasks, measurable, standing, base), ""]
-    lines += per_task_table(curves, tasks, {n: standing[n] for n in (base, "boosted; final")})
-    return "\n".join(lines) + "\n"
-
-
-def tasks_table(tasks: list[Task]) -> list[str]:
-    lines = [
-        "| task | thresholds on | reported on | dense accuracy | saving of oracle:stable | |",
-        "|---|---|---|---|---|---|",
-    ]
-    for task in tasks:
-        test = ~task.calibrate
-        oracle = oracle_saving(task)[test].mean()
-        note = "" if task.above_chance else "not measurable: dense is not above chance"
-        lines.append(
-            f"| {task.name} | {task.calibrate.sum()} | {test.sum()} | {task.dense[test].mean():.3f} | {oracle:.1%} "
-            f"| {note} |"
-        )
-    return lines
-
-
-def oracle_saving(task: Task) -> np.ndarray:
-    """[D], what leaving at the earliest block saves from which the answer never changes."""
-    first = stable(task.found.answers).argmax(1) + 1
-    return 1 - first / task.found.n_blocks
-
-
-def _curve_choice(curves: list[Curve], tasks: list[Task], measurable: list[int]) -> list[int]:
-    """The greatest pruning among all thresholds at which the reported documents lose at most MAX_LOSS."""
-    picked = []
-    for c, task in zip(curves, tasks, strict=True):
-        net = (c.lost.astype(float) - c.gained)[:-1, ~task.calibrate].mean(1)
-        saved = c.saved[:-1, ~task.calibrate].mean(1)
-        picked.append(int(np.where(net <= MAX_LOSS + 1e-9, saved, -1).argmax()))
-    return picked
-
-
-def _own_choice(curves: list[Curve], tasks: list[Task], measurable: list[int]) -> list[int]:
-    return [loosest(c.lost[:-1, t.calibrate].mean(1)) for c, t in zip(curves, tasks, strict=True)]
-
-
-def _common_choice(curves: list[Curve], tasks: list[Task], measurable: list[int]) -> list[int]:
-    pooled = np.concatenate([curves[i].lost[:-1, tasks[i].calibrate] for i in measurable], axis=1)
-    return [loosest(pooled.mean(1))] * len(tasks)
-
-
-PROTOCOLS = {
-    "One threshold per task, chosen on the calibration documents so that at most 1% of them are lost": _own_choice,
-    "One threshold for all tasks, chosen on the calibration documents so that at most 1% of them are lost": (
-        _common_choice
-    ),
-    "Equal accuracy: per task, the best threshold at which the *reported* documents lose at most 1 point": (
-        _curve_choice
-    ),
-}
-
-
-def protocol_table(
-    curves: dict[str, list[Curve]],
-    tasks: list[Task],
-    measurable: list[int],
-    picked: dict[str, list[int]],
-    base: str,
-) -> list[str]:
-    """Means over the measurable tasks, and mean pruning over that of the base at its best threshold there.
-
-    Numerator and denominator are of the same resampled documents.
+    Attributes:
+        threshold: The threshold.
+        blocks: After which it is asked.
+        change: ``acc`` minus that of the dense answer.
+        pruned: 1 - exit block / L.
+        saved: Of the counted work, reading and checks included, over the task's mean dense work.
     """
-    best = _curve_choice(curves[base], tasks, measurable)
-    rng = np.random.default_rng(0)
-    kept = [np.flatnonzero(~task.calibrate) for task in tasks]
-    draws = [rng.choice(kept[i], (RESAMPLES, len(kept[i]))) for i in measurable]
 
-    def pruning(name: str, picks: list[int], at: Any) -> np.ndarray:
-        return np.mean([curves[name][i].saved[picks[i]][d].mean(-1) for i, d in zip(measurable, at, strict=True)], 0)
+    threshold: float
+    blocks: list[int]
+    change: list[np.ndarray]
+    pruned: list[np.ndarray]
+    saved: list[np.ndarray]
 
-    lines = [
-        "| stopper | accuracy lost, mean | worst task | pruning | times the paper's SVM | of oracle:stable, choices |",
-        "|---|---|---|---|---|---|",
-    ]
-    whole = [kept[i] for i in measurable]
-    choices = [i for i in measurable if tasks[i].found.has_choices]
-    for name, found in curves.items():
-        net = [
-            100 * (found[i].lost[picked[name][i]].astype(float) - found[i].gained[picked[name][i]]) for i in measurable
-        ]
-        means = [n[k].mean() for n, k in zip(net, whole, strict=True)]
-        resampled = np.mean([n[d].mean(-1) for n, d in zip(net, draws, strict=True)], axis=0)
-        mean = pruning(name, picked[name], whole)
-        ratio = mean / pruning(base, best, whole)
-        ratios = pruning(name, picked[name], draws) / pruning(base, best, draws)
-        low, high = np.quantile(ratios, [0.025, 0.975])
-        share = [
-            found[i].saved[picked[name][i], kept[i]].mean() / oracle_saving(tasks[i])[kept[i]].mean() for i in choices
-        ]
-        lines.append(
-            f"| {name} | {np.mean(means):.1f} {interval(resampled)} | {max(means):.1f} | {mean:.1%} | "
-            f"{ratio:.2f} [{low:.2f}, {high:.2f}] | {', '.join(f'{s:.0%}' for s in share)} |"
-        )
-    return lines
+    def mean(self, name: str) -> float:
+        """Over tasks, in per cent or percentage points."""
+        return 100 * float(np.mean([of.mean() for of in getattr(self, name)]))
 
 
-def per_task_table(curves: dict[str, list[Curve]], tasks: list[Task], picked: dict[str, list[int]]) -> list[str]:
-    """Every task; points lost with interval, or agreement where not measurable, and pruning."""
-    lines = ["| task | " + " | ".join(picked) + " |", "|---" * (len(picked) + 1) + "|"]
-    rng = np.random.default_rng(1)
-    for i, task in enumerate(tasks):
-        kept = np.flatnonzero(~task.calibrate)
-        draws = rng.choice(kept, (RESAMPLES, len(kept)))
-        cells = []
-        for name, at in picked.items():
-            c, k = curves[name][i], at[i]
-            net = 100 * (c.lost[k].astype(float) - c.gained[k])
-            said = f"{net[kept].mean():.1f} {interval(net[draws].mean(1))} lost"
-            if not task.above_chance:
-                said = f"not measurable; {c.agrees[k, kept].mean():.1%} agree"
-            cells.append(f"{said}, {c.saved[k, kept].mean():.1%} pruned")
-        lines.append(f"| {task.name} | " + " | ".join(cells) + " |")
-    return lines
+def draw(training: Sequence[TracedDocuments], seed: int, folder: Path) -> dict[str, Any]:
+    """Write traces of a random half of every task's training documents, and of the other half; what was drawn."""
+    drawn: dict[str, list[int]] = {}
+    for trace in training:
+        ids = sorted(set(trace.doc_ids.tolist()))
+        name = trace.meta["task"]
+        drawn[name] = sorted(Random(f"{seed} {name}").sample(ids, len(ids) // 2))
+        is_drawn = np.isin(trace.arrays["doc_id"], drawn[name])
+        for half, keep, count in (("fit", is_drawn, len(drawn[name])), ("ask", ~is_drawn, len(ids) - len(drawn[name]))):
+            arrays = {key: array[keep] for key, array in trace.arrays.items()}
+            meta = {**trace.meta, "documents": count}
+            container.write(folder / half / trace.path.name, "trace", VERSION, meta, arrays)
+    digest = hashlib.sha256(json.dumps(drawn, sort_keys=True).encode()).hexdigest()[:16]
+    return {"seed": seed, "documents": {name: len(ids) for name, ids in drawn.items()}, "documents_sha256": digest}
 
 
-def main() -> None:
+def blocks_of(contestant: Contestant, stopper: Stopper, views: Sequence[TracedDocuments]) -> list[int]:
+    """After which blocks it pays to ask; after none where nothing does."""
+    said = np.concatenate([scores(stopper, view, everywhere(view)) for view in views])
+    work = Work.of(views, readers.parse(contestant.reader), stopper)
+    return list(search(said, losses(views, "gold"), work, AT_MOST, calibrates=False).blocks)
+
+
+def everywhere(view: TracedDocuments) -> list[int]:
+    """All recorded blocks but the last."""
+    return [k for k in view.blocks if k < view.n_blocks]
+
+
+def scores(stopper: Stopper, view: TracedDocuments, blocks: Sequence[int]) -> np.ndarray:
+    """[D, L], what a stopper says of documents where it is asked after these blocks alone, its threshold left out."""
+    free = copy.copy(stopper)
+    free.threshold = 0.0  # type: ignore[attr-defined]
+    return view.together(margins(free, view.meta, view.arrays, blocks))
+
+
+def calibrated(stopper: Stopper, views: Sequence[TracedDocuments], blocks: Sequence[int]) -> float:
+    """The loosest threshold before the first at which more than ``MOST_LOST`` of the documents are lost."""
+    said = [scores(stopper, view, blocks) for view in views]
+    thresholds, _ = grids.grid(stopper)
+    for before, threshold in itertools.pairwise(thresholds):
+        lost = [view.losses("gold", exits(of, threshold)).mean() for view, of in zip(views, said, strict=True)]
+        if np.mean(lost) > MOST_LOST + 1e-9:
+            return float(before)
+    return float(thresholds[-1])
+
+
+def outcome(
+    contestant: Contestant,
+    stopper: Stopper,
+    views: Sequence[TracedDocuments],
+    threshold: float,
+    blocks: Sequence[int],
+) -> Outcome:
+    """What exits at a threshold come to."""
+    found = Outcome(threshold, list(blocks), [], [], [])
+    for view in views:
+        left = exits(scores(stopper, view, blocks), threshold)
+        work = Work.of([view], readers.parse(contestant.reader), stopper)
+        found.change.append(at_exit(view.hits, left) - view.hits[:, -1])
+        found.pruned.append(1 - left / view.n_blocks)
+        found.saved.append((work.dense - work.at(left, blocks)) / work.dense.mean())
+    return found
+
+
+def above_chance(trace: TracedDocuments) -> bool:
+    """Whether the dense model is significantly better than always naming the commonest gold answer."""
+    right = trace.hits[:, -1] > 0
+    commonest = max(np.unique(trace.gold, return_counts=True)[1]) / len(right)
+    return bool(binomtest(int(right.sum()), len(right), commonest, alternative="greater").pvalue < 0.01)
+
+
+def measure(folder: Path, draws: int, contestants: Sequence[Contestant]) -> dict[str, Any]:
+    """All draws of all contestants: what the JSON file holds."""
+    traces = read(find([folder]))
+    able = {t.meta["task"] for t in traces if t.meta["split"] == "train" and above_chance(t)}
+    by_split = {s: [t for t in traces if t.meta["split"] == s and t.meta["task"] in able] for s in SPLITS}
+    tasks = [[t.meta["task"] for t in found] for found in by_split.values()]
+    if not tasks[0] or tasks[0] != tasks[1] or tasks[0] != tasks[2]:
+        raise SystemExit(f"traces: {folder} needs the same tasks in the splits {', '.join(by_split)}, above chance")
+    names = sorted({c.reader for c in contestants})
+    views = {(s, r): [t.under(r) for t in by_split[s]] for s in ("calibrate", "test") for r in names}
+    found: dict[str, Any] = {
+        "simulated": "from traces",
+        "model": Path(traces[0].meta["model"]).name,
+        "n_blocks": traces[0].n_blocks,
+        "shots": traces[0].meta["num_fewshot"],
+        "tasks": {
+            test.meta["task"]: {
+                **{split: len(of[i].doc_ids) for split, of in by_split.items()},
+                "acc_dense": float(test.hits[:, -1].mean()),
+            }
+            for i, test in enumerate(by_split["test"])
+        },
+        "not_above_chance": sorted({t.meta["task"] for t in traces} - able),
+        "readers": {r: views["test", r][0].blocks[:-1] for r in names},
+        "draws": [],
+        "rows": [],
+    }
+    every: dict[tuple[Contestant, str], list[Outcome]] = {}
+    for seed in range(draws):
+        with tempfile.TemporaryDirectory() as place:
+            found["draws"].append(draw(by_split["train"], seed, Path(place)))
+            for contestant in contestants:
+                stopper = contestant.fitted(find([Path(place, "fit")]), seed)
+                others = read(find([Path(place, "ask")]), contestant.reader)
+                blocks = blocks_of(contestant, stopper, others)
+                chosen = calibrated(stopper, views["calibrate", contestant.reader], blocks)
+                own = float(stopper.threshold)  # type: ignore[attr-defined]
+                for how, threshold, at in (("calibrated", chosen, blocks), ("own", own, everywhere(others[0]))):
+                    of = outcome(contestant, stopper, views["test", contestant.reader], threshold, at)
+                    every.setdefault((contestant, how), []).append(of)
+        print(f"draw {seed + 1} of {draws}", flush=True)
+    found["rows"] = [row(contestant, how, of, every[contestants[0], how]) for (contestant, how), of in every.items()]
+    return found
+
+
+def row(contestant: Contestant, how: str, of: Sequence[Outcome], base: Sequence[Outcome]) -> dict[str, Any]:
+    """A contestant's figures: each draw's, and an interval over test documents of the draws' mean."""
+    change = [np.mean(parts, axis=0) for parts in zip(*(one.change for one in of), strict=True)]
+    error = 100 * np.sqrt(np.sum([part.var(ddof=1) / len(part) for part in change])) / len(change)
+    mean = 100 * np.mean([part.mean() for part in change])
+    return {
+        "contestant": str(contestant),
+        "threshold": how,
+        "thresholds": [one.threshold for one in of],
+        "check_layers": [one.blocks for one in of],
+        "acc_change": [one.mean("change") for one in of],
+        "acc_change_interval": [mean - 1.96 * error, mean + 1.96 * error],
+        "worst_task": [100 * min(part.mean() for part in one.change) for one in of],
+        "pruned": [one.mean("pruned") for one in of],
+        "saved": [one.mean("saved") for one in of],
+        "saved_more": [one.mean("saved") - other.mean("saved") for one, other in zip(of, base, strict=True)],
+        "per_task": {
+            name: [[100 * float(part.mean()) for part in getattr(one, name)] for one in of]
+            for name in ("change", "saved")
+        },
+    }
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.stoppers", description=__doc__.split("\n")[0])
-    parser.add_argument("traces", type=Path, help="a folder of train and test traces")
-    parser.add_argument("--output", "-o", type=Path, help="the .md file (default: printed)")
-    arguments = parser.parse_args()
-    text = report(arguments.traces, list(CONTESTANTS))
-    if arguments.output:
-        container.write_atomically(arguments.output.with_suffix(".md"), text.encode())
+    parser.add_argument("traces", type=Path, help="a folder of train, calibrate and test traces of one model")
+    parser.add_argument("--draws", type=int, default=10, help="of training documents")
+    parser.add_argument("--output", "-o", type=Path, help="the files, .json and .md (default: printed)")
+    options = parser.parse_args(arguments)
+    found = measure(options.traces, options.draws, CONTESTANTS)
+    text = stoppers_report.report(found, __doc__.split("\n\n", 2)[2].strip())
+    if options.output:
+        container.write_atomically(options.output.with_suffix(".json"), (json.dumps(found) + "\n").encode())
+        container.write_atomically(options.output.with_suffix(".md"), text.encode())
     print(text)
 
 

@@ -18,15 +18,17 @@ from hypothesis import strategies as st
 
 from lm_eval_adainfer import container, paths
 from lm_eval_adainfer.cli import main
+from lm_eval_adainfer.errors import AdaInferError
 from lm_eval_adainfer.fitting.risk import Risk
 from lm_eval_adainfer.harness import auto, loading
+from lm_eval_adainfer.readers.base import HEAD
 from lm_eval_adainfer.readers.specs import parse
 from lm_eval_adainfer.statistics import exact_p
 from lm_eval_adainfer.strategies.files import load, save
 from lm_eval_adainfer.strategies.rules import GapStopper
 from lm_eval_adainfer.traces import recording
 from lm_eval_adainfer.traces.documents import TracedDocuments, read
-from lm_eval_adainfer.tuning import told
+from lm_eval_adainfer.tuning import choosing, told
 from lm_eval_adainfer.tuning.allowance import Allowance, documents_for, tried
 from lm_eval_adainfer.tuning.search import DRAWS, expected, left, search
 from lm_eval_adainfer.tuning.settings import Settings, most_each
@@ -323,6 +325,24 @@ def test_work_against_a_slow_count(tmp_path, spec):
         expected[document] += cost
     np.testing.assert_allclose(work.at(exits, asked), expected)
     np.testing.assert_allclose(work.dense.sum(), sum(t * 600 + head for t in view.arrays["prompt_tokens"].tolist()))
+
+
+def test_what_cannot_be_fitted_on_all_documents_is_no_candidate(monkeypatch):
+    rivals = [SimpleNamespace(name=f"head {kind}", kind=kind, reader=HEAD, expected=saved, stopper=None)
+              for kind, saved in (("logistic", 0.5), ("gap", 0.4), ("svm", 0.3), ("boosted", 0.001))]  # fmt: skip
+    monkeypatch.setattr(choosing, "contestants", lambda *_: (rivals, {"head crf": "no"}))
+
+    def fitted(kind, reader):
+        if kind == "logistic":
+            raise AdaInferError("traces: every one of the 9 examples says stop")
+        return kind
+
+    found, chosen, without = choosing.candidates(
+        SimpleNamespace(fitted=fitted), [HEAD], choosing.allowed(5000, Settings()), Settings()
+    )
+    assert [one.name for one in found] == ["head gap", "head svm", "head boosted"]
+    assert [(one.name, one.stopper) for one in chosen] == [("head gap", "gap"), ("head svm", "svm")]
+    assert without == {"head crf": "no", "head logistic": "traces: every one of the 9 examples says stop"}
 
 
 # ------------------------------------------------------------------------------------------------ the command

@@ -20,12 +20,22 @@ class Allowance:
         max_drop: That is promised.
         confidence: Of the promise.
         loss: Of ``fitting.risk.LOSSES``.
+        candidates: How many may be put to the test, each at that confidence.
     """
 
-    def __init__(self, documents: int, max_drop: float, confidence: float, loss: str = "gold"):
+    def __init__(
+        self, documents: int, max_drop: float, confidence: float, loss: str = "gold", candidates: int = 1
+    ):
         self.documents, self.max_drop, self.confidence = documents, max_drop, confidence
+        self.candidates = candidates
         self._risk = Risk(max_drop, loss in NET)
         self._most: dict[int, int] = {}
+
+    @classmethod
+    def divided(cls, documents: int, max_drop: float, confidence: float, loss: str) -> Allowance:
+        """The error divided among as many candidates as leave room for one lost document each."""
+        count = tried(documents, max_drop, confidence, loss)
+        return cls(documents, max_drop, 1 - (1 - confidence) / count, loss, count)
 
     @property
     def can_promise(self) -> bool:
@@ -43,6 +53,11 @@ class Allowance:
                 low, high = (middle, high) if self._passes(middle, won) else (low, middle)
             self._most[won] = low
         return self._most[won]
+
+    @property
+    def share(self) -> float:
+        """The share of documents that may be lost where none is won; the drop itself where nothing can be promised."""
+        return self.most_lost() / self.documents if self.can_promise else self.max_drop
 
     def allows(self, lost: np.ndarray, won: np.ndarray) -> np.ndarray:
         """Whether so many calibration documents may lose and win; real numbers where they are shares of others.

@@ -49,6 +49,7 @@ class Contestant:
         work: Of these documents.
         choice: After which blocks it is asked, and what that comes to.
         right: [D, L], whether the answers are right; NaN where nothing tells.
+        stopper: Fitted on all documents, where it became a candidate.
     """
 
     reader: Reader
@@ -58,6 +59,7 @@ class Contestant:
     work: Work = field(repr=False)
     choice: Choice
     right: np.ndarray = field(repr=False)
+    stopper: Stopper | None = field(default=None, repr=False)
 
     @property
     def name(self) -> str:

@@ -47,6 +47,7 @@ def search(
     work: Work,
     allowance: Allowance | None,
     thresholds: Sequence[float] | None = None,
+    calibrates: bool = True,
 ) -> Choice:
     """Choose threshold and blocks; for every threshold, blocks greedily, always the one that saves most.
 
@@ -58,6 +59,7 @@ def search(
         work: Of these documents.
         allowance: What calibration documents will allow; None where no loss is allowed and nothing will be calibrated.
         thresholds: That are tried; by default quantiles of the scores.
+        calibrates: Whether the threshold will be calibrated; else the blocks are taken that save most as they are.
     """
     n, n_blocks = scores.shape
     possible = [k for k in range(1, n_blocks) if not np.isnan(scores[:, k - 1]).all()]
@@ -69,7 +71,7 @@ def search(
         found = _blocks(stops, lost, work, allowance, possible, float(threshold))
         if found.blocks and (found.blocks not in best or found.cost < best[found.blocks].cost - 1e-12):
             best[found.blocks] = found
-    if allowance is None:
+    if allowance is None or not calibrates:
         return min(best.values(), key=lambda choice: (choice.cost, choice.blocks))
     choices = [
         replace(choice, expected=expected(scores, lost, work, allowance, choice.blocks, tried))

@@ -22,7 +22,6 @@ import numpy as np
 from lm_eval_adainfer import container
 from lm_eval_adainfer._version import __version__
 from lm_eval_adainfer.errors import AdaInferError
-from lm_eval_adainfer.fitting.calibration import Calibration, calibrate
 from lm_eval_adainfer.fitting.risk import NET
 from lm_eval_adainfer.harness import auto
 from lm_eval_adainfer.harness.asking import Asking
@@ -30,15 +29,15 @@ from lm_eval_adainfer.readers import specs as readers
 from lm_eval_adainfer.readers.base import HEAD, Reader
 from lm_eval_adainfer.statistics import tango_interval, wilson_interval
 from lm_eval_adainfer.strategies import files as stopper_files
-from lm_eval_adainfer.strategies.base import Stopper
 from lm_eval_adainfer.strategies.rules import GapStopper
 from lm_eval_adainfer.traces import documents, recording, replay
 from lm_eval_adainfer.traces.documents import TracedDocuments
 from lm_eval_adainfer.traces.plan import Plan
 from lm_eval_adainfer.traces.splits import documents_of
 from lm_eval_adainfer.tuning import probe
-from lm_eval_adainfer.tuning.allowance import Allowance, documents_for, tried
-from lm_eval_adainfer.tuning.contestants import Contestant, Fitter, contestants, losses, scores
+from lm_eval_adainfer.tuning.allowance import documents_for
+from lm_eval_adainfer.tuning.choosing import Calibrated, allowed, calibrated, candidates
+from lm_eval_adainfer.tuning.contestants import Contestant, Fitter, losses, scores
 from lm_eval_adainfer.tuning.probe import Probed
 from lm_eval_adainfer.tuning.search import at_exits, left
 from lm_eval_adainfer.tuning.settings import Settings, most_each
@@ -47,7 +46,6 @@ from lm_eval_adainfer.tuning.work import Work
 if TYPE_CHECKING:
     from lm_eval_adainfer.harness.model import AdaInferLM
 
-WORTH = 0.01  # of the dense work: what a candidate must save
 STOPPER, RESULT = "tuned.stopper", "tune.json"
 _FEWEST = 30  # documents of a split, whatever the budget
 _RESAMPLES = 1000
@@ -112,27 +110,26 @@ class Tuning:
         self._say(1, f"tracing fitting documents under {', '.join(r.name for r, _ in wanted)}", 3 * of_split)
         fitting_files = self._trace("train", wanted, documents_each)
         waiting = sum(self._number("calibrate", documents_each, name) for name in self.tasks)
-        max_drop, loss = self.settings.max_drop, self.settings.loss
-        count = tried(waiting, max_drop, self.settings.confidence, loss)
-        each = 1 - (1 - self.settings.confidence) / count
-        allowance = Allowance(waiting, max_drop, each, loss)
-        allowed = allowance.most_lost()
-        most_lost = allowed / waiting if allowance.can_promise else max_drop
-        self._say(2, f"choosing among readers and stoppers; {max(allowed, 0)} of {waiting} may be lost later")
+        allowance = allowed(waiting, self.settings)
+        may_lose = max(allowance.most_lost(), 0)
+        self._say(2, f"choosing among readers and stoppers; {may_lose} of {waiting} may be lost later")
         fitter = Fitter(fitting_files, self.settings.seed)
         fitted_under = [one.reader for one in probed if not one.hopeless]
-        rivals, without = contestants(fitter, fitted_under, loss, allowance)
-        candidates = [c for c in rivals if c.expected >= WORTH][:count]
+        rivals, chosen, without = candidates(fitter, fitted_under, allowance, self.settings)
         fitting = documents.read(fitting_files)
-        result = self._described(probed, fitting, rivals, without, most_lost)
+        result = self._described(probed, fitting, rivals, without, allowance.share)
         tuned = Tuned(result, fitting, rivals)
-        result["calibration"] = {"documents": waiting, "error_divided_by": count, "may_lose": max(allowed, 0)}
-        if candidates and allowance.can_promise:
-            stoppers = self._calibrated(fitter, candidates, each, of_split, documents_each, result)
-            if stoppers:
-                self._report(*stoppers, of_split, documents_each, tuned)
+        result["calibration"] = {
+            "documents": waiting, "error_divided_by": allowance.candidates, "may_lose": may_lose,
+        }  # fmt: skip
+        if chosen and allowance.can_promise:
+            self._say(3, f"calibrating {', '.join(c.name for c in chosen)}", 2 * of_split)
+            files = self._trace("calibrate", self._under(chosen), documents_each)
+            best, result["candidates"] = calibrated(chosen, files, allowance, self.settings)
+            if best:
+                self._report(best, of_split, documents_each, tuned)
         if "chosen" not in result:
-            self._nothing(candidates, allowed, waiting, result)
+            self._nothing(chosen, allowance.most_lost(), waiting, result)
         text = json.dumps(result, indent=1, sort_keys=True)
         container.write_atomically(self.folder / RESULT, text.encode())
         return tuned
@@ -275,57 +272,6 @@ class Tuning:
             },
         }
 
-    def _calibrated(
-        self,
-        fitter: Fitter,
-        candidates: Sequence[Contestant],
-        confidence: float,
-        of_split: float,
-        documents_each: int,
-        result: dict[str, Any],
-    ) -> tuple[Contestant, Stopper, Calibration] | None:
-        """The best candidate whose threshold passed, its stopper, and what calibrating came to."""
-        self._say(3, f"calibrating {', '.join(c.name for c in candidates)}", 2 * of_split)
-        files = self._trace("calibrate", self._under(candidates), documents_each)
-        found: list[tuple[float, int, Contestant, Stopper, Calibration]] = []
-        told = []
-        for candidate in candidates:
-            blocks = "+".join(map(str, candidate.choice.blocks))
-            stopper = fitter.fitted(candidate.kind, candidate.reader)
-            stopper, came = calibrate(
-                files,
-                stopper,
-                max_drop=self.settings.max_drop,
-                confidence=confidence,
-                loss=self.settings.loss,
-                check_layers=blocks,
-                reader=candidate.reader,
-            )
-            stopper.info["promise"]["together_confidence"] = self.settings.confidence
-            exit_layer = left(candidate.scores, candidate.choice.blocks, came.threshold)
-            cost = candidate.work.ratio(exit_layer, candidate.choice.blocks)
-            told.append(
-                {
-                    "name": candidate.name,
-                    "check_layers": blocks,
-                    "threshold": came.threshold,
-                    "stops": came.stops,
-                    "documents": came.documents,
-                    "losses": came.losses,
-                    "wins": came.wins,
-                    "needed": came.needed,
-                    "confidence": confidence,
-                    "saved_on_fitting": 1 - cost,
-                }
-            )
-            if came.stops and cost < 1 - WORTH / 2:
-                found.append((cost, len(found), candidate, stopper, came))
-        result["candidates"] = told
-        if not found:
-            return None
-        _, _, candidate, stopper, came = min(found, key=lambda one: one[:2])
-        return candidate, stopper, came
-
     def _under(self, candidates: Sequence[Contestant]) -> list[tuple[Reader, tuple[int, ...]]]:
         """What calibration and test documents are traced under: the candidates' readers, after their blocks."""
         asked: dict[str, tuple[Reader, set[int]]] = {}
@@ -334,16 +280,9 @@ class Tuning:
                 asked.setdefault(candidate.reader.name, (candidate.reader, set()))[1].update(candidate.choice.blocks)
         return [(HEAD, self._every_block()), *((reader, tuple(sorted(blocks))) for reader, blocks in asked.values())]
 
-    def _report(
-        self,
-        chosen: Contestant,
-        stopper: Stopper,
-        came: Calibration,
-        of_split: float,
-        documents_each: int,
-        tuned: Tuned,
-    ) -> None:
+    def _report(self, best: Calibrated, of_split: float, documents_each: int, tuned: Tuned) -> None:
         """Look at the test documents, once; note the recommendation, and write the stopper's file."""
+        chosen, stopper, came = best.contestant, best.stopper, best.came
         self._say(4, f"{chosen.name} on test documents", of_split)
         wanted = self._under([chosen])
         files = self._trace("test", wanted, documents_each)
