@@ -20,15 +20,16 @@ from scipy.stats import binom
 from lm_eval_adainfer import container, paths
 from lm_eval_adainfer.cli import main
 from lm_eval_adainfer.harness import auto, loading
+from lm_eval_adainfer.output import marks, per_block
 from lm_eval_adainfer.readers.specs import parse
 from lm_eval_adainfer.strategies.files import load, save
 from lm_eval_adainfer.strategies.rules import GapStopper
 from lm_eval_adainfer.traces import recording
 from lm_eval_adainfer.traces.documents import TracedDocuments, read
-from lm_eval_adainfer.tuning import told
+from lm_eval_adainfer.tuning import page, told
 from lm_eval_adainfer.tuning.search import DRAWS, expected, left, search
 from lm_eval_adainfer.tuning.settings import Settings, documents_for, most_each, most_losses, tried
-from lm_eval_adainfer.tuning.tune import RESULT, STOPPER, Tuning
+from lm_eval_adainfer.tuning.tune import RESULT, STOPPER, Tuned, Tuning
 from lm_eval_adainfer.tuning.work import Work
 
 TASK = "adainfer_demo_fact"
@@ -314,9 +315,30 @@ def test_the_command_writes_a_page_and_prints_the_command_to_run(tmp_path, capsy
         f"lm_eval --model adainfer --model_args {model_args} --tasks {TASK} --device cpu --num_fewshot 2 "
         "--batch_size 16"
     )
-    page = (out / "index.html").read_text()
-    assert found["chosen"]["name"] in page and "frontier.png" in page and (out / "exit_layers.svg").exists()
-    assert all(one["name"] in page for one in found["contestants"])
+    text = (out / "index.html").read_text()
+    assert found["chosen"]["name"] in text and "frontier.png" in text and (out / "exit_layers.svg").exists()
+    assert all(one["name"] in text for one in found["contestants"])
+
+
+def test_a_reader_keeps_its_colour_and_mark_on_the_page():
+    """Also where readers were dropped, and whatever order the contestants come in."""
+    made = [SimpleNamespace(meta={"task": "t", "readers": {name: {} for name in ("copy:1", "sim:32")}})]
+    probed = [{"reader": name} for name in ("head", "sim:1", "copy:1", "sim:32")]
+    rivals = [
+        {"name": f"{reader} {kind}", "reader": reader, "acc": 0.8, "acc_dense": 0.9, "acc_low": 0.7, "acc_high": 0.9,
+         "saved": 0.3}
+        for kind in ("gap", "svm") for reader in ("sim:32", "head", "copy:1")
+    ]  # fmt: skip
+    found = {"readers": probed, "contestants": rivals, "chosen": {"name": "copy:1 svm"}}
+    mark_of = page.reader_marks(Tuned(found, made, []))
+    assert set(mark_of) == {"head", "sim:1", "copy:1", "sim:32"}
+    lines = per_block.readers(made)
+    assert [mark_of[name] for name in lines] == [marks.of(i) for i in range(3)], "as lines per reader are drawn"
+    dense, *points = page.frontier_points(found, mark_of)
+    assert dense.mark == marks.DENSE
+    assert {point.label: point.mark for point in points} == {
+        "sim:32 gap": mark_of["sim:32"], "head gap": mark_of["head"], "recommended: copy:1 svm": mark_of["copy:1"]
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("given", ["stopper=gap:0.8", "reader=copy", "check_layers=3"])
