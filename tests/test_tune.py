@@ -15,20 +15,22 @@ from helpers.tasks import our_tasks
 from helpers.traces import write
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy.stats import binom
 
 from lm_eval_adainfer import container, paths
 from lm_eval_adainfer.cli import main
+from lm_eval_adainfer.fitting.risk import Risk
 from lm_eval_adainfer.harness import auto, loading
 from lm_eval_adainfer.output import marks, per_block
 from lm_eval_adainfer.readers.specs import parse
+from lm_eval_adainfer.statistics import exact_p
 from lm_eval_adainfer.strategies.files import load, save
 from lm_eval_adainfer.strategies.rules import GapStopper
 from lm_eval_adainfer.traces import recording
 from lm_eval_adainfer.traces.documents import TracedDocuments, read
 from lm_eval_adainfer.tuning import page, told
+from lm_eval_adainfer.tuning.allowance import Allowance, documents_for, tried
 from lm_eval_adainfer.tuning.search import DRAWS, expected, left, search
-from lm_eval_adainfer.tuning.settings import Settings, documents_for, most_each, most_losses, tried
+from lm_eval_adainfer.tuning.settings import Settings, most_each
 from lm_eval_adainfer.tuning.tune import RESULT, STOPPER, Tuned, Tuning
 from lm_eval_adainfer.tuning.work import Work
 
@@ -120,14 +122,15 @@ def test_the_file_keeps_what_it_promises(finished):
     (view,) = read(sorted((folder / "traces").glob("*_calibrate.trace")), stopper.reader.name)
     gap = view.meta["features"].index("gap")
     assert stopper.kind == "gap" and stopper.features == ("gap",), "what follows is a gap rule's"
-    lost = 0
+    lost = won = 0
     for d in range(len(view.doc_ids)):
         stops = [k for k in blocks if view.arrays["features"][d, k - 1, gap] > stopper.threshold]
         at = stops[0] if stops else view.n_blocks
         lost += view.right[d, -1] == 1 and view.right[d, at - 1] == 0
-    assert lost == promise["losses"] and len(view.doc_ids) == promise["documents"]
+        won += view.right[d, -1] == 0 and view.right[d, at - 1] == 1
+    assert (lost, won) == (promise["losses"], promise["wins"]) and len(view.doc_ids) == promise["documents"]
     error = 0.05 / found["calibration"]["error_divided_by"]
-    assert binom.cdf(lost, promise["documents"], promise["max_drop"]) <= error
+    assert exact_p(lost, won, promise["documents"], promise["max_drop"]) <= error
 
 
 def test_the_splits_share_no_document(finished):
@@ -206,8 +209,25 @@ def test_where_no_early_answer_is_right_nothing_is_recommended(again):
 
 def test_documents_for_a_promise():
     assert (documents_for(0, 0.01, 0.95), documents_for(1, 0.01, 0.95)) == (299, 473)
-    assert [most_losses(n, 0.01, 0.95) for n in (298, 299, 472, 473)] == [-1, 0, 0, 1]
+    assert [Allowance(n, 0.01, 0.95).most_lost() for n in (298, 299, 472, 473)] == [-1, 0, 0, 1]
+    assert Allowance(473, 0.01, 0.95).most_lost(won=5) == 1, "what is won counts only where accuracy is promised"
     assert tried(100, 0.01, 0.95) == 1 and tried(5000, 0.01, 0.95) == 3
+
+
+@pytest.mark.parametrize("documents, drop", [(200, 0.05), (500, 0.02), (60, 0.01)])
+def test_allowance_of_accuracy_against_the_gates_test(documents, drop):
+    allowance = Allowance(documents, drop, 0.95, "accuracy")
+    lost, won = np.meshgrid(np.arange(12), np.arange(12), indexing="ij")
+    allowed = allowance.allows(lost, won)
+    if exact_p(0, 0, documents, drop) > 0.05:  # no promise at all: the drop is the limit
+        assert not allowance.can_promise
+        assert (allowed == (lost - won <= drop * documents)).all()
+        return
+    passes = np.array([[exact_p(int(b), int(c), documents, drop) <= 0.05 for c in range(12)] for b in range(12)])
+    assert (allowed == passes).all() and passes.any() and not passes.all()
+    assert (allowance.allows(lost, won + 0.7) == passes).all(), "a part of a document wins nothing"
+    needed = documents_for(1, drop, 0.95, "accuracy")
+    assert exact_p(1, 0, needed, drop) <= 0.05 < exact_p(1, 0, needed - 1, drop)
 
 
 @given(held=st.lists(st.integers(1, 90), min_size=1, max_size=6), wanted=st.integers(1, 300))
@@ -228,7 +248,10 @@ def test_search_against_all_blocks_and_thresholds_of_one_check(seed, allowed):
     lost[:, 3] = 0
     blocks = np.tile(np.arange(5.0), (20, 1))
     work = Work(blocks, np.full((20, 4), 0.2), np.full(20, 0.1), True)
-    found = search(scores, lost, work, allowed)
+    allowance = Allowance(20, allowed, 0.95) if allowed else None  # 20 documents promise 0.1 only by what they lose
+    if allowance is not None and allowance.can_promise:
+        allowed = allowance.most_lost() / 20
+    found = search(scores, lost, work, allowance)
     assert found.lost <= allowed and found.cost <= 1
 
     def cost_of(exits, asked):
@@ -251,12 +274,15 @@ def test_search_against_all_blocks_and_thresholds_of_one_check(seed, allowed):
                 assert found.cost <= cost_of(left, [k]) + 1e-9
 
 
-@given(seed=st.integers(0, 200), allowed=st.sampled_from([0, 1, 3]))
+@given(seed=st.integers(0, 200), drop=st.sampled_from([0.12, 0.3, 0.5]), loss=st.sampled_from(["gold", "accuracy"]))
 @settings(max_examples=20, deadline=None)
-def test_what_is_expected_after_calibration_against_a_slow_calibration(seed, allowed):
+def test_what_is_expected_after_calibration_against_a_slow_calibration(seed, drop, loss):
     draw = np.random.default_rng(seed)
-    scores, lost = draw.uniform(size=(15, 4)), (draw.uniform(size=(15, 4)) < 0.3).astype(float)
+    scores, lost = draw.uniform(size=(15, 4)), draw.choice([0, 1, -1], (15, 4), p=[0.6, 0.3, 0.1]).astype(float)
+    if loss == "gold":
+        lost = lost.clip(0)
     lost[:, 3] = 0
+    risk = Risk(drop, loss == "accuracy")
     work = Work(np.tile(np.arange(5.0), (15, 1)), np.full((15, 4), 0.2), np.full(15, 0.1), True)
     thresholds = [0.9, 0.6, 0.3]
     total = 0.0
@@ -264,11 +290,13 @@ def test_what_is_expected_after_calibration_against_a_slow_calibration(seed, all
         cost = 1.0
         for threshold in thresholds:
             exits = left(scores, [1, 3], threshold)
-            if sum(c * lost[d, exits[d] - 1] for d, c in enumerate(counts)) > allowed:
+            drawn = np.repeat(lost[np.arange(15), exits - 1], counts)
+            if risk.p(drawn) > 0.05:
                 break
             cost = work.ratio(exits, [1, 3])
         total += cost
-    assert expected(scores, lost, work, allowed / 30, [1, 3], thresholds, 30) == pytest.approx(total / DRAWS)
+    allowance = Allowance(30, drop, 0.95, loss)
+    assert expected(scores, lost, work, allowance, [1, 3], thresholds) == pytest.approx(total / DRAWS)
 
 
 @pytest.mark.parametrize("spec", ["head", "copy:2", "sim:2"])

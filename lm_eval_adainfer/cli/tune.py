@@ -24,14 +24,14 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
         epilog="example: adainfer tune --model_args pretrained=adainfer-demo,dtype=float32 --tasks adainfer_demo "
         "--num_fewshot 3 --max-drop 0.02 -o tuned/",
     )
-    parser.add_argument("--max-drop", "--max_drop", type=float, default=0.01, help="share of documents lost, at most")
+    parser.add_argument("--max-drop", "--max_drop", type=float, default=0.01, help="the loss that is allowed")
     parser.add_argument("--confidence", type=float, default=0.95, help="that the promise holds")
     parser.add_argument(
         "--loss",
-        default="gold",
-        choices=["gold", "agreement"],
-        help="a document is lost where the dense answer was right and the early one is not (gold), or where they "
-        "differ (agreement, which needs no gold answers)",
+        default="accuracy",
+        choices=["accuracy", "gold", "agreement"],
+        help="what is lost: accuracy, so documents that lose their right answer less those that win one; gold, those "
+        "that lose it alone; agreement, those whose answers differ (needs no gold answers)",
     )
     parser.add_argument(
         "--documents",

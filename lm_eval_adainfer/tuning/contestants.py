@@ -27,6 +27,7 @@ from lm_eval_adainfer.strategies.rules import ChoiceGapStopper, GapStopper
 from lm_eval_adainfer.traces.documents import TracedDocuments
 from lm_eval_adainfer.traces.file import VERSION, read, without_choices
 from lm_eval_adainfer.traces.margins import margins
+from lm_eval_adainfer.tuning.allowance import Allowance
 from lm_eval_adainfer.tuning.search import Choice, search
 from lm_eval_adainfer.tuning.work import Work
 
@@ -44,7 +45,7 @@ class Contestant:
         reader: The reader.
         kind: Of ``KINDS``.
         scores: [D, L], what is said after every block by stoppers that have not seen the document; NaN elsewhere.
-        lost: [D, L], 1 where a document that leaves there loses its answer.
+        lost: [D, L], 1 where a document that leaves there loses its answer, -1 where it wins one.
         work: Of these documents.
         choice: After which blocks it is asked, and what that comes to.
         right: [D, L], whether the answers are right; NaN where nothing tells.
@@ -111,7 +112,7 @@ class Fitter:
         return fit.fit(kind, self.files if files is None else files, seed=self.seed, reader=reader, **options)
 
     def contestant(
-        self, kind: str, reader: Reader, loss: str, most_lost: float, folder: Path, calibration: int
+        self, kind: str, reader: Reader, loss: str, allowance: Allowance, folder: Path
     ) -> Contestant:
         """Judge a kind under a reader, and choose its blocks.
 
@@ -119,9 +120,8 @@ class Fitter:
             kind: Of ``KINDS``.
             reader: The reader.
             loss: Of ``TracedDocuments.losses``.
-            most_lost: The greatest share of lost documents that is allowed.
+            allowance: What calibration documents will allow.
             folder: Where :meth:`write_folds` put the folds.
-            calibration: The number of calibration documents.
 
         Raises:
             AdaInferError: Where it can't be fitted on these documents.
@@ -142,7 +142,7 @@ class Fitter:
         found, lost = np.concatenate(parts), losses(views, loss)
         work = Work.of(views, reader, stopper)
         right = np.concatenate([view.hits for view in views])
-        choice = search(found, lost, work, most_lost, calibration=calibration)
+        choice = search(found, lost, work, allowance)
         return Contestant(reader, kind, found, lost, work, choice, right)
 
     def write_folds(self, folder: Path) -> None:
@@ -162,7 +162,7 @@ class Fitter:
 
 
 def contestants(
-    fitter: Fitter, readers: Sequence[Reader], loss: str, most_lost: float, calibration: int
+    fitter: Fitter, readers: Sequence[Reader], loss: str, allowance: Allowance
 ) -> tuple[list[Contestant], dict[str, str]]:
     """All that can be fitted, the one first of which most is expected to be left, and why others can't.
 
@@ -170,8 +170,7 @@ def contestants(
         fitter: Of the fitting documents.
         readers: The readers.
         loss: Of ``TracedDocuments.losses``.
-        most_lost: The greatest share of lost documents that is allowed.
-        calibration: The number of calibration documents.
+        allowance: What calibration documents will allow.
     """
     found, without = [], {}
     with tempfile.TemporaryDirectory() as folder:
@@ -179,7 +178,7 @@ def contestants(
         for reader in readers:
             for kind in fitter.kinds():
                 try:
-                    found.append(fitter.contestant(kind, reader, loss, most_lost, Path(folder), calibration))
+                    found.append(fitter.contestant(kind, reader, loss, allowance, Path(folder)))
                 except AdaInferError as error:
                     without[f"{reader.name} {kind}"] = str(error)
     return sorted(found, key=lambda c: (c.choice.expected, c.choice.cost)), without
@@ -193,7 +192,7 @@ def scores(stopper: Stopper, view: TracedDocuments) -> np.ndarray:
 
 
 def losses(views: Sequence[TracedDocuments], loss: str) -> np.ndarray:
-    """[D, L], 1 where a document that leaves after a block loses its answer; meaningless where none was recorded."""
+    """[D, L], ``TracedDocuments.losses`` after every block; meaningless where none was recorded."""
     return np.concatenate(
         [
             np.stack([view.losses(loss, np.full(len(view.doc_ids), k)) for k in range(1, view.n_blocks + 1)], axis=1)

@@ -9,6 +9,7 @@ from typing import Any
 from lm_eval_adainfer import container
 from lm_eval_adainfer.output import marks, per_block, report
 from lm_eval_adainfer.output.marks import Mark
+from lm_eval_adainfer.tuning.told import LOST
 from lm_eval_adainfer.tuning.tune import Tuned
 
 
@@ -30,7 +31,7 @@ def write(tuned: Tuned, output: str | Path, command: str) -> Path | None:
     pictures = [report.save_picture(folder, *one) for one in _figures(tuned, mark_of)]
     title = f"Early exit, tuned: {found['model']['model']}"
     text = report.render(
-        "tune.html", title=title, found=found, command=command, pictures=pictures, mark_of=mark_of
+        "tune.html", title=title, found=found, command=command, pictures=pictures, lost=LOST, mark_of=mark_of
     )
     container.write_atomically(folder / "index.html", text.encode("utf-8", "replace"))
     return folder / "index.html"

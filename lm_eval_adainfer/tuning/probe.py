@@ -61,7 +61,7 @@ def oracle(views: Sequence[TracedDocuments], reader: Reader) -> Choice:
     known[views[0].at] = True
     said[:, ~known] = np.nan
     nothing = np.zeros_like(said)
-    return search(said, nothing, Work.of(views, reader, GapStopper(0.5)), 0.0, [0.0])
+    return search(said, nothing, Work.of(views, reader, GapStopper(0.5)), None, [0.0])
 
 
 def judge(traces: Sequence[TracedDocuments], readers: Sequence[Reader]) -> list[Probed]:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from lm_eval_adainfer.tuning.allowance import Allowance
 from lm_eval_adainfer.tuning.work import Work
 
 THRESHOLDS = 40  # that are tried, quantiles of the scores
@@ -28,7 +29,7 @@ class Choice:
         threshold: Stop where the score exceeds it.
         exit_layer: [D].
         cost: The work over that of the dense model.
-        lost: The share of documents that lose their answer.
+        lost: The share of documents that lose their answer, less that of those that win one.
         expected: The mean work, over that of the dense model, at the thresholds that calibration would end at.
     """
 
@@ -44,9 +45,8 @@ def search(
     scores: np.ndarray,
     lost: np.ndarray,
     work: Work,
-    most_lost: float,
+    allowance: Allowance | None,
     thresholds: Sequence[float] | None = None,
-    calibration: int | None = None,
 ) -> Choice:
     """Choose threshold and blocks; for every threshold, blocks greedily, always the one that saves most.
 
@@ -54,11 +54,10 @@ def search(
 
     Args:
         scores: [D, L], what a stopper says after every block; NaN where it can't be asked.
-        lost: [D, L], 1 where a document that leaves after a block loses its answer.
+        lost: [D, L], 1 where a document that leaves after a block loses its answer, -1 where it wins one.
         work: Of these documents.
-        most_lost: The greatest share of lost documents that is allowed.
+        allowance: What calibration documents will allow; None where no loss is allowed and nothing will be calibrated.
         thresholds: That are tried; by default quantiles of the scores.
-        calibration: The number of calibration documents; None leaves calibration out of it.
     """
     n, n_blocks = scores.shape
     possible = [k for k in range(1, n_blocks) if not np.isnan(scores[:, k - 1]).all()]
@@ -67,13 +66,13 @@ def search(
     best: dict[tuple[int, ...], Choice] = {(): nothing}  # of every set of blocks
     for threshold in tried:
         stops = scores > threshold  # NaN never does
-        found = _blocks(stops, lost, work, most_lost, possible, float(threshold))
+        found = _blocks(stops, lost, work, allowance, possible, float(threshold))
         if found.blocks and (found.blocks not in best or found.cost < best[found.blocks].cost - 1e-12):
             best[found.blocks] = found
-    if calibration is None:
+    if allowance is None:
         return min(best.values(), key=lambda choice: (choice.cost, choice.blocks))
     choices = [
-        replace(choice, expected=expected(scores, lost, work, most_lost, choice.blocks, tried, calibration))
+        replace(choice, expected=expected(scores, lost, work, allowance, choice.blocks, tried))
         for choice in best.values()
     ]
     return min(choices, key=lambda choice: (choice.expected, choice.cost, choice.blocks))
@@ -83,23 +82,21 @@ def expected(
     scores: np.ndarray,
     lost: np.ndarray,
     work: Work,
-    most_lost: float,
+    allowance: Allowance,
     blocks: Sequence[int],
     thresholds: Sequence[float],
-    calibration: int,
 ) -> float:
     """The mean work, over that of the dense model, where the threshold is calibrated on drawn documents.
 
-    Thresholds are tested from the strictest on, until the first at which more than the allowed share is lost.
+    Thresholds are tested from the strictest on, until the first at which more is lost than is allowed.
 
     Args:
         scores: As :func:`search`'s.
         lost: As :func:`search`'s.
         work: As :func:`search`'s.
-        most_lost: As :func:`search`'s.
+        allowance: As :func:`search`'s.
         blocks: After which it is asked.
         thresholds: From the strictest on.
-        calibration: The number of documents of every draw.
     """
     if not blocks or not len(thresholds):
         return 1.0
@@ -107,8 +104,8 @@ def expected(
     exits = [left(scores, blocks, threshold) for threshold in thresholds]
     loses = np.array([lost[np.arange(n), of - 1] for of in exits])  # [T, D]
     costs = np.array([1.0, *(work.ratio(of, blocks) for of in exits)])
-    draws = np.random.default_rng(0).multinomial(calibration, np.full(n, 1 / n), DRAWS)
-    fails = loses @ draws.T > most_lost * calibration + 1e-9  # [T, draws]
+    draws = np.random.default_rng(0).multinomial(allowance.documents, np.full(n, 1 / n), DRAWS).T
+    fails = ~allowance.allows((loses > 0) @ draws, (loses < 0) @ draws)  # [T, draws]
     passed = np.where(fails.any(axis=0), fails.argmax(axis=0), len(exits))
     return float(costs[passed].mean())
 
@@ -121,9 +118,18 @@ def left(scores: np.ndarray, blocks: Sequence[int], threshold: float) -> np.ndar
     return exit_layer
 
 
-def share_lost(lost: np.ndarray, exit_layer: np.ndarray) -> float:
-    """The share of documents ([D, L] losses) that lose their answer at these exits."""
-    return float(lost[np.arange(len(lost)), exit_layer - 1].mean())
+def at_exits(lost: np.ndarray, exit_layer: np.ndarray) -> np.ndarray:
+    """[D], of [D, L] losses those at these exits."""
+    found: np.ndarray = lost[np.arange(len(lost)), exit_layer - 1]
+    return found
+
+
+def _is_allowed(at: np.ndarray, allowance: Allowance | None) -> bool:
+    """Whether as many calibration documents may lose and win as these [D] do, by their shares."""
+    if allowance is None:
+        return not (at > 0).any()
+    n = allowance.documents
+    return bool(allowance.allows(np.array(n * np.mean(at > 0)), np.array(n * np.mean(at < 0))))
 
 
 def _thresholds(scores: np.ndarray) -> list[float]:
@@ -136,7 +142,12 @@ def _thresholds(scores: np.ndarray) -> list[float]:
 
 
 def _blocks(
-    stops: np.ndarray, lost: np.ndarray, work: Work, most_lost: float, possible: Sequence[int], threshold: float
+    stops: np.ndarray,
+    lost: np.ndarray,
+    work: Work,
+    allowance: Allowance | None,
+    possible: Sequence[int],
+    threshold: float,
 ) -> Choice:
     n, n_blocks = stops.shape
     chosen: tuple[int, ...] = ()
@@ -148,9 +159,9 @@ def _blocks(
                 continue
             asked = tuple(sorted((*chosen, k)))
             exit_layer = np.where(stops[:, k - 1], np.minimum(best.exit_layer, k), best.exit_layer)
-            share = share_lost(lost, exit_layer)
-            if share <= most_lost:
-                trials.append(Choice(asked, threshold, exit_layer, work.ratio(exit_layer, asked), share))
+            at = at_exits(lost, exit_layer)
+            if _is_allowed(at, allowance):
+                trials.append(Choice(asked, threshold, exit_layer, work.ratio(exit_layer, asked), float(at.mean())))
         trial = min(trials, key=lambda t: (t.cost, t.blocks), default=None)
         if trial is None or trial.cost >= best.cost - 1e-12:
             break

@@ -1,4 +1,4 @@
-"""What a user asks of ``adainfer tune``, and the small arithmetic of how many documents a promise needs."""
+"""What a user asks of ``adainfer tune``."""
 
 from __future__ import annotations
 
@@ -6,14 +6,9 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from scipy.stats import binom
-
 from lm_eval_adainfer.errors import AdaInferError
+from lm_eval_adainfer.fitting.risk import LOSSES
 from lm_eval_adainfer.tuning import probe
-
-CANDIDATES = 3  # that are calibrated, at most; the error is divided among them
-LOSSES = ("gold", "agreement")
-_MOST_DOCUMENTS = 2**24
 
 
 @dataclass(frozen=True)
@@ -21,9 +16,10 @@ class Settings:
     """What is asked for.
 
     Attributes:
-        max_drop: The share of documents that may lose their answer.
+        max_drop: The loss that is allowed, as a share of the documents.
         confidence: With what probability that is promised.
-        loss: ``gold``: the dense answer was right and the early one is not. ``agreement``: they differ.
+        loss: ``accuracy``: how far accuracy falls. ``gold``: documents whose dense answer was right and whose early one
+            is not. ``agreement``: those whose answers differ.
         documents: Of each of the three splits, all tasks together.
         budget: Minutes that tracing may take, about; None for no bound.
         readers: That are probed besides the head.
@@ -37,7 +33,7 @@ class Settings:
 
     max_drop: float = 0.01
     confidence: float = 0.95
-    loss: str = "gold"
+    loss: str = "accuracy"
     documents: int = 500
     budget: float | None = None
     readers: Sequence[str] = probe.READERS
@@ -61,38 +57,9 @@ class Settings:
         return {**asdict(self), "readers": list(self.readers)}
 
 
-def documents_for(losses: int, max_drop: float, confidence: float) -> int:
-    """The fewest calibration documents of which so many may lose their answer without the promise failing."""
-    low, high = losses, _MOST_DOCUMENTS
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (low, middle) if _passes(losses, middle, max_drop, confidence) else (middle, high)
-    return high
-
-
-def most_losses(documents: int, max_drop: float, confidence: float) -> int:
-    """How many of so many calibration documents may lose their answer without the promise failing; -1: not even 0."""
-    found = -1
-    while found + 1 < documents and _passes(found + 1, documents, max_drop, confidence):
-        found += 1
-    return found
-
-
-def tried(documents: int, max_drop: float, confidence: float) -> int:
-    """How many candidates may divide the error among them: as many as leave room for one lost document each."""
-    for count in range(CANDIDATES, 1, -1):
-        if documents_for(1, max_drop, 1 - (1 - confidence) / count) <= documents:
-            return count
-    return 1
-
-
 def most_each(held: Sequence[int], wanted: int) -> int:
     """At most how many documents of each task make so many together, where tasks hold so many."""
     most = -(-wanted // len(held))
     while most < max(held) and sum(min(most, n) for n in held) < wanted:
         most += 1
     return most
-
-
-def _passes(losses: int, documents: int, max_drop: float, confidence: float) -> bool:
-    return bool(binom.cdf(losses, documents, max_drop) <= 1 - confidence)

@@ -8,6 +8,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+LOST = {
+    "accuracy": "of accuracy lost",
+    "gold": "of documents lose their right answer",
+    "agreement": "of documents change their answer",
+}  # what a loss means, behind a share
 _SHOWN = 4  # contestants that are named in the lines
 
 
@@ -63,7 +68,8 @@ def lines(found: Mapping[str, Any], output: str | Path, run: str, page: Path | N
     """
     settings, n_blocks = found["settings"], found["model"]["n_blocks"]
     dropped = [one for one in found["readers"] if one["hopeless"]]
-    said = [f"{found['model']['model']}, {', '.join(found['shots'])}: at most {settings['max_drop']:.2%} lost"]
+    most = f"at most {settings['max_drop']:.2%} {LOST[settings['loss']]}"
+    said = [f"{found['model']['model']}, {', '.join(found['shots'])}: {most}"]
     if dropped:
         told = ", ".join(f"{one['reader']} (an oracle saves {one['oracle_saves']:.1%})" for one in dropped)
         said.append(f"dropped after {n_probed(found)} blocks probed: {told}")
@@ -81,13 +87,14 @@ def lines(found: Mapping[str, Any], output: str | Path, run: str, page: Path | N
     else:
         chosen, test = found["chosen"], found["test"]
         promise, blocks = chosen["promise"], "+".join(map(str, chosen["check_layers"]))
+        won = f" and {promise['wins']} won one" if "wins" in promise else ""
         said.append(
             f"recommended: reader={chosen['reader']}, {chosen['stopper']} above {chosen['threshold']:.4g}, asked after "
             f"block{'s' if '+' in blocks else ''} {blocks} of {n_blocks}"
         )
         said.append(
-            f"promise: at most {promise['max_drop']:.2%} lost at {settings['confidence']:.0%} confidence "
-            f"({promise['losses']} of {promise['documents']} calibration documents lost)"
+            f"promise: {most} at {settings['confidence']:.0%} confidence (of {promise['documents']} calibration "
+            f"documents {promise['losses']} lost their answer{won})"
         )
         row = test["rows"][-1]
         change = "" if row["acc"] is None else f", acc {row['acc'] - row['acc_change']:.3f} -> {row['acc']:.3f}"

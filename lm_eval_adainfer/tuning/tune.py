@@ -23,11 +23,12 @@ from lm_eval_adainfer import container
 from lm_eval_adainfer._version import __version__
 from lm_eval_adainfer.errors import AdaInferError
 from lm_eval_adainfer.fitting.calibration import Calibration, calibrate
+from lm_eval_adainfer.fitting.risk import NET
 from lm_eval_adainfer.harness import auto
 from lm_eval_adainfer.harness.asking import Asking
 from lm_eval_adainfer.readers import specs as readers
 from lm_eval_adainfer.readers.base import HEAD, Reader
-from lm_eval_adainfer.statistics import wilson_interval
+from lm_eval_adainfer.statistics import tango_interval, wilson_interval
 from lm_eval_adainfer.strategies import files as stopper_files
 from lm_eval_adainfer.strategies.base import Stopper
 from lm_eval_adainfer.strategies.rules import GapStopper
@@ -36,10 +37,11 @@ from lm_eval_adainfer.traces.documents import TracedDocuments
 from lm_eval_adainfer.traces.plan import Plan
 from lm_eval_adainfer.traces.splits import documents_of
 from lm_eval_adainfer.tuning import probe
+from lm_eval_adainfer.tuning.allowance import Allowance, documents_for, tried
 from lm_eval_adainfer.tuning.contestants import Contestant, Fitter, contestants, losses, scores
 from lm_eval_adainfer.tuning.probe import Probed
-from lm_eval_adainfer.tuning.search import left, share_lost
-from lm_eval_adainfer.tuning.settings import Settings, documents_for, most_each, most_losses, tried
+from lm_eval_adainfer.tuning.search import at_exits, left
+from lm_eval_adainfer.tuning.settings import Settings, most_each
 from lm_eval_adainfer.tuning.work import Work
 
 if TYPE_CHECKING:
@@ -110,20 +112,22 @@ class Tuning:
         self._say(1, f"tracing fitting documents under {', '.join(r.name for r, _ in wanted)}", 3 * of_split)
         fitting_files = self._trace("train", wanted, documents_each)
         waiting = sum(self._number("calibrate", documents_each, name) for name in self.tasks)
-        count = tried(waiting, self.settings.max_drop, self.settings.confidence)
+        max_drop, loss = self.settings.max_drop, self.settings.loss
+        count = tried(waiting, max_drop, self.settings.confidence, loss)
         each = 1 - (1 - self.settings.confidence) / count
-        allowed = most_losses(waiting, self.settings.max_drop, each)
-        most_lost = self.settings.max_drop if allowed < 0 else allowed / waiting
+        allowance = Allowance(waiting, max_drop, each, loss)
+        allowed = allowance.most_lost()
+        most_lost = allowed / waiting if allowance.can_promise else max_drop
         self._say(2, f"choosing among readers and stoppers; {max(allowed, 0)} of {waiting} may be lost later")
         fitter = Fitter(fitting_files, self.settings.seed)
         fitted_under = [one.reader for one in probed if not one.hopeless]
-        rivals, without = contestants(fitter, fitted_under, self.settings.loss, most_lost, max(waiting, 1))
+        rivals, without = contestants(fitter, fitted_under, loss, allowance)
         candidates = [c for c in rivals if c.expected >= WORTH][:count]
         fitting = documents.read(fitting_files)
         result = self._described(probed, fitting, rivals, without, most_lost)
         tuned = Tuned(result, fitting, rivals)
         result["calibration"] = {"documents": waiting, "error_divided_by": count, "may_lose": max(allowed, 0)}
-        if candidates and allowed >= 0:
+        if candidates and allowance.can_promise:
             stoppers = self._calibrated(fitter, candidates, each, of_split, documents_each, result)
             if stoppers:
                 self._report(*stoppers, of_split, documents_each, tuned)
@@ -262,7 +266,7 @@ class Tuning:
             "shots": {trace.meta["task"]: trace.meta["num_fewshot"] for trace in fitting},
             "readers": probe.told(probed),
             "fitting": {"documents": sum(len(t.doc_ids) for t in fitting), "may_lose": most_lost},
-            "contestants": [_told(rival, self.settings.seed) for rival in rivals],
+            "contestants": [_told(rival, self.settings.loss, self.settings.seed) for rival in rivals],
             "not_fitted": without,
             "oracles": {
                 one.reader.name: 1 - probe.oracle([t.under(one.reader.name) for t in fitting], one.reader).cost
@@ -308,6 +312,7 @@ class Tuning:
                     "stops": came.stops,
                     "documents": came.documents,
                     "losses": came.losses,
+                    "wins": came.wins,
                     "needed": came.needed,
                     "confidence": confidence,
                     "saved_on_fitting": 1 - cost,
@@ -366,7 +371,7 @@ class Tuning:
         }
         tuned.found["test"] = {
             "rows": rows,
-            **_figures(whole, blocks, lost, work, self.settings.seed),
+            **_figures(whole, blocks, lost, work, self.settings.loss, self.settings.seed),
             "checks": _checks(whole, blocks, work),
             "used_elsewhere": self._used(views, documents_each),
         }
@@ -384,7 +389,8 @@ class Tuning:
     def _nothing(self, candidates: Sequence[Contestant], allowed: int, waiting: int, result: dict[str, Any]) -> None:
         """Say why nothing is recommended, and whether more documents would help."""
         (self.folder / STOPPER).unlink(missing_ok=True)
-        needed = [documents_for(n, self.settings.max_drop, self.settings.confidence) for n in (0, 1)]
+        asked = self.settings.max_drop, self.settings.confidence, self.settings.loss
+        needed = [documents_for(n, *asked) for n in (0, 1)]
         at = f"{self.settings.max_drop:.2%} at {self.settings.confidence:.0%}"
         most = f"{at} needs {needed[0]} calibration documents without a loss, {needed[1]} with one"
         if not candidates:
@@ -419,7 +425,7 @@ def require_tasks(tasks: dict[str, Any]) -> None:
             )
 
 
-def _told(rival: Contestant, seed: int) -> dict[str, Any]:
+def _told(rival: Contestant, loss: str, seed: int) -> dict[str, Any]:
     """A contestant, JSON-serialisable."""
     choice = rival.choice
     right = rival.right[np.arange(len(rival.right)), choice.exit_layer - 1]
@@ -435,7 +441,7 @@ def _told(rival: Contestant, seed: int) -> dict[str, Any]:
         "check_layers": list(choice.blocks),
         "threshold": choice.threshold if np.isfinite(choice.threshold) else None,
         "expected": rival.expected,
-        **_figures(choice.exit_layer, choice.blocks, rival.lost, rival.work, seed),
+        **_figures(choice.exit_layer, choice.blocks, rival.lost, rival.work, loss, seed),
         "acc": accuracy,
         "acc_low": spread[0],
         "acc_high": spread[1],
@@ -444,14 +450,22 @@ def _told(rival: Contestant, seed: int) -> dict[str, Any]:
 
 
 def _figures(
-    exit_layer: np.ndarray, blocks: Sequence[int], lost: np.ndarray, work: Work, seed: int
+    exit_layer: np.ndarray, blocks: Sequence[int], lost: np.ndarray, work: Work, loss: str, seed: int
 ) -> dict[str, Any]:
-    """What exits save and lose, with 95% intervals over documents: resampled for the saving, Wilson's for losses."""
+    """What exits save and lose, with 95% intervals over documents.
+
+    Resampled for the saving, Tango's for what accuracy loses, Wilson's for other losses.
+    """
     cost, dense, n = work.at(exit_layer, blocks), work.dense, len(exit_layer)
     draws = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), _RESAMPLES)
     low, high = np.quantile(1 - (draws @ cost) / (draws @ dense), [0.025, 0.975])
-    share = share_lost(lost, exit_layer)
-    lost_low, lost_high = _wilson(share, n)
+    at = at_exits(lost, exit_layer)
+    share = float(at.mean())
+    if loss in NET:
+        interval = tango_interval(float((at > 0).sum()), float((at < 0).sum()), n)
+        lost_low, lost_high = interval.lower, interval.upper
+    else:
+        lost_low, lost_high = _wilson(share, n)
     return {
         "documents": n,
         "saved": float(1 - cost.sum() / dense.sum()),
