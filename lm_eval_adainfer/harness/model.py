@@ -215,6 +215,7 @@ class AdaInferLM(HFLM):
         self.run_totals: dict[str, Any] = {}
         self.pilot_record: dict[str, Any] | None = None
         self.promise_record: dict[str, Any] | None = None
+        self.seen_record: dict[str, Any] | None = None
         self._document_keys: list[Any] = []
         self._warned_not_finite = False
         self._warned_of_dear_checks = False
