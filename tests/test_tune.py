@@ -5,6 +5,10 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+import signal
+import subprocess
+import sys
+from contextlib import suppress
 from types import SimpleNamespace
 
 import lm_eval
@@ -163,6 +167,51 @@ def test_an_interrupted_command_goes_on_to_the_same_recommendation(finished, tmp
     tune(tmp_path)
     for name in (RESULT, STOPPER):
         assert (tmp_path / name).read_bytes() == (finished[0] / name).read_bytes()
+
+
+# the command as ``main.main`` is here: the packaged tasks alone, and small parts
+CHILD = """
+import sys
+from lm_eval.tasks import TaskManager
+from lm_eval_adainfer import paths
+from lm_eval_adainfer.cli import main
+from lm_eval_adainfer.harness import loading
+from lm_eval_adainfer.traces import recording
+recording.PART_DOCUMENTS = 16
+loading.task_manager = lambda *_, **__: TaskManager(include_path=str(paths.task_configs()), include_defaults=False)
+sys.exit(main.main(sys.argv[1:]))
+"""
+
+
+def killed_once_there_is(pattern, folder, arguments):
+    """Start the command in a process of its own, and kill it as soon as its folder holds such a file."""
+    child = subprocess.Popen([sys.executable, "-c", CHILD, *arguments], stderr=subprocess.DEVNULL)
+    try:
+        while child.poll() is None and not any(folder.glob(pattern)):
+            with suppress(subprocess.TimeoutExpired):
+                child.wait(0.01)
+    finally:
+        child.send_signal(signal.SIGKILL)
+        child.wait()
+    assert child.returncode == -signal.SIGKILL, "it had ended before"
+
+
+@pytest.mark.slow
+def test_a_command_that_was_killed_goes_on_where_it_was(tmp_path, monkeypatch, capsys):
+    """By SIGKILL, which no process can prepare for: once while it traces, and once while it calibrates."""
+    monkeypatch.setattr(loading, "task_manager", lambda *_, **__: our_tasks())
+    options = ["-t", TASK, "--max-drop", "0.1", "-n", "40", "--readers", "copy:1", "-b", "16", "--device", "cpu"]
+    command = ["tune", "-a", "pretrained=adainfer-demo,dtype=float32", *options, "-o"]
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    assert main.main([*command, str(whole)]) == 0
+    for pattern in ("traces/*_train*", "traces/*_calibrate*"):
+        killed_once_there_is(pattern, broken, [*command, str(broken)])
+        assert not (broken / RESULT).exists() and not (broken / STOPPER).exists()
+    kept = {path: path.stat().st_mtime_ns for path in broken.glob("traces/*.trace")}
+    assert main.main([*command, str(broken)]) == 0
+    assert kept and all(path.stat().st_mtime_ns == then for path, then in kept.items()), "traced twice"
+    for name in (RESULT, STOPPER):
+        assert (broken / name).read_bytes() == (whole / name).read_bytes()
 
 
 def test_a_folder_of_other_settings_is_refused(finished, again):

@@ -61,12 +61,13 @@ def load(path: str | Path) -> Stopper:
     """
     meta, arrays = container.read(path, "stopper", VERSION, "stopper")
     reader, arrays = readers.unpacked(meta.get("reader", {"kind": "head"}), arrays)  # older files know no other
-    kind, parameters, info = (meta.get(name) for name in ("kind", "parameters", "info"))
-    seen, calibrated = (meta.get(name) or {} for name in _DOCUMENTS)
+    kind, parameters, info, *listed = (meta.get(name) for name in ("kind", "parameters", "info", *_DOCUMENTS))
+    seen, calibrated = (documents or {} for documents in listed)
     if kind not in savable():
         known = ", ".join(savable())
         raise AdaInferError(f"stopper: {path} holds a stopper of kind {kind!r}; this release knows {known}")
-    if not all(isinstance(held, dict) for held in (parameters, info, seen, calibrated)):
+    listed_well = isinstance(seen, dict) and isinstance(calibrated, dict)
+    if not isinstance(parameters, dict) or not isinstance(info, dict) or not listed_well:
         raise AdaInferError(f"stopper: {path} is damaged or truncated (no parameters); make it again")
     try:
         stopper = STRATEGIES[kind].stopper_class().rebuild(arrays, **parameters)
