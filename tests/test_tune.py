@@ -123,6 +123,9 @@ def test_the_file_keeps_what_it_promises(finished):
     blocks = found["chosen"]["check_layers"]
     assert stopper.reader.name == found["chosen"]["reader"] and stopper.info["promise"] == promise
     assert stopper.info["tuned"]["check_layers"] == blocks and stopper.info["tuned"]["shots"] == found["shots"]
+    for listed, of, split in ((stopper.seen, "*", "train"), (stopper.calibrated, "traces", "calibrate")):
+        traced = [view.doc_ids.tolist() for view in read(sorted(folder.glob(f"{of}/*_{split}.trace")))]
+        assert listed == {f"{TASK}/{split}": sorted({i for some in traced for i in some})}
     (view,) = read(sorted((folder / "traces").glob("*_calibrate.trace")), stopper.reader.name)
     gap = view.meta["features"].index("gap")
     assert stopper.kind == "gap" and stopper.features == ("gap",), "what follows is a gap rule's"
