@@ -14,10 +14,10 @@ from helpers.synthetic_runs import flips, sample, write
 
 from lm_eval_adainfer import container
 from lm_eval_adainfer.cli.main import main
-from lm_eval_adainfer.output import per_block
+from lm_eval_adainfer.output import marks, per_block, report
 from lm_eval_adainfer.traces import recording
 
-pytest.importorskip("matplotlib")
+to_hex = pytest.importorskip("matplotlib.colors").to_hex
 pytest.importorskip("jinja2")
 
 EVIL = "</pre><script>document.title='owned'</script><img src=http://tracker.invalid/x onerror=\"document.title='owned'\">"
@@ -98,11 +98,104 @@ def test_the_leaderboard_and_the_axes_say_what_the_runs_say(page):
     text = page.read_text()
     dense, early = flips(60, 3, 1)
     for share in (np.mean(dense), np.mean(early)):
-        assert f"<span>{100 * share:.1f}%</span>" in text or f'<span class="best">{100 * share:.1f}%</span>' in text
+        assert re.search(rf"<span[^>]*>{100 * share:.1f}%</span>", text)
     for unit in ("compute, counted FLOPs (% of the dense run)", "(%), with 95% interval", "exit block", "documents (%)",
                  "speed-up over the baseline (times", "accuracy (%)", "oracle, simulated"):  # fmt: skip
         assert unit in text, unit
     assert "block 1 of 12" in text and "block 12 of 12" in text  # the easiest and the deepest documents
+
+
+def line_of(text: str, run: str) -> str:
+    """A run's line in the leaderboard."""
+    (found,) = re.findall(rf"<tr><td><span[^>]*>.</span>{run}</td>.*?</tr>", text, re.DOTALL)
+    return found
+
+
+def drawn(figures: dict) -> dict[str, dict[str, tuple]]:
+    """Picture -> run -> what of colour, marker and dash its drawing shows."""
+    found = {name: {} for name in figures}
+    for handle, text in zip(*legend_of(figures["frontier"]), strict=True):
+        if text != "frontier":
+            (points, *_) = handle.lines
+            found["frontier"][text.removesuffix(" (baseline)")] = (points.get_color(), points.get_marker())
+    for handle, text in zip(*legend_of(figures["exit_layers"]), strict=True):
+        found["exit_layers"][text] = (to_hex(handle.get_edgecolor()), handle.get_linestyle())
+    (axes,) = figures["speed"].axes
+    for y, tick in enumerate(axes.get_yticklabels()):
+        hollow, filled = (line for line in axes.lines if line.get_marker() != "None" and line.get_ydata()[0] == y)
+        assert hollow.get_color() == filled.get_color() and hollow.get_marker() == filled.get_marker()
+        found["speed"][tick.get_text()] = (filled.get_color(), filled.get_marker())
+    return found
+
+
+def legend_of(figure) -> tuple[list, list[str]]:
+    """What the first axes offer to the legend."""
+    return figure.axes[0].get_legend_handles_labels()
+
+
+def test_a_run_keeps_its_colour_and_mark_in_pictures_and_tables(tmp_path, monkeypatch):
+    """Also where a picture leaves out runs before it: ``fixed`` always leaves at one block, ``none`` is dense."""
+    first = {"dense": 12, "none": 12, "fixed": 5, **{f"r{i}": 1 + i for i in range(7)}}
+    names = []
+    for run, k in first.items():
+        moving = run.startswith("r")
+        tasks = {t: [sample(t, i, 1, exit_layer=k + (i % 3 if moving else 0)) for i in range(9)] for t in ("a", "b")}
+        names.append(f"{run}={write(tmp_path / run, tasks, kind='adainfer', stopper='none' if k == 12 else 'svm')}")
+    kept, save = {}, report.save_picture
+    monkeypatch.setattr(report, "save_picture", lambda *a: (kept.update({a[1]: a[4]}), save(*a))[1])
+    assert main(["report", *names, "-o", str(tmp_path / "out")]) == 0
+    pictures = drawn(kept)
+    assert set(pictures["frontier"]) == set(first) and set(pictures["speed"]) == set(first) - {"dense", "none"}
+    assert set(pictures["exit_layers"]) == {run for run in first if run.startswith("r")}
+    text = (tmp_path / "out" / "index.html").read_text()
+    of_run = {}
+    for run in first:
+        colour, marker = pictures["frontier"][run]
+        assert pictures["speed"].get(run, (colour, marker)) == (colour, marker)
+        assert pictures["exit_layers"].get(run, (colour.lower(),))[0] == colour.lower()
+        ((shown, sign),) = re.findall(r'<span class="sign" style="color: (.*?)"[^>]*>(.)</span>', line_of(text, run))
+        assert shown == colour
+        headings = re.findall(rf'<h2>(?:Easiest and deepest documents of )?<span[^>]*: (#.*?)"[^>]*>(.)</span>{run}\b', text)
+        assert set(headings) <= {(colour, sign)} and (headings or run == "dense")
+        of_run[run] = (colour, marker, sign)
+    assert len({(colour, marker) for colour, marker, _ in of_run.values()}) == len(first)
+    assert len({(marker, sign) for _, marker, sign in of_run.values()}) == len({m for _, m, _ in of_run.values()})
+
+
+def test_marks_start_again_only_after_36():
+    found = [marks.of(place) for place in range(36)]
+    assert len({(mark.colour, mark.marker) for mark in found}) == len({(mark.colour, mark.sign) for mark in found}) == 36
+    assert len({(mark.colour, mark.dash) for mark in found[:24]}) == 24
+    assert marks.DENSE.colour not in marks.COLOURS
+
+
+def test_the_leaderboard_judges_a_drop_as_check_does(tmp_path):
+    """A run that lost 12 points is no winner because others lost more, and one that seems fine need not be."""
+    sides = {"fine": (0, 0, 1200), "lost": (150, 6, 1200), "worse": (300, 6, 1200), "unclear": (12, 6, 1200)}
+    pairs = {name: flips(n, lost, won, 900) for name, (lost, won, n) in sides.items()}
+    for name, (before, after) in pairs.items():
+        runs = [write(tmp_path / name / side, {"t": scores}) for side, scores in (("a", before), ("b", after))]
+        statuses = {}
+        for limit in ("0.01", "0.2"):
+            status = main(["check", "--baseline", str(runs[0]), "--candidate", str(runs[1]), "--max-drop", limit])
+            word = {0: "within", 1: "beyond", 3: "inconclusive"}[statuses.setdefault(limit, status)]
+            given = [] if limit == "0.01" else ["--max-drop", limit]
+            assert main(["report", f"a={runs[0]}", f"b={runs[1]}", "-o", str(tmp_path / "out"), *given]) == 0
+            line = line_of((tmp_path / "out" / "index.html").read_text(), "b")
+            assert re.findall(r"<td><span(?: class=\"\w+\")?>(\w+)</span>", line)[0] == word
+        wanted = {"fine": [0, 0], "lost": [1, 0], "worse": [1, 1], "unclear": [3, 0]}[name]
+        assert list(statuses.values()) == wanted
+
+
+def test_the_leaderboard_names_the_task_that_dropped(tmp_path):
+    fine, bad = flips(2000, 0, 0, 1900), flips(100, 14, 0, 80)
+    runs = [write(tmp_path / "ab"[i], {"fine": fine[i], "bad": bad[i]}) for i in range(2)]
+    assert main(["report", f"a={runs[0]}", f"b={runs[1]}", "-o", str(tmp_path / "out"), "--max-drop", "0.02"]) == 0
+    text = (tmp_path / "out" / "index.html").read_text()
+    names = re.findall(r'<th scope="col">(.*?)</th>', text[: text.index("</thead>")])
+    beyond = {name for name, cell in zip(names, line_of(text, "b").split("<td>")[1:], strict=True) if "beyond" in cell}
+    assert beyond == {"drop of at most 0.02", "bad"}
+    assert "beyond" not in line_of(text, "a")
 
 
 def test_accuracy_per_block_and_oracle_are_those_of_the_trace(tmp_path):
@@ -158,7 +251,9 @@ def test_pages_of_one_run_and_of_57_subjects(tmp_path, many):
     runs = [str(run), *([str(write(tmp_path / "b", early, kind="adainfer", stopper="svm"))] if many else [])]
     assert main(["report", *runs, "-o", str(tmp_path / "out")]) == 0
     header = re.search(r"<thead>.*?</thead>", (tmp_path / "out/index.html").read_text(), re.DOTALL)[0]
-    assert re.findall(r'<th scope="col">(.*?)</th>', header) == (["run", "all documents", "stem"] if many else ["run", "s0"])
+    assert re.findall(r'<th scope="col">(.*?)</th>', header) == (
+        ["run", "drop of at most 0.01", "FLOPs", "all documents", "stem"] if many else ["run", "s0"]
+    )
 
 
 @pytest.mark.parametrize(
@@ -188,8 +283,6 @@ def test_report_errors_are_one_sentence(tmp_path, capsys, extra, words):
 
 
 def test_without_matplotlib_the_extra_is_named(tmp_path, capsys, monkeypatch):
-    from lm_eval_adainfer.output import report
-
     monkeypatch.setattr(report, "find_spec", lambda name: None if name == "matplotlib" else name)
     assert main(["report", str(write(tmp_path / "a", {"t": [1]})), "-o", str(tmp_path / "out")]) == 2
     assert "pip install 'lm-eval-adainfer[report]'" in capsys.readouterr().err

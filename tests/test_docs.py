@@ -18,6 +18,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from helpers.printed import CLOSE, as_printed, table_below
 from helpers.processes import execute
 
 pytest.importorskip("matplotlib")
@@ -26,12 +27,11 @@ ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
 MOST = {"README.md": 100, "quickstart.md": 10, "your-model.md": 4, "your-stopper.md": 20, "comparing.md": 30,
         "strategies.md": 10, "guarantee.md": 10, "extending.md": 1,
-        "tune.md": 150}  # --limit
+        "tune.md": 150, "demo-model.md": 30}  # --limit, --documents
 GUIDE = sorted(p.name for p in DOCS.glob("*.md"))
 _BLOCK = re.compile(r"(?:<!-- (?P<mark>[^>]*?) -->\n)?```(?P<language>\w*)\n(?P<text>.*?)```", re.DOTALL)
 _NUMBER = re.compile(r"[+-]?\d[\d,.]*(?:e[+-]\d+)?%?|N/A")
 MEASURED = re.compile(r"(?<=largest error )\S+(?= of (\S+) allowed)|(?<= of )\S+(?= allowed)|(?<=measured).*")
-CLOSE = 0.005
 
 
 def blocks_of(page: str):
@@ -179,23 +179,12 @@ def test_the_drawing_shows_every_room_and_module_of_the_package():
 
 
 def test_the_table_of_rooms_names_files_that_exist():
-    for _, room, files in table_below("extending.md", "| you want to change |"):
+    for _, room, files in table_below(DOCS / "extending.md", "| you want to change |"):
         for name in re.findall(r"`([\w/]+\.py)`", files):
             assert any((base / name).exists() for base in (PACKAGE / room.strip("`"), PACKAGE)), (room, name)
 
 
 # ---------------------------------------------------------------------- tables that are no output of a command
-def table_below(page: str, head: str) -> list[list[str]]:
-    """The cells of the table whose first row begins so, without the two rows of its head."""
-    lines = (DOCS / page).read_text().splitlines()
-    rows = []
-    for line in lines[lines.index(next(one for one in lines if one.startswith(head))) + 2 :]:
-        if not line.startswith("|"):
-            break
-        rows.append([cell.strip() for cell in line.strip("|").split("|")])
-    return rows
-
-
 def evaluated(arguments: str, tasks: str, monkeypatch, capsys, limit: str = "") -> dict[str, dict[str, float]]:
     """Task to metric to value, of a run with these ``--model_args``."""
     command = (
@@ -208,30 +197,12 @@ def evaluated(arguments: str, tasks: str, monkeypatch, capsys, limit: str = "") 
     return {t: {name.split(",")[0]: value for name, value in r.items()} for t, r in results.items()}
 
 
-def as_printed(cell: str, value: float) -> bool:
-    """Whether a cell of a table is this value, as far as ``CLOSE`` asks and half of its last digit allows."""
-    share = cell.endswith("%")
-    printed = cell.strip("%*")
-    digits = len(printed.partition(".")[2]) + 2 * share
-    return abs(float(printed) / (100 if share else 1) - value) <= CLOSE + 0.5 * 10**-digits
-
-
-@pytest.mark.slow
-def test_the_table_of_the_demo_model(tmp_path, monkeypatch, capsys, only_our_tasks):
-    monkeypatch.chdir(tmp_path)
-    dense, svm = (evaluated(a, "adainfer_demo", monkeypatch, capsys) for a in ("", ",stopper=svm"))
-    for task, _, acc, early, layer, pruned in table_below("demo-model.md", "| task |"):
-        name = f"adainfer_demo_{task.strip('`')}"
-        assert as_printed(acc, dense[name]["acc"]) and as_printed(early, svm[name]["acc"]), (task, dense[name], svm[name])
-        assert as_printed(layer, svm[name]["exit_layer"]) and as_printed(pruned, svm[name]["pruning_ratio"]), svm[name]
-
-
 @pytest.mark.slow
 def test_the_table_of_what_fills_cost(tmp_path, monkeypatch, capsys, only_our_tasks):
     monkeypatch.chdir(tmp_path)
     gap = ",stopper=gap:0.8"
     runs = ["", gap, f"{gap},check_layers=4+8", f"{gap},kv_policy=propagate"]
-    rows = table_below("limits.md", "| `adainfer_demo_plural_generate` |")
+    rows = table_below(DOCS / "limits.md", "| `adainfer_demo_plural_generate` |")
     assert len(rows) == len(runs)
     for row, arguments in zip(rows, runs, strict=True):
         assert row[0].strip("`. ").endswith(arguments.split(",")[-1].strip() or "none"), row
@@ -247,7 +218,7 @@ def test_the_table_of_what_fills_cost(tmp_path, monkeypatch, capsys, only_our_ta
 
 
 def test_the_table_of_how_many_documents_a_promise_needs():
-    (needed,) = table_below("guarantee.md", "| `--max-drop` |")
+    (needed,) = table_below(DOCS / "guarantee.md", "| `--max-drop` |")
     drops = re.findall(r"([\d.]+)%", next(li for li in (DOCS / "guarantee.md").read_text().splitlines() if "0.5%" in li))
     assert [math.ceil(math.log(0.05) / math.log(1 - float(d) / 100)) for d in drops] == list(map(int, needed[1:]))
 

@@ -5,6 +5,10 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+import signal
+import subprocess
+import sys
+from contextlib import suppress
 from types import SimpleNamespace
 
 import lm_eval
@@ -21,6 +25,7 @@ from lm_eval_adainfer.cli import main
 from lm_eval_adainfer.errors import AdaInferError
 from lm_eval_adainfer.fitting.risk import Risk
 from lm_eval_adainfer.harness import auto, loading
+from lm_eval_adainfer.output import marks, per_block
 from lm_eval_adainfer.readers.base import HEAD
 from lm_eval_adainfer.readers.specs import parse
 from lm_eval_adainfer.statistics import exact_p
@@ -28,11 +33,11 @@ from lm_eval_adainfer.strategies.files import load, save
 from lm_eval_adainfer.strategies.rules import GapStopper
 from lm_eval_adainfer.traces import recording
 from lm_eval_adainfer.traces.documents import TracedDocuments, read
-from lm_eval_adainfer.tuning import choosing, told
+from lm_eval_adainfer.tuning import choosing, page, told
 from lm_eval_adainfer.tuning.allowance import Allowance, documents_for, tried
 from lm_eval_adainfer.tuning.search import DRAWS, expected, left, search
 from lm_eval_adainfer.tuning.settings import Settings, most_each
-from lm_eval_adainfer.tuning.tune import RESULT, STOPPER, Tuning
+from lm_eval_adainfer.tuning.tune import RESULT, STOPPER, Tuned, Tuning
 from lm_eval_adainfer.tuning.work import Work
 
 TASK = "adainfer_demo_fact"
@@ -120,6 +125,9 @@ def test_the_file_keeps_what_it_promises(finished):
     blocks = found["chosen"]["check_layers"]
     assert stopper.reader.name == found["chosen"]["reader"] and stopper.info["promise"] == promise
     assert stopper.info["tuned"]["check_layers"] == blocks and stopper.info["tuned"]["shots"] == found["shots"]
+    for listed, of, split in ((stopper.seen, "*", "train"), (stopper.calibrated, "traces", "calibrate")):
+        traced = [view.doc_ids.tolist() for view in read(sorted(folder.glob(f"{of}/*_{split}.trace")))]
+        assert listed == {f"{TASK}/{split}": sorted({i for some in traced for i in some})}
     (view,) = read(sorted((folder / "traces").glob("*_calibrate.trace")), stopper.reader.name)
     gap = view.meta["features"].index("gap")
     assert stopper.kind == "gap" and stopper.features == ("gap",), "what follows is a gap rule's"
@@ -164,6 +172,51 @@ def test_an_interrupted_command_goes_on_to_the_same_recommendation(finished, tmp
     tune(tmp_path)
     for name in (RESULT, STOPPER):
         assert (tmp_path / name).read_bytes() == (finished[0] / name).read_bytes()
+
+
+# the command as ``main.main`` is here: the packaged tasks alone, and small parts
+CHILD = """
+import sys
+from lm_eval.tasks import TaskManager
+from lm_eval_adainfer import paths
+from lm_eval_adainfer.cli import main
+from lm_eval_adainfer.harness import loading
+from lm_eval_adainfer.traces import recording
+recording.PART_DOCUMENTS = 16
+loading.task_manager = lambda *_, **__: TaskManager(include_path=str(paths.task_configs()), include_defaults=False)
+sys.exit(main.main(sys.argv[1:]))
+"""
+
+
+def killed_once_there_is(pattern, folder, arguments):
+    """Start the command in a process of its own, and kill it as soon as its folder holds such a file."""
+    child = subprocess.Popen([sys.executable, "-c", CHILD, *arguments], stderr=subprocess.DEVNULL)
+    try:
+        while child.poll() is None and not any(folder.glob(pattern)):
+            with suppress(subprocess.TimeoutExpired):
+                child.wait(0.01)
+    finally:
+        child.send_signal(signal.SIGKILL)
+        child.wait()
+    assert child.returncode == -signal.SIGKILL, "it had ended before"
+
+
+@pytest.mark.slow
+def test_a_command_that_was_killed_goes_on_where_it_was(tmp_path, monkeypatch, capsys):
+    """By SIGKILL, which no process can prepare for: once while it traces, and once while it calibrates."""
+    monkeypatch.setattr(loading, "task_manager", lambda *_, **__: our_tasks())
+    options = ["-t", TASK, "--max-drop", "0.1", "-n", "40", "--readers", "copy:1", "-b", "16", "--device", "cpu"]
+    command = ["tune", "-a", "pretrained=adainfer-demo,dtype=float32", *options, "-o"]
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    assert main.main([*command, str(whole)]) == 0
+    for pattern in ("traces/*_train*", "traces/*_calibrate*"):
+        killed_once_there_is(pattern, broken, [*command, str(broken)])
+        assert not (broken / RESULT).exists() and not (broken / STOPPER).exists()
+    kept = {path: path.stat().st_mtime_ns for path in broken.glob("traces/*.trace")}
+    assert main.main([*command, str(broken)]) == 0
+    assert kept and all(path.stat().st_mtime_ns == then for path, then in kept.items()), "traced twice"
+    for name in (RESULT, STOPPER):
+        assert (broken / name).read_bytes() == (whole / name).read_bytes()
 
 
 def test_a_folder_of_other_settings_is_refused(finished, again):
@@ -362,9 +415,30 @@ def test_the_command_writes_a_page_and_prints_the_command_to_run(tmp_path, capsy
         f"lm_eval --model adainfer --model_args {model_args} --tasks {TASK} --device cpu --num_fewshot 2 "
         "--batch_size 16"
     )
-    page = (out / "index.html").read_text()
-    assert found["chosen"]["name"] in page and "frontier.png" in page and (out / "exit_layers.svg").exists()
-    assert all(one["name"] in page for one in found["contestants"])
+    text = (out / "index.html").read_text()
+    assert found["chosen"]["name"] in text and "frontier.png" in text and (out / "exit_layers.svg").exists()
+    assert all(one["name"] in text for one in found["contestants"])
+
+
+def test_a_reader_keeps_its_colour_and_mark_on_the_page():
+    """Also where readers were dropped, and whatever order the contestants come in."""
+    made = [SimpleNamespace(meta={"task": "t", "readers": {name: {} for name in ("copy:1", "sim:32")}})]
+    probed = [{"reader": name} for name in ("head", "sim:1", "copy:1", "sim:32")]
+    rivals = [
+        {"name": f"{reader} {kind}", "reader": reader, "acc": 0.8, "acc_dense": 0.9, "acc_low": 0.7, "acc_high": 0.9,
+         "saved": 0.3}
+        for kind in ("gap", "svm") for reader in ("sim:32", "head", "copy:1")
+    ]  # fmt: skip
+    found = {"readers": probed, "contestants": rivals, "chosen": {"name": "copy:1 svm"}}
+    mark_of = page.reader_marks(Tuned(found, made, []))
+    assert set(mark_of) == {"head", "sim:1", "copy:1", "sim:32"}
+    lines = per_block.readers(made)
+    assert [mark_of[name] for name in lines] == [marks.of(i) for i in range(3)], "as lines per reader are drawn"
+    dense, *points = page.frontier_points(found, mark_of)
+    assert dense.mark == marks.DENSE
+    assert {point.label: point.mark for point in points} == {
+        "sim:32 gap": mark_of["sim:32"], "head gap": mark_of["head"], "recommended: copy:1 svm": mark_of["copy:1"]
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("given", ["stopper=gap:0.8", "reader=copy", "check_layers=3"])

@@ -257,19 +257,17 @@ def _verdict(
     places: dict[tuple[str, int], int] | None,
 ) -> Verdict:
     from lm_eval_adainfer.comparison import gate
-    from lm_eval_adainfer.comparison.compare import POOLED, group_of_all, pool_of, weighs_tasks
     from lm_eval_adainfer.comparison.matching import match
 
-    group = arguments.group or group_of_all(baseline, candidate)
-    return gate.judge(
+    return gate.judge_runs(
+        baseline,
+        candidate,
         match(baseline, candidate, None, bool(arguments.other_prompts), said),
-        pool_of(baseline, group),
         arguments.max_drop,
         arguments.min_pruning,
         arguments.min_flops_saved,
-        group or POOLED,
-        by_task=weighs_tasks(baseline, candidate, group) if group else (),
-        places=places,
+        arguments.group,
+        places,
     )
 
 

@@ -7,6 +7,8 @@ from typing import Any
 
 from lm_eval_adainfer.cli import options, terminal
 
+MAX_DROP = 0.01
+
 
 def add_parser(commands: Any) -> argparse.ArgumentParser:
     """Add the command to ``adainfer``'s."""
@@ -21,6 +23,13 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     parser.add_argument("runs", nargs="+", metavar="RUN", help=options.RUN + "; the first is the baseline")
     parser.add_argument("--traces", metavar="FOLDER", help="of adainfer trace, of the same model")
     parser.add_argument("--output", "-o", required=True, help="the folder for the page and the pictures")
+    parser.add_argument(
+        "--max-drop",
+        type=float,
+        default=MAX_DROP,
+        metavar="X",
+        help="the drop that the leaderboard judges runs by, as adainfer check does: 0.01 is one point (default: 0.01)",
+    )
     parser.add_argument("--title", default="Early exit, measured", help="of the page")
     options.add_tasks(parser)
     options.add_matching(parser)
@@ -34,5 +43,13 @@ def run(arguments: argparse.Namespace) -> None:
 
     report.require()
     found = runs.load_all(arguments.runs, "runs", prompts=True, selection=options.selection(arguments))
-    page = report.write(found, arguments.output, arguments.traces, arguments.title, None, bool(arguments.other_prompts))
+    page = report.write(
+        found,
+        arguments.output,
+        arguments.traces,
+        arguments.title,
+        None,
+        bool(arguments.other_prompts),
+        arguments.max_drop,
+    )
     terminal.show(str(page))

@@ -21,9 +21,10 @@ from typing import Any
 import numpy as np
 
 from lm_eval_adainfer import statistics
-from lm_eval_adainfer.comparison.compare import row
+from lm_eval_adainfer.comparison.compare import POOLED, group_of_all, pool_of, row, weighs_tasks
 from lm_eval_adainfer.comparison.evidence import APPROXIMATE, BETTING, EXACT, TASKS, Evidence
 from lm_eval_adainfer.comparison.matching import Pairs, main_kind, pools
+from lm_eval_adainfer.comparison.runs import Run
 from lm_eval_adainfer.comparison.selection import listing
 from lm_eval_adainfer.errors import AdaInferError
 
@@ -219,6 +220,44 @@ def judge(
         unit=unit,
         notes=notes,
         pools=found,
+    )
+
+
+def judge_runs(
+    baseline: Run,
+    candidate: Run,
+    pairs: Sequence[Pairs],
+    max_drop: float,
+    min_pruning: float | None = None,
+    min_flops_saved: float | None = None,
+    group: str | None = None,
+    places: Mapping[tuple[str, int], int] | None = None,
+) -> Verdict:
+    """:func:`judge` two whole runs, or a group of them, whose tasks weigh as they do in the group's own score.
+
+    Args:
+        baseline: The run.
+        candidate: The run.
+        pairs: Their documents, matched.
+        max_drop: As for :func:`judge`, as what follows.
+        min_pruning: The least mean ``pruning_ratio``.
+        min_flops_saved: The least saving.
+        group: The group or task that is the pool; None for all documents.
+        places: The order in which documents came.
+
+    Raises:
+        AdaInferError: As :func:`judge`'s, and on a group that the runs don't have.
+    """
+    group = group or group_of_all(baseline, candidate)
+    return judge(
+        pairs,
+        pool_of(baseline, group),
+        max_drop,
+        min_pruning,
+        min_flops_saved,
+        group or POOLED,
+        by_task=weighs_tasks(baseline, candidate, group) if group else (),
+        places=places,
     )
 
 

@@ -1,9 +1,9 @@
 """Builds the demo model: `python -m lm_eval_adainfer.demo.build --output DIR`, about half an hour on one core.
 
 Generates the data, trains the tokenizer and a small Llama on the `train` documents, prints what each block already
-knows of the `test` documents, saves the folder, and fits the stopper that ships (`stoppers/svm.yaml`). Training is
-plain next-token prediction at the last block: no auxiliary loss at intermediate blocks, so what early exit finds
-there has grown by itself.
+knows of the `test` documents, saves the folder, and fits the paper's SVM (`stoppers/svm.yaml`); `adainfer tune` makes
+the other stopper that is shown with it (`stoppers/demo.yaml`). Training is plain next-token prediction at the last
+block: no auxiliary loss at intermediate blocks, so what early exit finds there has grown by itself.
 """
 
 from __future__ import annotations

@@ -170,7 +170,7 @@ def calibrate(
     }
     chosen = copy.copy(stopper)
     chosen.threshold = float(thresholds[at])  # type: ignore[attr-defined]
-    chosen.info, chosen.reader = {**stopper.info, "promise": promise}, reader
+    chosen.info, chosen.reader, chosen.calibrated = {**stopper.info, "promise": promise}, reader, used
     if reader.runs_tokens:
         chosen.info["check_layers"] = blocks
     for key in ("model", "n_blocks", "head_hash"):

@@ -20,7 +20,7 @@ from lm_eval.config.group import AggMetricConfig
 
 from lm_eval_adainfer import statistics
 from lm_eval_adainfer.errors import AdaInferError
-from lm_eval_adainfer.harness import pilot, private, promise
+from lm_eval_adainfer.harness import pilot, private, promise, seen
 from lm_eval_adainfer.harness.gold import right_requests
 from lm_eval_adainfer.records import ExitRecord
 
@@ -54,6 +54,7 @@ class ReportsExits(Protocol):
     run_totals: dict[str, Any]
     pilot_record: dict[str, Any] | None
     promise_record: dict[str, Any] | None
+    seen_record: dict[str, Any] | None
 
     @property
     def fingerprint(self) -> str:
@@ -118,6 +119,7 @@ def evaluate_with_exit_statistics(
     model.pilot_record, dense = None, pilot.Pilot(model, tasks)
     how = inspect.signature(evaluate).bind(lm, task_dict, *args, **kwargs).arguments
     model.promise_record = promise.check(model, tasks, how)
+    model.seen_record = seen.check(model, tasks, how)
     with ExitStack() as stack:
         if model is lm:  # a cache that an earlier run was given is not this one's
             stack.enter_context(model.without_cache())

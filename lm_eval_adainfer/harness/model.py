@@ -101,8 +101,8 @@ class AdaInferLM(HFLM):
             among choices of one token each exceeds it; ``choice_gap:0.5:3``: after 3 asked blocks in a row),
             ``fixed:24`` (always after block 24), ``shortgpt:last5`` (without the last 5 blocks), ``shortgpt:bi:8:FILE``
             (without the 8 blocks of least Block Influence, as ``adainfer influence`` wrote them to FILE), a built-in
-            name (``svm``: fitted on ``adainfer-demo``), or a stopper file written by ``adainfer fit`` or ``adainfer
-            influence``.
+            name (``demo``, ``svm``, ``best``: made on ``adainfer-demo``), or a stopper file written by ``adainfer
+            tune``, ``fit``, ``calibrate`` or ``influence``.
         min_layer: No exit before this block (1 to L; default 1).
         check_layers: After which blocks the stopper is asked: ``all`` (default with ``reader=head`` and ``tuned``),
             ``every:2``, or a list ``8+12+16``. With ``copy`` and ``sim``, where asking is dear, the default is those
@@ -219,6 +219,7 @@ class AdaInferLM(HFLM):
         self.run_totals: dict[str, Any] = {}
         self.pilot_record: dict[str, Any] | None = None
         self.promise_record: dict[str, Any] | None = None
+        self.seen_record: dict[str, Any] | None = None
         self._document_keys: list[Any] = []
         self._warned_not_finite = False
         self._warned_of_dear_checks = False

@@ -49,6 +49,7 @@ def of(lm: Any, sharing: Sharing | None, windows: Windows | None) -> dict[str, A
         **({} if lm.auto_record is None else {"stopper_auto": lm.auto_record}),
         **({} if lm.pilot_record is None else {"pilot": lm.pilot_record}),
         **(lm.promise_record or {}),
+        **(lm.seen_record or {}),
         **({"generated_tokens_per_second_measured": tokens / seconds} if tokens and seconds else {}),
         "versions": {
             "lm_eval_adainfer": __version__,

@@ -16,13 +16,12 @@ from typing import Any
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
-from lm_eval_adainfer.output import per_block
+from lm_eval_adainfer.output import marks, per_block
+from lm_eval_adainfer.output.marks import Mark
 from lm_eval_adainfer.output.per_block import Line
 
-# Okabe & Ito (2008), without black and yellow, which vanish on a dark and a light ground
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-_MARKERS, _DASHES = "oD^vPX", ("-", "--", "-.", ":")
 _INK, _FAINT = "#1b1f24", "#8a8f96"
 _STYLE: Any = {
     "svg.fonttype": "none",  # text stays text: small, searchable, in the page's font
@@ -58,7 +57,7 @@ class Point:
     accuracy: float
     lower: float
     upper: float
-    dense: bool = False
+    mark: Mark
     simulated: bool = False
 
 
@@ -93,13 +92,12 @@ def frontier(points: Sequence[Point], metric: str, share: bool = True, lower_is_
     if len(best) > 1:
         axes.plot([100 * p.compute for p in best], [scale * p.accuracy for p in best], "--", color=_FAINT, lw=1.2,
                   label="frontier", zorder=1)  # fmt: skip
-    for i, p in enumerate(points):
+    for p in points:
         x, y = 100 * p.compute, scale * p.accuracy
-        marker = "*" if p.simulated else "s" if p.dense else _MARKERS[i % 6]
         axes.errorbar(
             x, y, yerr=[[scale * max(0.0, p.accuracy - p.lower)], [scale * max(0.0, p.upper - p.accuracy)]],
-            fmt=marker, ms=12 if p.simulated else 7, capsize=3, color=COLOURS[i % 6], label=short(p.label, 44),
-            mfc="none" if p.simulated else COLOURS[i % 6],
+            fmt="*" if p.simulated else p.mark.marker, ms=12 if p.simulated else 7, capsize=3, color=p.mark.colour,
+            label=short(p.label, 44), mfc="none" if p.simulated else p.mark.colour,
         )  # fmt: skip
     axes.set_xlim(0, max(105.0, 105 * max(p.compute for p in points)))
     axes.set_xlabel("compute, counted FLOPs (% of the dense run)")
@@ -108,8 +106,14 @@ def frontier(points: Sequence[Point], metric: str, share: bool = True, lower_is_
     return figure
 
 
-def histograms(title_of: dict[str, dict[str, np.ndarray]], n_blocks: int) -> Figure:
-    """Exit blocks per task (task -> run -> exit block per document); a heat map where there are many tasks."""
+def histograms(title_of: dict[str, dict[str, np.ndarray]], n_blocks: int, mark_of: Mapping[str, Mark]) -> Figure:
+    """Exit blocks per task; a heat map where there are many tasks.
+
+    Args:
+        title_of: Task -> run -> exit block per document.
+        n_blocks: Of the model.
+        mark_of: Run -> its mark.
+    """
     if len(title_of) > PANELS:
         return _heat_map(title_of, n_blocks)
     columns = min(3, len(title_of))
@@ -120,13 +124,13 @@ def histograms(title_of: dict[str, dict[str, np.ndarray]], n_blocks: int) -> Fig
     labels = list(dict.fromkeys(run for runs in title_of.values() for run in runs))
     for axes, (task, runs) in zip(grid.flat, title_of.items(), strict=False):
         for run, layers in runs.items():
-            i = labels.index(run)
+            mark = mark_of[run]
             share = 100 * np.histogram(layers, edges)[0] / len(layers)
             if len(labels) == 1:
-                axes.bar(np.arange(1, n_blocks + 1), share, width=0.85, color=COLOURS[0])
+                axes.bar(np.arange(1, n_blocks + 1), share, width=0.85, color=mark.colour)
             else:
-                axes.stairs(share, edges, color=COLOURS[i % 6], lw=1.8, ls=_DASHES[i % 4], label=short(run))
-            axes.axvline(layers.mean(), color=COLOURS[i % 6], lw=1, ls=":")
+                axes.stairs(share, edges, color=mark.colour, lw=1.8, ls=mark.dash, label=short(run))
+            axes.axvline(layers.mean(), color=mark.colour, lw=1, ls=":")
         axes.set_title(short(task), fontsize=9)
         axes.set_xlim(0.4, n_blocks + 0.6)
         axes.locator_params(axis="x", integer=True)
@@ -207,17 +211,16 @@ def _panels(panels: Mapping[str, Sequence[Line]], unit: str) -> Figure:
         for line in lines:
             at = np.flatnonzero(~np.isnan(line.values))
             blocks, values = at + 1, line.values[at]
-            colour = COLOURS[line.colour % 6]
+            mark = marks.of(line.colour)
             if line.faint:
                 (handle,) = axes.plot(blocks, values, color=_FAINT, lw=0.8, alpha=0.6, zorder=1)
                 handles.setdefault(line.label, handle)
                 continue
             (handle,) = axes.plot(
-                blocks, values, color=colour, ls="--" if line.dashed else "-", lw=1.6,
-                marker=_MARKERS[(line.colour + line.colour // 6) % 6], ms=3.5,
+                blocks, values, color=mark.colour, ls="--" if line.dashed else "-", lw=1.6, marker=mark.marker, ms=3.5,
             )  # fmt: skip
             if line.lower is not None and line.upper is not None:
-                axes.fill_between(blocks, line.lower[at], line.upper[at], color=colour, alpha=0.18, lw=0)
+                axes.fill_between(blocks, line.lower[at], line.upper[at], color=mark.colour, alpha=0.18, lw=0)
             handles.setdefault(short(line.label, 36), handle)
         if len(panels) > 1:
             axes.set_title(name, fontsize=10)
@@ -233,22 +236,29 @@ def _panels(panels: Mapping[str, Sequence[Line]], unit: str) -> Figure:
     return figure
 
 
-def speed(rows: Sequence[tuple[str, float, float]]) -> Figure:
-    """Speed-ups (run, predicted, measured): what the counted FLOPs would give beside what the clock gave."""
+def speed(rows: Sequence[tuple[str, float, float]], mark_of: Mapping[str, Mark]) -> Figure:
+    """Speed-ups: what the counted FLOPs would give, hollow, beside what the clock gave, filled.
+
+    Args:
+        rows: Run, predicted, measured.
+        mark_of: Run -> its mark.
+    """
     figure = Figure(figsize=(5.8, 1.4 + 0.4 * len(rows)), layout="constrained")
     axes = figure.subplots()
-    for y, (_, predicted, measured) in enumerate(rows):
+    for y, (run, predicted, measured) in enumerate(rows):
+        mark = mark_of[run]
         axes.plot([predicted, measured], [y, y], color=_FAINT, lw=1.5, zorder=1)
-        axes.plot(predicted, y, "o", ms=9, mfc="none", mew=2, color=COLOURS[0], label="predicted: 1 / FLOPs, counted")
-        axes.plot(measured, y, "D", ms=7, color=COLOURS[1], label="measured, once")
+        axes.plot(predicted, y, mark.marker, ms=10, mfc="none", mew=2, color=mark.colour)
+        axes.plot(measured, y, mark.marker, ms=7, color=mark.colour)
     axes.axvline(1, color=_INK, lw=1, ls=":")
     axes.set_yticks(range(len(rows)), [short(r[0], 32) for r in rows])
     axes.set_ylim(len(rows) - 0.5, -0.5)
     axes.set_xlim(0, max(1.2, 1.1 * max(max(r[1:]) for r in rows)))
     axes.set_xlabel("speed-up over the baseline (times; dotted: as fast)")
     axes.grid(axis="y", visible=False)
-    handles, labels = axes.get_legend_handles_labels()
-    figure.legend(handles[:2], labels[:2], loc="outside upper center", ncols=2, fontsize=9)
+    shown = {"predicted: 1 / FLOPs, counted": "none", "measured, once": _INK}
+    handles = [Line2D([], [], ls="", marker="o", ms=8, mew=2, color=_INK, mfc=face) for face in shown.values()]
+    figure.legend(handles, list(shown), loc="outside upper center", ncols=2, fontsize=9)
     return figure
 
 

@@ -12,6 +12,7 @@ import numpy as np
 
 from lm_eval_adainfer import container, statistics
 from lm_eval_adainfer._version import __version__
+from lm_eval_adainfer.comparison import gate
 from lm_eval_adainfer.comparison.compare import POOLED, compare
 from lm_eval_adainfer.comparison.evidence import reach, weights_of
 from lm_eval_adainfer.comparison.matching import Pairs, match, pools
@@ -19,7 +20,8 @@ from lm_eval_adainfer.comparison.runs import Run
 from lm_eval_adainfer.comparison.selection import listing
 from lm_eval_adainfer.errors import AdaInferError
 from lm_eval_adainfer.harness.metrics import population_variance
-from lm_eval_adainfer.output import per_block
+from lm_eval_adainfer.output import marks, per_block, verdicts
+from lm_eval_adainfer.output.marks import Mark
 from lm_eval_adainfer.traces.documents import TracedDocuments
 
 _WIDE = 8  # columns of tasks that still fit a table; beyond, groups take their place
@@ -35,7 +37,19 @@ class Cell:
     pruning: float | None
     layers: float | None
     variance: float | None
-    best: bool = False
+    beyond: bool = False  # its task's guard failed
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A run's line in the leaderboard; the baseline has no verdict."""
+
+    label: str
+    mark: Mark
+    verdict: gate.Verdict | None
+    said: str  # in one word: within, beyond or inconclusive
+    compute: float  # share of the dense run's FLOPs
+    cells: list[Cell]
 
 
 @dataclass(frozen=True)
@@ -62,6 +76,7 @@ def write(
     title: str = "Early exit, measured",
     metric: str | None = None,
     other_prompts: bool = False,
+    max_drop: float = 0.01,
 ) -> Path:
     """Write ``index.html`` and the pictures.
 
@@ -72,6 +87,7 @@ def write(
         title: Of the page.
         metric: For all tasks; by default each task's own.
         other_prompts: Accept that prompts differ between the runs.
+        max_drop: The drop from the baseline that the leaderboard judges runs by, as ``adainfer check`` does.
 
     Returns:
         The page.
@@ -91,18 +107,23 @@ def write(
     pairs = {run.label: match(baseline, run, metric, other_prompts, said) for run in runs}
     columns = _columns(baseline, pairs)
     comparisons = [compare(baseline, run, metric, other_prompts) for run in others]
+    verdicts_of = {run.label: gate.judge_runs(baseline, run, pairs[run.label], max_drop) for run in others}
+    said += [note for verdict in verdicts_of.values() for note in verdict.notes]
+    mark_of = marks.of_all((run.label for run in runs), dense=baseline.label)
     if apart := pools(pairs[baseline.label])[1:]:
         which = listing(f"{p.task} ({p.metric})" for alike in apart for p in alike)
         said.append(f"the frontier leaves out {which}, which are another metric")
     folder, pictures = Path(output), []
-    for name, heading, caption, figure in _figures(runs, _pooled(pairs), found):
+    for name, heading, caption, figure in _figures(runs, _pooled(pairs), found, mark_of):
         pictures.append(save_picture(folder, name, heading, caption, figure))
     text = render(
         "page.html",
         title=title,
         runs=runs,
         columns=list(columns),
-        leaderboard=_leaderboard(runs, pairs, columns),
+        leaderboard=_leaderboard(runs, pairs, columns, verdicts_of, mark_of),
+        max_drop=max_drop,
+        mark_of=mark_of,
         comparisons=comparisons,
         pictures=pictures,
         documents=[(run.label, run.n_blocks, *_extremes(run, pairs[run.label])) for run in runs if _early(run, pairs)],
@@ -158,22 +179,24 @@ def _columns(run: Run, pairs: dict[str, list[Pairs]]) -> dict[str, list[str]]:
 
 
 def _leaderboard(
-    runs: list[Run], pairs: dict[str, list[Pairs]], columns: dict[str, list[str]]
-) -> list[tuple[str, list[Cell]]]:
-    """A row per run, a cell per column, like the paper's Tables 2, 7 and 8; the best early exit is marked."""
-    table = {run.label: [_cell(pairs[run.label], tasks) for tasks in columns.values()] for run in runs}
-    lower = [next(p.lower_is_better for p in pairs[runs[0].label] if p.task in tasks) for tasks in columns.values()]
-    candidates = [run.label for run in runs[1:]]
-    rows = []
-    for label, cells in table.items():
-        marked = []
-        for i, cell in enumerate(cells):
-            scores = [table[c][i].score for c in candidates]
-            best = len(candidates) > 1 and label in candidates
-            best = best and cell.score == (min(scores) if lower[i] else max(scores))
-            marked.append(replace(cell, best=best))
-        rows.append((label, marked))
-    return rows
+    runs: list[Run],
+    pairs: dict[str, list[Pairs]],
+    columns: dict[str, list[str]],
+    verdicts_of: dict[str, gate.Verdict],
+    mark_of: dict[str, Mark],
+) -> list[Entry]:
+    """A line per run, a cell per column, like the paper's Tables 2, 7 and 8, with the verdict on its drop."""
+    found = []
+    for run in runs:
+        verdict = verdicts_of.get(run.label)
+        failed = {guard.task for guard in verdict.guards if guard.failed} if verdict else set()
+        cells = [
+            replace(_cell(pairs[run.label], tasks), beyond=len(tasks) == 1 and tasks[0] in failed)
+            for tasks in columns.values()
+        ]
+        said = verdicts.OF_DROP[verdict.status] if verdict else ""
+        found.append(Entry(run.label, mark_of[run.label], verdict, said, _compute(pairs[run.label]), cells))
+    return found
 
 
 def _cell(pairs: list[Pairs], tasks: list[str]) -> Cell:
@@ -218,14 +241,14 @@ def _extremes(run: Run, pairs: list[Pairs]) -> tuple[list[dict[str, Any]], list[
 
 
 def _figures(
-    runs: list[Run], pairs: dict[str, list[Pairs]], traces: list[TracedDocuments]
+    runs: list[Run], pairs: dict[str, list[Pairs]], traces: list[TracedDocuments], mark_of: dict[str, Mark]
 ) -> list[tuple[str, str, str, Any]]:
     """Name, heading, caption and figure of everything that these runs have data for."""
     from lm_eval_adainfer.output import figures
 
     found = []
     with figures.style():
-        points, metric = _points(runs, pairs, traces)
+        points, metric = _points(runs, pairs, traces, mark_of)
         first = pairs[runs[0].label][0]
         caption = (
             "FLOPs are counted, checks of the head included (flops_ratio_total); runs that don't log them ran dense. "
@@ -244,14 +267,14 @@ def _figures(
             found.append(
                 ("exit_layers", "Exit blocks per task", f"Counted; {n_blocks} blocks in all. One exit per document. "
                  "Runs that always leave at the same block are left out.",
-                 figures.histograms(layers, n_blocks))
+                 figures.histograms(layers, n_blocks, mark_of))
             )  # fmt: skip
         if rows := _speeds(runs, pairs):
             found.append(
                 ("speed", "Speed-up, measured and predicted",
                  "Predicted from counted FLOPs; measured is one run's wall-clock against the baseline's, so without an "
                  "interval: seconds in the model where both have them, else of the whole evaluation, loading included.",
-                 figures.speed(rows))
+                 figures.speed(rows, mark_of))
             )  # fmt: skip
         many = len(traces) > figures.LINES
         panels = per_block.accuracy_panels(traces, figures.PANELS)
@@ -286,7 +309,9 @@ def _figures(
     return found
 
 
-def _points(runs: list[Run], pairs: dict[str, list[Pairs]], traces: list[TracedDocuments]) -> tuple[list[Any], str]:
+def _points(
+    runs: list[Run], pairs: dict[str, list[Pairs]], traces: list[TracedDocuments], mark_of: dict[str, Mark]
+) -> tuple[list[Any], str]:
     from lm_eval_adainfer.output.figures import Point
 
     points = []
@@ -302,10 +327,10 @@ def _points(runs: list[Run], pairs: dict[str, list[Pairs]], traces: list[TracedD
                 spread = statistics.ratio_interval(values - mean, weights, reach=furthest)
             lower, upper = mean + spread.lower, mean + spread.upper
         name = f"{run.label} (baseline)" if i == 0 else run.label
-        points.append(Point(name, _compute(pairs[run.label]), mean, lower, upper, dense=i == 0))
+        points.append(Point(name, _compute(pairs[run.label]), mean, lower, upper, mark_of[run.label]))
     simulated = per_block.oracle([t for t in traces if t.meta["task"] in runs[0].tasks])
     if simulated and not pairs[runs[0].label][0].kind[0]:
-        points.append(Point("oracle, simulated", *simulated, simulated=True))
+        points.append(Point("oracle, simulated", *simulated, marks.DENSE, simulated=True))
     first = pairs[runs[0].label]
     return points, "/".join(dict.fromkeys(p.metric for p in first)) + (f", {first[0].unit}" if first[0].unit else "")
 

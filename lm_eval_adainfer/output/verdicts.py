@@ -15,6 +15,9 @@ from lm_eval_adainfer.errors import AdaInferError
 from lm_eval_adainfer.output.rendering import escape_markdown
 
 _MARK = {PASS: "passed", FAIL: "failed", INCONCLUSIVE: "inconclusive"}
+WITHIN, BEYOND = "within", "beyond"
+# a verdict on a drop alone, beside a run
+OF_DROP = {PASS: WITHIN, FAIL: BEYOND, INCONCLUSIVE: "inconclusive"}
 
 
 def text(verdict: Verdict, baseline: str, candidate: str) -> str:

@@ -23,9 +23,9 @@ class Stopper(ABC):
     Subclasses set ``kind`` (what ``stopper=`` calls it), ``features`` (names from ``features.FEATURES``, in the
     order of the columns that :meth:`margin` gets) and, where they decide from more than one block, ``memory`` (how many
     numbers they keep per decision). Those that a stopper file can hold also have ``threshold`` (what :meth:`margin`
-    subtracts), ``arrays``, :meth:`parameters`, ``info`` (where it comes from), ``seen`` (the documents it was
-    fitted on: ``"task/split"`` to their indices) and ``reader`` (under which it was fitted; None where it comes from no
-    file).
+    subtracts), ``arrays``, :meth:`parameters`, ``info`` (where it comes from), ``seen`` and ``calibrated`` (the
+    documents it was fitted on, and those its threshold was moved on: ``"task/split"`` to their indices) and ``reader``
+    (under which it was fitted; None where it comes from no file).
     """
 
     kind: str
@@ -36,6 +36,7 @@ class Stopper(ABC):
     arrays: Mapping[str, np.ndarray] = {}
     info: dict[str, Any] = {}
     seen: dict[str, list[int]] = {}
+    calibrated: dict[str, list[int]] = {}
     reader: Reader | None = None
 
     @abstractmethod

@@ -35,7 +35,7 @@ def require_savable(stopper: Stopper) -> dict[str, Any]:
     """
     if stopper.kind not in savable():
         raise AdaInferError(f"stopper: files hold no {stopper.kind}; they hold {', '.join(savable())}")
-    meta = {"kind": stopper.kind, "parameters": stopper.parameters(), "info": stopper.info, "seen": stopper.seen}
+    meta = {"kind": stopper.kind, "parameters": stopper.parameters(), "info": stopper.info, **_documents(stopper)}
     try:
         meta = json.loads(json.dumps(meta))
     except (TypeError, ValueError) as error:
@@ -61,11 +61,13 @@ def load(path: str | Path) -> Stopper:
     """
     meta, arrays = container.read(path, "stopper", VERSION, "stopper")
     reader, arrays = readers.unpacked(meta.get("reader", {"kind": "head"}), arrays)  # older files know no other
-    kind, parameters, info, seen = (meta.get(name) for name in ("kind", "parameters", "info", "seen"))
+    kind, parameters, info, *listed = (meta.get(name) for name in ("kind", "parameters", "info", *_DOCUMENTS))
+    seen, calibrated = (documents or {} for documents in listed)
     if kind not in savable():
         known = ", ".join(savable())
         raise AdaInferError(f"stopper: {path} holds a stopper of kind {kind!r}; this release knows {known}")
-    if not isinstance(parameters, dict) or not isinstance(info, dict) or not isinstance(seen or {}, dict):
+    listed_well = isinstance(seen, dict) and isinstance(calibrated, dict)
+    if not isinstance(parameters, dict) or not isinstance(info, dict) or not listed_well:
         raise AdaInferError(f"stopper: {path} is damaged or truncated (no parameters); make it again")
     try:
         stopper = STRATEGIES[kind].stopper_class().rebuild(arrays, **parameters)
@@ -73,8 +75,15 @@ def load(path: str | Path) -> Stopper:
         raise
     except (TypeError, ValueError, OverflowError) as error:
         raise AdaInferError(f"stopper: {path} has wrong parameters ({error}); make it again") from None
-    stopper.info, stopper.seen, stopper.reader = info, seen or {}, reader
+    stopper.info, stopper.seen, stopper.calibrated, stopper.reader = info, seen, calibrated, reader
     return stopper
+
+
+_DOCUMENTS = ("seen", "calibrated")
+
+
+def _documents(stopper: Stopper) -> dict[str, Any]:
+    return {name: getattr(stopper, name) for name in _DOCUMENTS}
 
 
 def built_in() -> dict[str, Path]:

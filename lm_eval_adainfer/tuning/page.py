@@ -7,11 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from lm_eval_adainfer import container
-from lm_eval_adainfer.output import per_block, report
+from lm_eval_adainfer.output import marks, per_block, report
+from lm_eval_adainfer.output.marks import Mark
 from lm_eval_adainfer.tuning.told import LOST
 from lm_eval_adainfer.tuning.tune import Tuned
-
-_POINTS = 5  # readers in the frontier, so that each has its colour and mark
 
 
 def write(tuned: Tuned, output: str | Path, command: str) -> Path | None:
@@ -28,20 +27,29 @@ def write(tuned: Tuned, output: str | Path, command: str) -> Path | None:
     if any(find_spec(name) is None for name in ("matplotlib", "jinja2")):
         return None
     folder, found = Path(output), tuned.found
-    pictures = [report.save_picture(folder, *one) for one in _figures(tuned)]
+    mark_of = reader_marks(tuned)
+    pictures = [report.save_picture(folder, *one) for one in _figures(tuned, mark_of)]
     title = f"Early exit, tuned: {found['model']['model']}"
-    text = report.render("tune.html", title=title, found=found, command=command, pictures=pictures, lost=LOST)
+    text = report.render(
+        "tune.html", title=title, found=found, command=command, pictures=pictures, lost=LOST, mark_of=mark_of
+    )
     container.write_atomically(folder / "index.html", text.encode("utf-8", "replace"))
     return folder / "index.html"
 
 
-def _figures(tuned: Tuned) -> list[tuple[str, str, str, Any]]:
+def reader_marks(tuned: Tuned) -> dict[str, Mark]:
+    """Every reader's colour and mark, which its contestants share; in the order in which the traces hold them."""
+    probed = [one["reader"] for one in tuned.found["readers"]]
+    return marks.of_all([*per_block.readers(tuned.fitting), *probed])
+
+
+def _figures(tuned: Tuned, mark_of: dict[str, Mark]) -> list[tuple[str, str, str, Any]]:
     """Name, heading, caption and figure of everything that there is data for."""
     from lm_eval_adainfer.output import figures
 
     found = []
     with figures.style():
-        if points := _points(tuned.found):
+        if points := frontier_points(tuned.found, mark_of):
             found.append(
                 ("frontier", "Accuracy against work",
                  "The most promising contestant of every reader on fitting documents, simulated, judged by "
@@ -58,17 +66,25 @@ def _figures(tuned: Tuned) -> list[tuple[str, str, str, Any]]:
                  figures.accuracy(panels))
             )  # fmt: skip
         if tuned.exits:
-            name = tuned.found["chosen"]["name"]
+            name, reader = (tuned.found["chosen"][key] for key in ("name", "reader"))
             found.append(
                 ("exit_layers", "Where documents leave", "Simulated on test documents, with what is recommended.",
                  figures.histograms({task: {name: exits} for task, exits in tuned.exits.items()},
-                                    tuned.found["model"]["n_blocks"]))
+                                    tuned.found["model"]["n_blocks"], {name: mark_of[reader]}))
             )  # fmt: skip
     return found
 
 
-def _points(found: dict[str, Any]) -> list[Any]:
-    """The dense model and the most promising contestant of every reader; none where accuracy is not known."""
+def frontier_points(found: dict[str, Any], mark_of: dict[str, Mark]) -> list[Any]:
+    """The dense model, and the recommended or most promising contestant of every reader.
+
+    Args:
+        found: What ``tune.json`` holds.
+        mark_of: :func:`reader_marks`.
+
+    Returns:
+        ``figures.Point`` each; none where accuracy is not known.
+    """
     from lm_eval_adainfer.output.figures import Point
 
     shown = [one for one in found["contestants"] if one["acc"] is not None]
@@ -76,12 +92,13 @@ def _points(found: dict[str, Any]) -> list[Any]:
     best: dict[str, Any] = {}
     for one in sorted(shown, key=lambda one: one["name"] != chosen):
         best.setdefault(one["reader"], one)
-    shown = [one for one in shown if one in best.values()][:_POINTS]
+    shown = [one for one in shown if one in best.values()]
     if not shown:
         return []
     dense = shown[0]["acc_dense"]
-    points = [Point("stopper=none", 1.0, dense, dense, dense, dense=True)]
+    points = [Point("stopper=none", 1.0, dense, dense, dense, marks.DENSE)]
     for one in shown:
-        mark = "recommended: " if one["name"] == chosen else ""
-        points.append(Point(mark + one["name"], 1 - one["saved"], one["acc"], one["acc_low"], one["acc_high"]))
+        label = f"recommended: {one['name']}" if one["name"] == chosen else one["name"]
+        mark = mark_of[one["reader"]]
+        points.append(Point(label, 1 - one["saved"], one["acc"], one["acc_low"], one["acc_high"], mark))
     return points

@@ -96,6 +96,7 @@ class Tuning:
         self.named = {**(named or {}), "tasks": sorted(tasks), **settings.described()}
         self._started = time.monotonic()
         self._sizes: dict[str, dict[str, int]] = {}  # split -> task -> documents
+        self._seen: dict[str, set[int]] = {}  # "task/split" -> documents by which it chooses
 
     def run(self) -> Tuned:
         """Do all of it; what an equal command that was killed has finished is kept.
@@ -116,7 +117,7 @@ class Tuning:
         fitter = Fitter(fitting_files, self.settings.seed)
         fitted_under = [one.reader for one in probed if not one.hopeless]
         rivals, chosen, without = candidates(fitter, fitted_under, allowance, self.settings)
-        fitting = documents.read(fitting_files)
+        fitting = self._noted(documents.read(fitting_files))
         result = self._described(probed, fitting, rivals, without, allowance.share)
         tuned = Tuned(result, fitting, rivals)
         result["calibration"] = {
@@ -155,7 +156,7 @@ class Tuning:
         some = [(reader, blocks) for reader in every[1:]] if blocks else []
         found = self._trace("train", [(HEAD, self._every_block()), *some], limit, place)
         took = time.monotonic() - started
-        traces = documents.read(found)
+        traces = self._noted(documents.read(found))
         probed = probe.judge(traces, [HEAD, *(reader for reader, _ in some)])
         for one in probed:
             if one.hopeless and decided is None:
@@ -240,6 +241,13 @@ class Tuning:
         """How many documents of a task's split are traced, where so many of all tasks are wanted."""
         return min(self._limit(split, count), self._held(split)[name])
 
+    def _noted(self, traces: list[TracedDocuments]) -> list[TracedDocuments]:
+        """The traces, whose documents are noted as seen: a rule's blocks are chosen by them, too."""
+        for trace in traces:
+            place = f"{trace.meta['task']}/{trace.meta['split']}"
+            self._seen.setdefault(place, set()).update(trace.doc_ids.tolist())
+        return traces
+
     def _say(self, step: int, what: str, seconds: float = 0.0) -> None:
         """Where it is, and about how many seconds tracing will take yet, at most."""
         about = f"; at most about {seconds / 60:.1f} minutes of tracing left" if seconds else ""
@@ -287,6 +295,7 @@ class Tuning:
         wanted = self._under([chosen])
         files = self._trace("test", wanted, documents_each)
         blocks = chosen.choice.blocks
+        stopper.seen = {place: sorted(seen) for place, seen in self._seen.items()}
         stopper.info["tuned"] = auto.described(
             self.lm, self.asked, tuned.found["shots"], stopper.reader or HEAD, blocks
         )
