@@ -47,6 +47,7 @@ def search(
     most_lost: float,
     thresholds: Sequence[float] | None = None,
     calibration: int | None = None,
+    text: np.ndarray | None = None,
 ) -> Choice:
     """Choose threshold and blocks; for every threshold, blocks greedily, always the one that saves most.
 
@@ -59,6 +60,7 @@ def search(
         most_lost: The greatest share of lost documents that is allowed.
         thresholds: That are tried; by default quantiles of the scores.
         calibration: The number of calibration documents; None leaves calibration out of it.
+        text: [D], where rows are tokens, the text of each, from 0; a text loses what its worst token loses.
     """
     n, n_blocks = scores.shape
     possible = [k for k in range(1, n_blocks) if not np.isnan(scores[:, k - 1]).all()]
@@ -67,13 +69,13 @@ def search(
     best: dict[tuple[int, ...], Choice] = {(): nothing}  # of every set of blocks
     for threshold in tried:
         stops = scores > threshold  # NaN never does
-        found = _blocks(stops, lost, work, most_lost, possible, float(threshold))
+        found = _blocks(stops, lost, work, most_lost, possible, float(threshold), text)
         if found.blocks and (found.blocks not in best or found.cost < best[found.blocks].cost - 1e-12):
             best[found.blocks] = found
     if calibration is None:
         return min(best.values(), key=lambda choice: (choice.cost, choice.blocks))
     choices = [
-        replace(choice, expected=expected(scores, lost, work, most_lost, choice.blocks, tried, calibration))
+        replace(choice, expected=expected(scores, lost, work, most_lost, choice.blocks, tried, calibration, text))
         for choice in best.values()
     ]
     return min(choices, key=lambda choice: (choice.expected, choice.cost, choice.blocks))
@@ -87,6 +89,7 @@ def expected(
     blocks: Sequence[int],
     thresholds: Sequence[float],
     calibration: int,
+    text: np.ndarray | None = None,
 ) -> float:
     """The mean work, over that of the dense model, where the threshold is calibrated on drawn documents.
 
@@ -100,12 +103,13 @@ def expected(
         blocks: After which it is asked.
         thresholds: From the strictest on.
         calibration: The number of documents of every draw.
+        text: As :func:`search`'s.
     """
     if not blocks or not len(thresholds):
         return 1.0
-    n = len(scores)
     exits = [left(scores, blocks, threshold) for threshold in thresholds]
-    loses = np.array([lost[np.arange(n), of - 1] for of in exits])  # [T, D]
+    loses = np.array([lost_by(lost, of, text) for of in exits])  # [T, documents]
+    n = loses.shape[1]
     costs = np.array([1.0, *(work.ratio(of, blocks) for of in exits)])
     draws = np.random.default_rng(0).multinomial(calibration, np.full(n, 1 / n), DRAWS)
     fails = loses @ draws.T > most_lost * calibration + 1e-9  # [T, draws]
@@ -121,9 +125,19 @@ def left(scores: np.ndarray, blocks: Sequence[int], threshold: float) -> np.ndar
     return exit_layer
 
 
-def share_lost(lost: np.ndarray, exit_layer: np.ndarray) -> float:
+def lost_by(lost: np.ndarray, exit_layer: np.ndarray, text: np.ndarray | None = None) -> np.ndarray:
+    """[documents], what each loses ([D, L] losses) at these exits; a text as much as its worst token."""
+    found = lost[np.arange(len(lost)), exit_layer - 1]
+    if text is None:
+        return found
+    worst = np.zeros(int(text.max()) + 1)
+    np.maximum.at(worst, text, found)
+    return worst
+
+
+def share_lost(lost: np.ndarray, exit_layer: np.ndarray, text: np.ndarray | None = None) -> float:
     """The share of documents ([D, L] losses) that lose their answer at these exits."""
-    return float(lost[np.arange(len(lost)), exit_layer - 1].mean())
+    return float(lost_by(lost, exit_layer, text).mean())
 
 
 def _thresholds(scores: np.ndarray) -> list[float]:
@@ -136,7 +150,13 @@ def _thresholds(scores: np.ndarray) -> list[float]:
 
 
 def _blocks(
-    stops: np.ndarray, lost: np.ndarray, work: Work, most_lost: float, possible: Sequence[int], threshold: float
+    stops: np.ndarray,
+    lost: np.ndarray,
+    work: Work,
+    most_lost: float,
+    possible: Sequence[int],
+    threshold: float,
+    text: np.ndarray | None,
 ) -> Choice:
     n, n_blocks = stops.shape
     chosen: tuple[int, ...] = ()
@@ -148,7 +168,7 @@ def _blocks(
                 continue
             asked = tuple(sorted((*chosen, k)))
             exit_layer = np.where(stops[:, k - 1], np.minimum(best.exit_layer, k), best.exit_layer)
-            share = share_lost(lost, exit_layer)
+            share = share_lost(lost, exit_layer, text)
             if share <= most_lost:
                 trials.append(Choice(asked, threshold, exit_layer, work.ratio(exit_layer, asked), share))
         trial = min(trials, key=lambda t: (t.cost, t.blocks), default=None)

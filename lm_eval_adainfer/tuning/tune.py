@@ -70,7 +70,7 @@ class Tuned:
 
 
 class Tuning:
-    """One command's work in one folder.
+    """One command's work in one folder, for loglikelihood tasks (``generated.TextTuning``: for texts).
 
     Args:
         lm: The model; it runs dense.
@@ -81,6 +81,8 @@ class Tuning:
         named: What else identifies the command; the folder is its own.
     """
 
+    output_types: Sequence[str] = ("loglikelihood", "multiple_choice")
+
     def __init__(
         self,
         lm: AdaInferLM,
@@ -90,7 +92,7 @@ class Tuning:
         asked: Asking | None = None,
         named: dict[str, Any] | None = None,
     ):
-        require_tasks(tasks)
+        require_tasks(tasks, self.output_types)
         self.lm, self.tasks, self.folder, self.settings = lm, tasks, Path(output), settings
         self.asked = asked or Asking()
         self.named = {**(named or {}), "tasks": sorted(tasks), **settings.described()}
@@ -409,13 +411,13 @@ _ASKING = GapStopper(0.5)  # for what asking costs
 _MODEL = ("model", "n_blocks", "head_hash", "weights_hash", "tokenizer_hash", "dtype", "autocast")
 
 
-def require_tasks(tasks: dict[str, Any]) -> None:
-    """Raise AdaInferError on a task that can't be tuned for."""
+def require_tasks(tasks: dict[str, Any], output_types: Sequence[str]) -> None:
+    """Raise AdaInferError on a task that can't be tuned for together with these."""
     for name, task in tasks.items():
-        if task.OUTPUT_TYPE not in ("loglikelihood", "multiple_choice"):
+        if task.OUTPUT_TYPE not in output_types:
             raise AdaInferError(
                 f"tasks: {name} is a {task.OUTPUT_TYPE} task; adainfer tune takes multiple_choice and loglikelihood "
-                "ones"
+                "ones together, or generate_until ones alone"
             )
 
 
