@@ -38,7 +38,7 @@ from lm_eval_adainfer.tuning.probe import Probed
 from lm_eval_adainfer.tuning.runs import Exits, Ran, Runs, values
 from lm_eval_adainfer.tuning.search import search
 from lm_eval_adainfer.tuning.settings import most_losses, tried
-from lm_eval_adainfer.tuning.text_contestants import RECOMPUTE, TextContestant
+from lm_eval_adainfer.tuning.text_contestants import PROPAGATE, RECOMPUTE, TextContestant
 from lm_eval_adainfer.tuning.text_work import TokenWork, texts_of, with_new_tokens
 from lm_eval_adainfer.tuning.tune import RESULT, STOPPER, WORTH, Tuned, Tuning
 from lm_eval_adainfer.tuning.work import Work
@@ -109,7 +109,7 @@ class TextTuning(Tuning):
 
     # ------------------------------------------------------------------ the probe and traces
 
-    def _probe(self) -> tuple[list[Probed], int, list[float]]:
+    def _probe(self) -> tuple[list[Probed], int, dict[str, list[float]]]:
         """What readers are worth, how many documents of each split, and the weights that make keys and values."""
         plan, place = self.folder / "plan.json", self.folder / "probe"
         Plan.of(self.lm.anatomy, self.settings.readers)  # which refuses what is no reader of this model
@@ -127,7 +127,7 @@ class TextTuning(Tuning):
             decided = {"settings": self.named, "seconds": took / count, "documents": self.settings.documents}
             decided |= {"stored_weights": stores}
         each = float(decided["seconds"])
-        stored = [float(weight) for weight in decided["stored_weights"]]
+        stored = {key: [float(weight) for weight in of] for key, of in decided["stored_weights"].items()}
         blocks = probe.places(self.lm.n_blocks)
         prompts = [reader for reader in self._readers() if reader.runs_tokens] if blocks else []
         traced = self._traced(dense, [(reader, blocks) for reader in prompts], limit, place / "traces")
@@ -147,15 +147,28 @@ class TextTuning(Tuning):
         named = [readers.parse(spec) for spec in self.settings.readers]
         return [HEAD, *(reader for reader in named if not reader.same(HEAD))]
 
-    def _stored_weights(self, instance: Any) -> list[float]:
-        """Per block, the weights that make keys and values; a model that can't exit early in texts is refused here."""
-        if self.lm.n_blocks < 2:
-            return [0.0] * self.lm.n_blocks
-        never = GapStopper(1.0)
-        options = replace(self.lm.options, stopper=never, reader=HEAD, kv_policy=RECOMPUTE, generation="early")
-        with self.lm.using(options, [self.lm.n_blocks - 1]):
-            self.lm.generate_until([instance], disable_tqdm=True)
-            return list(self.lm.token_counter.stored_weights)
+    def _stored_weights(self, instance: Any) -> dict[str, list[float]]:
+        """Per block, the weights that make keys and values: of new tokens, and of a prompt that has left.
+
+        A model that can't exit early in texts, or can't be read so, is refused here.
+        """
+        found = {"tokens": [0.0] * self.lm.n_blocks, "prompts": [0.0] * self.lm.n_blocks}
+        running = [reader for reader in self._readers() if reader.runs_tokens]
+        for reader, policy in [(HEAD, RECOMPUTE), *((reader, PROPAGATE) for reader in running[:1])]:
+            if self.lm.n_blocks < 2:
+                break
+            options = replace(
+                self.lm.options, stopper=GapStopper(1.0), reader=reader, kv_policy=policy, generation="early"
+            )
+            with self.lm.using(options, [self.lm.n_blocks - 1]):
+                self.lm.generate_until([instance], disable_tqdm=True)
+                counter = self.lm.token_counter
+                if reader.runs_tokens:
+                    found["prompts"] = list(counter.copied_weights)
+                else:
+                    found["tokens"] = list(counter.stored_weights)
+        return found
+
 
     def _traced(
         self, dense: Sequence[Ran], prompts: Sequence[tuple[Reader, tuple[int, ...]]], limit: int, folder: Path
@@ -187,14 +200,18 @@ class TextTuning(Tuning):
         return found
 
     def _judged(
-        self, traced: dict[str, list[Path]], dense: Sequence[Ran], prompts: Sequence[Reader], stored: Sequence[float]
+        self,
+        traced: dict[str, list[Path]],
+        dense: Sequence[Ran],
+        prompts: Sequence[Reader],
+        stored: dict[str, list[float]],
     ) -> list[Probed]:
         """What an oracle would save under every reader: that of new tokens under the head, those of prompts."""
         tokens = documents.read(traced[TOKENS])
         found = []
         for reader in [reader for reader in self._readers() if not reader.runs_tokens]:
             views = [view.under(reader.name) for view in tokens]
-            found.append(_probed_tokens(views, reader, stored))
+            found.append(_probed_tokens(views, reader, stored["tokens"]))
         if prompts:
             views = documents.read(traced[PROMPTS])
             judged = probe.judge(views, prompts)
@@ -202,8 +219,8 @@ class TextTuning(Tuning):
             for one in judged:
                 seen = [view.under(one.reader.name) for view in views]
                 work = Work.of(seen, one.reader, _ASKING)
-                share = float(work.dense.sum() / with_new_tokens(work, seen, new).dense.sum())
-                saved = one.saved * share  # of whole texts
+                whole = with_new_tokens(work, seen, one.reader, new, stored["prompts"])
+                saved = one.saved * float(work.dense.sum() / whole.dense.sum())
                 found.append(replace(one, saved=saved, hopeless=one.hopeless or saved < probe.LEAST))
         for one in found:
             if one.hopeless:
@@ -231,22 +248,22 @@ class TextTuning(Tuning):
         dense: Sequence[Ran],
         most_lost: float,
         calibration: int,
-        stored: Sequence[float],
+        stored: dict[str, list[float]],
         worth: dict[tuple[str, int], float] | None,
         prompts: Sequence[Probed],
     ) -> tuple[list[TextContestant], dict[str, str]]:
         """All contestants, the one first of which most is expected to be left."""
         seed, alone = self.settings.seed, [reader for reader in self._readers() if not reader.runs_tokens]
         found, without = text_contestants.of_tokens(
-            Fitter(traced[TOKENS], seed), alone, most_lost, calibration, stored, worth
+            Fitter(traced[TOKENS], seed), alone, most_lost, calibration, stored["tokens"], worth
         )
         if prompts:
             more, others = text_contestants.of_prompts(
                 Fitter(traced[PROMPTS], seed), [o.reader for o in prompts], most_lost, calibration,
-                _new_tokens(dense), worth,
+                _new_tokens(dense), stored["prompts"], worth,
             )  # fmt: skip
             found, without = found + more, {**without, **others}
-        return sorted(found, key=lambda c: (c.choice.expected, c.choice.cost, c.name)), without
+        return sorted(found, key=lambda c: (c.choice.expected, c.choice.cost, c.kv_policy == PROPAGATE)), without
 
     def _candidates(self, rivals: Sequence[TextContestant], count: int) -> list[TextContestant]:
         """The best one, and the best one of which something else leaves, if it may be as good."""

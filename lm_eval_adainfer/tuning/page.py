@@ -1,4 +1,7 @@
-"""The page of a recommendation: what is recommended, every contestant, and pictures; all of it *simulated*."""
+"""The page of a recommendation: what is recommended, every contestant, and pictures.
+
+All of it is *simulated*, but for calibration and test documents of tasks whose texts are generated.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +9,11 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from lm_eval_adainfer import container
 from lm_eval_adainfer.output import per_block, report
+from lm_eval_adainfer.statistics import wilson_interval
 from lm_eval_adainfer.tuning.tune import Tuned
 
 _POINTS = 5  # readers in the frontier, so that each has its colour and mark
@@ -40,6 +46,13 @@ def _figures(tuned: Tuned) -> list[tuple[str, str, str, Any]]:
 
     found = []
     with figures.style():
+        if tuned.found.get("texts") and (points := _rungs(tuned.found)):
+            found.append(
+                ("frontier", "Kept documents against work",
+                 "Calibration documents, really generated at every threshold that was tested; work is counted, prompts "
+                 "and new tokens together. What is recommended is marked in the legend.",
+                 figures.frontier(points, "documents that lose nothing"))
+            )  # fmt: skip
         if points := _points(tuned.found):
             found.append(
                 ("frontier", "Accuracy against work",
@@ -57,13 +70,29 @@ def _figures(tuned: Tuned) -> list[tuple[str, str, str, Any]]:
                  figures.accuracy(panels))
             )  # fmt: skip
         if tuned.exits:
-            name = tuned.found["chosen"]["name"]
+            name, how = tuned.found["chosen"]["name"], "Counted" if tuned.found.get("texts") else "Simulated"
             found.append(
-                ("exit_layers", "Where documents leave", "Simulated on test documents, with what is recommended.",
+                ("exit_layers", "Where documents leave", f"{how} on test documents, with what is recommended.",
                  figures.histograms({task: {name: exits} for task, exits in tuned.exits.items()},
                                     tuned.found["model"]["n_blocks"]))
             )  # fmt: skip
     return found
+
+
+def _rungs(found: dict[str, Any]) -> list[Any]:
+    """The dense model and every threshold that calibration documents were run at, of texts."""
+    from lm_eval_adainfer.output.figures import Point
+
+    points = [Point("stopper=none", 1.0, 1.0, 1.0, 1.0, dense=True)]
+    chosen = found.get("chosen", {})
+    for one in found.get("candidates", ()):
+        for rung in one["rungs"]:
+            kept = np.clip(1 - rung["lost"], 0.0, 1.0)
+            low, high = (float(x) for x in wilson_interval(kept, one["documents"]))
+            is_it = one["name"] == chosen.get("name") and rung["threshold"] == chosen["threshold"]
+            label = f"{'recommended: ' if is_it else ''}{one['name']} {rung['threshold']:.4g}"
+            points.append(Point(label, 1 - rung["saved"], float(kept), low, high))
+    return points if len(points) > 1 else []
 
 
 def _points(found: dict[str, Any]) -> list[Any]:

@@ -127,6 +127,7 @@ def of_prompts(
     most_lost: float,
     calibration: int,
     new: Mapping[tuple[str, int], int],
+    stored: Sequence[float],
     worth: Weighed | None,
 ) -> tuple[list[TextContestant], dict[str, str]]:
     """Contestants whose prompts leave, and why others can't be fitted.
@@ -137,13 +138,14 @@ def of_prompts(
         most_lost: The greatest share of lost documents that is allowed.
         calibration: The number of calibration documents.
         new: The number of every document's new tokens.
+        stored: Per block, the weights of the maps that make keys and values.
         worth: What every document loses if its text differs; None for 1.
     """
     found, without = contestants(fitter, readers, "agreement", most_lost, calibration)
     rivals = []
     for one in found:
         views = fitter.views(one.reader)
-        work, lost = with_new_tokens(one.work, views, new), one.lost * _worth(views, worth)[:, None]
+        work, lost = with_new_tokens(one.work, views, one.reader, new, stored), one.lost * _worth(views, worth)[:, None]
         choice = search(one.scores, lost, work, most_lost, calibration=calibration)
         rivals.append(TextContestant(one.reader, one.kind, one.scores, lost, work, choice, one.right, fitter=fitter))
     return rivals, without
@@ -164,7 +166,7 @@ def of_tokens(
         readers: That read every token on its own.
         most_lost: As :func:`of_prompts`'.
         calibration: As :func:`of_prompts`'.
-        stored: Per block, the weights of the maps that make keys and values.
+        stored: As :func:`of_prompts`'.
         worth: As :func:`of_prompts`'.
     """
     rivals, without = [], {}

@@ -18,19 +18,31 @@ from lm_eval_adainfer.tuning.work import Work
 
 
 def with_new_tokens(
-    work: Work, views: Sequence[TracedDocuments], new: Mapping[tuple[str, int], int]
+    work: Work,
+    views: Sequence[TracedDocuments],
+    reader: Reader,
+    new: Mapping[tuple[str, int], int],
+    stored: Sequence[float],
 ) -> Work:
     """The work of prompts with that of their texts, whose tokens run all blocks.
 
     Args:
         work: Of these documents' prompts, and of the head's row that gives the first new token.
         views: The documents.
+        reader: Under which prompts leave. Under ``sim`` the keys and values of a prompt's tokens are made where it
+            leaves; under ``copy`` that is reading.
         new: (task, document) to its number of new tokens.
+        stored: Per block, the weights that make keys and values.
     """
     counts = np.concatenate([[new[view.meta["task"], i] for i in view.doc_ids.tolist()] for view in views])
+    prompt = np.concatenate([view.prompt_tokens for view in views])
     meta = views[0].meta
     each = float(sum(meta["block_weights"]) + meta["hidden_size"] * meta["vocab_size"])
-    return replace(work, blocks=work.blocks + ((counts - 1) * each)[:, None])
+    blocks = work.blocks + ((counts - 1) * each)[:, None]
+    if reader.kind == "sim":
+        behind = np.append(np.cumsum(np.array(stored, dtype=float)[::-1])[::-1], 0.0)  # of blocks k+1..L
+        blocks = blocks + prompt[:, None] * behind
+    return replace(work, blocks=blocks)
 
 
 @dataclass(frozen=True)
