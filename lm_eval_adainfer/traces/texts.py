@@ -1,8 +1,8 @@
 """Traces of texts that are there already: what readers say at their prompts' ends, and at every new token.
 
 A prompt's trace is that of a task of one continuation, which is the dense text: ``greedy`` after a block tells whether
-a prompt that leaves there is followed by the same text. A trace of tokens is what ``recording.trace`` makes of a
-``generate_until`` task. While a file is being made, its parts lie beside it.
+a prompt that leaves there is followed by the same text (under ``sim`` nearly so). A trace of tokens is what
+``recording.trace`` makes of a ``generate_until`` task. While a file is being made, its parts lie beside it.
 """
 
 from __future__ import annotations

@@ -38,7 +38,7 @@ from lm_eval_adainfer.tuning.probe import Probed
 from lm_eval_adainfer.tuning.runs import Exits, Ran, Runs, values
 from lm_eval_adainfer.tuning.search import search
 from lm_eval_adainfer.tuning.settings import most_losses, tried
-from lm_eval_adainfer.tuning.text_contestants import PROPAGATE, RECOMPUTE, TextContestant
+from lm_eval_adainfer.tuning.text_contestants import BEYOND, PROPAGATE, RECOMPUTE, RUNGS, TextContestant
 from lm_eval_adainfer.tuning.text_work import TokenWork, texts_of, with_new_tokens
 from lm_eval_adainfer.tuning.tune import RESULT, STOPPER, WORTH, Tuned, Tuning
 from lm_eval_adainfer.tuning.work import Work
@@ -68,9 +68,9 @@ class TextTuning(Tuning):
             AdaInferError: On tasks whose texts can't be compared, or a folder of an unequal command.
         """
         self._runs = Runs(self.lm, self.tasks, self.folder / "runs", self.settings, self.asked)
-        probed, documents_each, stored = self._probe()
-        limit = self._limit("train", documents_each)
-        self._say(1, "generating the fitting documents dense, and tracing them")
+        probed, documents_each, stored, seconds = self._probe()
+        limit, self._seconds = self._limit("train", documents_each), documents_each * seconds
+        self._say(1, f"generating the fitting documents dense, and tracing them{self._about(_PASSES)}")
         dense = self._runs.run("train", limit)
         worth = self._worth(dense)
         prompt_readers = [o for o in probed if o.reader.runs_tokens and not o.hopeless]
@@ -107,10 +107,14 @@ class TextTuning(Tuning):
         container.write_atomically(self.folder / RESULT, text.encode())
         return tuned
 
+    def _about(self, passes: int) -> str:
+        """How long it takes to generate a split's documents dense so many times."""
+        return f", at most about {passes * self._seconds / 60:.1f} minutes more"
+
     # ------------------------------------------------------------------ the probe and traces
 
-    def _probe(self) -> tuple[list[Probed], int, dict[str, list[float]]]:
-        """What readers are worth, how many documents of each split, and the weights that make keys and values."""
+    def _probe(self) -> tuple[list[Probed], int, dict[str, list[float]], float]:
+        """What readers are worth, documents of each split, weights that make keys and values, seconds of a document."""
         plan, place = self.folder / "plan.json", self.folder / "probe"
         Plan.of(self.lm.anatomy, self.settings.readers)  # which refuses what is no reader of this model
         decided = self._decided(plan)
@@ -140,7 +144,7 @@ class TextTuning(Tuning):
                 if decided["documents"] < self.settings.documents:
                     _logger.info("budget: it allows about %d documents of each split", decided["documents"])
             container.write_atomically(plan, json.dumps(decided, indent=1, sort_keys=True).encode())
-        return probed, int(decided["documents"]), stored
+        return probed, int(decided["documents"]), stored, each
 
     def _readers(self) -> list[Reader]:
         """The head, and those that were named."""
@@ -285,7 +289,8 @@ class TextTuning(Tuning):
     ) -> tuple[TextContestant, Stopper, Exits] | None:
         """The candidate that saves most at its loosest threshold that passed, with its stopper and how to run it."""
         limit = self._limit("calibrate", documents_each)
-        self._say(3, f"generating calibration documents dense, and with {', '.join(c.name for c in candidates)}")
+        most = self._about(3 + len(candidates) * (len(RUNGS) + len(BEYOND)))
+        self._say(3, f"generating calibration documents dense, and with {', '.join(c.name for c in candidates)}{most}")
         dense = self._runs.run("calibrate", limit)
         found: list[tuple[float, int, TextContestant, Stopper, Exits]] = []
         told = []
@@ -339,7 +344,7 @@ class TextTuning(Tuning):
         self, chosen: TextContestant, stopper: Stopper, exits: Exits, documents_each: int, tuned: Tuned
     ) -> None:
         """Generate the test documents, once each way; note the recommendation, and write the stopper's file."""
-        self._say(4, f"generating test documents dense, and with {chosen.name}")
+        self._say(4, f"generating test documents dense, and with {chosen.name}{self._about(2)}")
         limit = self._limit("test", documents_each)
         dense, early = self._runs.run("test", limit), self._runs.run("test", limit, exits)
         blocks = list(exits.blocks)

@@ -1,9 +1,9 @@
 """Ways to leave early in generated texts, judged on fitting documents: prompts that leave, or new tokens that do.
 
 All of it is *simulated* from dense texts (teacher forcing): a document is lost where its text would differ. That is
-what a run would do as long as the text is the dense one, which is greedy and sees the dense model's cache; under
-``propagate`` early tokens change what later ones see, so there it is an *approximation*. With a metric as the loss, a
-text that differs loses what the dense text has, which is the most it can lose.
+what a greedy run does, but for two *approximations*: under ``propagate`` early tokens change what later ones see, and
+under ``sim`` new tokens see all of a prompt's keys and values, while a trace's see those that ran on. With a metric as
+the loss, a text that differs loses what the dense text has, which is the most it can lose.
 """
 
 from __future__ import annotations
