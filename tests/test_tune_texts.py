@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import shutil
+from dataclasses import replace
 from types import SimpleNamespace
 
 import lm_eval
@@ -32,7 +33,7 @@ from lm_eval_adainfer.traces.plan import Plan
 from lm_eval_adainfer.traces.texts import PROMPTS as PROMPT_TRACE
 from lm_eval_adainfer.traces.texts import TOKENS as TOKEN_TRACE
 from lm_eval_adainfer.traces.texts import trace_texts
-from lm_eval_adainfer.tuning import real
+from lm_eval_adainfer.tuning import contestants, real, text_contestants
 from lm_eval_adainfer.tuning.generated import TextTuning, tuning_of
 from lm_eval_adainfer.tuning.runs import Exits, Runs, losses
 from lm_eval_adainfer.tuning.search import left, lost_by, search
@@ -53,9 +54,11 @@ def tuning(folder, wanted, on_forward=None):
 
 
 @pytest.fixture(scope="module", autouse=True)
-def small_parts():
+def small_and_quick():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(recording, "PART_DOCUMENTS", 16)
+        patch.setattr(contestants, "KINDS", ("gap", "logistic"))
+        patch.setattr(text_contestants, "TOKEN_KINDS", ("gap", "logistic"))
         yield
 
 
@@ -432,6 +435,12 @@ def test_auto_runs_what_was_tuned_and_its_promise_applies(which, request):
         other = {"recompute": "propagate", "propagate": "recompute"}[chosen["kv_policy"]]
         record = run(stopper="auto", stopper_dir=str(folder), kv_policy=other)
         assert not record["promise_applies"] and f"instead of {chosen['kv_policy']}" in record["promise_differences"][0]
+
+
+def test_dense_generation_leaves_nothing_to_tune(tmp_path):
+    made = tuning(tmp_path, TOKENS)
+    made.lm.options = replace(made.lm.options, generation="dense")
+    assert "generation: dense" in refused(made.run)
 
 
 def test_a_kv_policy_is_what_is_found(capsys, tmp_path):

@@ -21,6 +21,7 @@ import numpy as np
 
 from lm_eval_adainfer import container
 from lm_eval_adainfer._version import __version__
+from lm_eval_adainfer.errors import AdaInferError
 from lm_eval_adainfer.harness import auto
 from lm_eval_adainfer.harness.asking import generation_of
 from lm_eval_adainfer.readers import specs as readers
@@ -67,6 +68,8 @@ class TextTuning(Tuning):
         Raises:
             AdaInferError: On tasks whose texts can't be compared, or a folder of an unequal command.
         """
+        if self.lm.options.generation == "dense":
+            raise AdaInferError("generation: dense exits nowhere in texts, so there is nothing to tune; leave it out")
         self._runs = Runs(self.lm, self.tasks, self.folder / "runs", self.settings, self.asked)
         probed, documents_each, stored, seconds = self._probe()
         limit, self._seconds = self._limit("train", documents_each), documents_each * seconds
@@ -126,6 +129,7 @@ class TextTuning(Tuning):
         dense = runs.run("train", limit)
         took = time.monotonic() - started
         count = sum(len(ran.texts) for ran in dense)
+        self._worth(dense)  # a metric that can't be a loss is refused before more is generated
         if decided is None:
             stores = self._stored_weights(dense[0].documents.instances[0])
             decided = {"settings": self.named, "seconds": took / count, "documents": self.settings.documents}

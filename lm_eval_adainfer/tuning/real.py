@@ -109,6 +109,7 @@ def promise(
         "generated": True,
         "real_runs": True,
         "kv_policy": candidate.kv_policy,
+        "shortlist": lm.options.shortlist,
         "generation_kwargs": generation_of({of.name: of.task for of in all_of}),
         "reader": candidate.reader.name,
         "min_layer": 1,
