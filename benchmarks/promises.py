@@ -37,7 +37,7 @@ from lm_eval_adainfer.traces.file import VERSION, find
 from lm_eval_adainfer.traces.views import readers_of
 from lm_eval_adainfer.tuning.choosing import Calibrated, allowed, calibrated, candidates
 from lm_eval_adainfer.tuning.contestants import KINDS, Fitter, losses, scores
-from lm_eval_adainfer.tuning.search import at_exits, left
+from lm_eval_adainfer.tuning.search import left, lost_by
 from lm_eval_adainfer.tuning.settings import Settings, most_each
 from lm_eval_adainfer.tuning.work import Work
 
@@ -72,8 +72,8 @@ class Pool:
         work = Work.of(views, best.contestant.reader, best.stopper)
         loosest = [left(of, blocks, -np.inf) for of in said]
         return {
-            "lost": float(np.mean([at_exits(*of).mean() for of in zip(lost, exits, strict=True)])),
-            "loosest_lost": float(np.mean([at_exits(*of).mean() for of in zip(lost, loosest, strict=True)])),
+            "lost": float(np.mean([lost_by(*of).mean() for of in zip(lost, exits, strict=True)])),
+            "loosest_lost": float(np.mean([lost_by(*of).mean() for of in zip(lost, loosest, strict=True)])),
             "saved": 1 - work.ratio(np.concatenate(exits), blocks),
         }
 

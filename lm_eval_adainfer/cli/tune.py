@@ -20,7 +20,8 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
         "documents alone by what is saved within --max-drop (reading and checks counted), move the threshold on "
         "calibration documents so that the drop is promised, and report on test documents. Writes tuned.stopper, "
         "tune.json and index.html. What is finished is kept when interrupted: the same command goes on. For "
-        "loglikelihood tasks; exits and savings are simulated from traces.",
+        "loglikelihood tasks exits and savings are simulated from traces; for generate_until ones calibration and test "
+        "documents are really generated.",
         epilog="example: adainfer tune --model_args pretrained=adainfer-demo,dtype=float32 --tasks adainfer_demo "
         "--num_fewshot 3 --max-drop 0.02 -o tuned/",
     )
@@ -56,7 +57,7 @@ def refuse_found(model_args: str) -> None:
     from lm_eval_adainfer.harness.asking import key_values
 
     given = key_values(model_args)
-    for name in ("stopper", "stopper_dir", "reader", "check_layers", "min_layer", "token_stopper"):
+    for name in ("stopper", "stopper_dir", "reader", "check_layers", "min_layer", "token_stopper", "kv_policy"):
         if name in given:
             raise AdaInferError(f"model_args: {name} is what adainfer tune finds; leave it out")
 
@@ -64,8 +65,8 @@ def refuse_found(model_args: str) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Tune, write the files, and print the recommendation."""
     from lm_eval_adainfer.tuning import page, told
+    from lm_eval_adainfer.tuning.generated import tuning_of
     from lm_eval_adainfer.tuning.settings import Settings
-    from lm_eval_adainfer.tuning.tune import Tuning, require_tasks
 
     settings = Settings(
         max_drop=arguments.max_drop,
@@ -81,9 +82,8 @@ def run(arguments: argparse.Namespace) -> None:
     refuse_found(arguments.model_args)
     asked = options.asking(arguments)
     lm, tasks = options.load_model_and_tasks(arguments)
-    require_tasks(tasks)
     named = {"model_args": arguments.model_args, "asked": told.asking(vars(arguments))}
-    tuned = Tuning(lm, tasks, arguments.output, settings, asked, named).run()
+    tuned = tuning_of(tasks)(lm, tasks, arguments.output, settings, asked, named).run()
     command = told.recommended(tuned.found, arguments.output, vars(arguments))
     where = page.write(tuned, arguments.output, command)
     terminal.show("\n".join(told.lines(tuned.found, arguments.output, command, where)))

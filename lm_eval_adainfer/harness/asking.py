@@ -94,6 +94,12 @@ class Asking:
         }
 
 
+def generation_of(tasks: Mapping[str, Any]) -> dict[str, Any]:
+    """Task to how its texts are generated, of tasks that generate texts, as JSON gives it back."""
+    found = {n: t.get_config("generation_kwargs") for n, t in tasks.items() if t.OUTPUT_TYPE == "generate_until"}
+    return json.loads(json.dumps(found, sort_keys=True, default=str))
+
+
 def _plain(values: Mapping[str, Any] | None) -> Any:
     """A mapping as JSON gives it back; None where it is empty."""
     return json.loads(json.dumps(dict(values), sort_keys=True, default=str)) if values else None

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from lm_eval_adainfer.errors import AdaInferError
-from lm_eval_adainfer.harness.asking import Asking
+from lm_eval_adainfer.harness.asking import Asking, generation_of
 from lm_eval_adainfer.harness.identity import tokenizer_hash
 from lm_eval_adainfer.harness.options import Options
 from lm_eval_adainfer.readers import specs as readers
@@ -24,7 +24,7 @@ from lm_eval_adainfer.strategies.base import Stopper
 
 eval_logger = logging.getLogger(__name__)
 NAME = "auto"
-_READER = 6  # the place of reader among ``Auto.others``
+_KV_POLICY, _READER = 2, 6  # their places among ``Auto.others``
 
 
 def described(
@@ -83,9 +83,12 @@ class Auto:
         """Arguments of ``Options.read`` until the stopper is known."""
         return "none", *self.others
 
-    def options(self, path: Path) -> Options:
-        """The options with the stopper of a file."""
-        return Options.read(str(path), *self.others)
+    def options(self, path: Path, stopper: Stopper) -> Options:
+        """The options with a file's stopper, and with the KV policy for which it was tuned unless another is given."""
+        others, policy = list(self.others), stopper.info["tuned"].get("kv_policy")
+        if others[_KV_POLICY] is None and policy is not None:
+            others[_KV_POLICY] = policy
+        return Options.read(str(path), *others)
 
     def find(self, lm: Any, tasks: Mapping[str, Any], how: Mapping[str, Any]) -> tuple[Path, Stopper, list[int]]:
         """The file that was tuned for what an evaluation asks, its stopper, and after which blocks that is asked.
@@ -103,6 +106,8 @@ class Auto:
         asked = Asking(template, how.get("system_instruction") or None, turns)
         shots = {name: int(task.get_config("num_fewshot") or 0) for name, task in tasks.items()}
         wanted = {**_model(lm), **_how(lm, asked), "shots": shots}
+        if generation := generation_of(tasks):
+            wanted["generation_kwargs"] = generation
         if self.others[_READER] is not None:
             wanted["reader"] = readers.parse(self.others[_READER]).name
         found = [

@@ -318,7 +318,7 @@ class AdaInferLM(HFLM):
         if self._auto is None:
             return
         path, strategy, blocks = self._auto.find(self, tasks, how)
-        self.options = self._auto.options(path)
+        self.options = self._auto.options(path, strategy)
         self.stopper_name = str(path)
         check_layers = blocks if self._auto.check_layers is None else self._auto.check_layers
         if self.one_pass is not None and self.options.stopper.removes_blocks:
@@ -327,6 +327,29 @@ class AdaInferLM(HFLM):
         self._found_sharing, self._windows, self._prompt_exits = None, None, None
         self._found_aside = None, None
         self.auto_record = {"file": str(path), "tasks": dict(strategy.info["tuned"]["shots"])}
+
+    @contextmanager
+    def using(self, options: Options, check_layers: Any = None) -> Iterator[None]:
+        """Answer with another strategy, reader or KV policy for a while; totals and counts are as before afterwards.
+
+        Args:
+            options: What is used.
+            check_layers: As the argument of the model.
+        """
+        names = (*_SET_ASIDE, "options", "reading", "generation")
+        before, (sharing, windows) = {name: vars(self)[name] for name in names if name in vars(self)}, self._found_aside
+        windows = self._windows or windows
+        try:
+            self.options = options
+            self._use(1, check_layers)
+            self._found_sharing = self._windows = self._prompt_exits = None
+            self._found_aside = None, windows
+            yield
+        finally:
+            self._found_aside = sharing, self._windows or windows  # what was found out of the model stays true
+            for name in names:
+                self.__dict__.pop(name, None)
+            self.__dict__.update(before)
 
     def _set_ranks(self) -> None:
         """Stock HFLM sets rank and world size only where there are several GPUs; processes on CPUs count too."""
@@ -473,6 +496,19 @@ class AdaInferLM(HFLM):
             for n, answer in zip(missing, own, strict=True):
                 found[n] = answer
         return found
+
+    def score_tokens(self, pairs: Sequence[tuple[list[int], list[int]]], keys: Sequence[Any]) -> list[Any]:
+        """Log-probabilities of continuations whose tokens are known, each with its document's exit record.
+
+        Args:
+            pairs: The tokens of a context, and of its continuation.
+            keys: Per pair, what it has in common with the others of its document.
+        """
+        self._document_keys = list(keys)
+        try:
+            return self._loglikelihood_tokens([(None, *pair) for pair in pairs], disable_tqdm=True)
+        finally:
+            self._document_keys = []
 
     @_identified
     def _loglikelihood_tokens(
@@ -805,7 +841,7 @@ class AdaInferLM(HFLM):
             return False
         try:
             asked = self._asked(requests)
-            self._windows = self._windows or self._probed_windows()
+            self._windows = self._windows or self._found_aside[1] or self._probed_windows()
         except (AdaInferError, UnsupportedModelError):
             return False
         limit = self.anatomy.fixed_positions

@@ -104,8 +104,8 @@ class Pilot:
         tasks = {}
         for name, documents in self._drawn.items():
             instances = [i for document in documents for i in document]
-            dense = _judged(self.tasks[name], documents, [self._dense[id(i)] for i in instances])
-            early = _judged(self.tasks[name], documents, [i.resps[: i.repeats] for i in instances])
+            dense = judged(self.tasks[name], documents, [self._dense[id(i)] for i in instances])
+            early = judged(self.tasks[name], documents, [i.resps[: i.repeats] for i in instances])
             scores = [(m, a, b) for (_, m, a), (_, n, b) in zip(dense, early, strict=True) if m and m == n]
             metric = scores[0][0] if scores else None
             tasks[name] = {
@@ -156,10 +156,13 @@ def _hash(doc: Any) -> int:
     return stable_hash("pilot", json.dumps(doc, sort_keys=True, default=handle_non_serializable))
 
 
-def _judged(
+def judged(
     task: Any, documents: Sequence[Sequence[Instance]], responses: Sequence[list[Any]]
 ) -> list[tuple[Any, str | None, float]]:
     """What a task makes of these responses, per document: the answer, a metric's name and its value.
+
+    The metric is the first number of a single document that is better the higher, under the task's first filter; None
+    where it has none.
 
     Args:
         task: The task; it is left as it is.

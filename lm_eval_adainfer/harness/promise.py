@@ -13,7 +13,7 @@ from random import Random
 from typing import Any
 
 from lm_eval_adainfer.generation.policies import KV_POLICIES
-from lm_eval_adainfer.harness.asking import Asking
+from lm_eval_adainfer.harness.asking import Asking, generation_of
 
 eval_logger = logging.getLogger(__name__)
 
@@ -60,11 +60,16 @@ def differences(promise: Mapping[str, Any], lm: Any, tasks: Mapping[str, Any], h
         found.append(f"reader {lm.reader.name} instead of {promise.get('reader')!s:.40}")
     generated = any(task.OUTPUT_TYPE == "generate_until" for task in tasks.values())
     if generated and promise.get("generated") and lm.generation == "early":
-        policy = lm.options.kv_policy
-        if not KV_POLICIES[policy].exact:
-            found.append(f"kv_policy {policy} instead of recompute")
-        if lm.options.shortlist:
-            found.append("head_check shortlist instead of exact")
+        policy, theirs = lm.options.kv_policy, promise.get("kv_policy")  # older promises are about exact caches
+        if policy != theirs and not (theirs is None and KV_POLICIES[policy].exact):
+            found.append(f"kv_policy {policy} instead of {theirs or 'recompute'!s:.20}")
+        settings = promise.get("generation_kwargs")
+        if settings is not None and settings != generation_of(tasks):
+            found.append("other generation_kwargs")
+        screened = promise.get("shortlist") or 0
+        if lm.options.shortlist != screened:
+            mine, other = ("shortlist" if n else "exact" for n in (lm.options.shortlist, screened))
+            found.append(f"head_check {mine} instead of {other}")
     if promise.get("test_size") is not None and (how.get("limit") or how.get("samples")):
         found.append(f"a part of the {promise['test_size']!s:.20} documents that it is about")
     return found + _of_asking(promise, lm, how)

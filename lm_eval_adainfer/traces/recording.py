@@ -209,7 +209,7 @@ def _in_parts(
             chosen = order[start : start + PART_DOCUMENTS]
             file = _parts_folder(path) / f"{start:08d}.part"
             mine = {**identity, "documents": chosen}
-            found = _read_part(file, mine)
+            found = read_part(file, mine)
             if found is None:
                 instances = [i for doc in chosen for i in by_document[doc]]
                 found = _record(lm, task, instances, doc_ids, plan, progress)
@@ -251,8 +251,8 @@ def _first_odd(found: dict[str, np.ndarray], plan: Plan) -> tuple[str, int] | No
     return None
 
 
-def _read_part(file: Path, identity: dict[str, Any]) -> dict[str, np.ndarray] | None:
-    """A part that an equal call finished; None where there is none, or another call's."""
+def read_part(file: Path, identity: dict[str, Any]) -> dict[str, np.ndarray] | None:
+    """The arrays of a part that an equal call finished; None where there is none, or another call's."""
     if not file.exists():
         return None
     try:

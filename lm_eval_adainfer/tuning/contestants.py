@@ -129,6 +129,24 @@ class Fitter:
             AdaInferError: Where it can't be fitted on these documents.
         """
         views = self.views(reader)
+        found, stopper = self.scored(kind, reader, folder)
+        lost, work = losses(views, loss), Work.of(views, reader, stopper)
+        right = np.concatenate([view.hits for view in views])
+        choice = search(found, lost, work, allowance)
+        return Contestant(reader, kind, found, lost, work, choice, right)
+
+    def scored(self, kind: str, reader: Reader, folder: Path) -> tuple[np.ndarray, Stopper]:
+        """[D, L], what is said of every document by stoppers that have not seen it; and one of these.
+
+        Args:
+            kind: Of ``KINDS``.
+            reader: The reader.
+            folder: Where :meth:`write_folds` put the folds.
+
+        Raises:
+            AdaInferError: Where it can't be fitted on these documents.
+        """
+        views = self.views(reader)
         parts = [np.full((len(view.doc_ids), view.n_blocks), np.nan) for view in views]
         if kind in _RULES:
             stopper = self.fitted(kind, reader)
@@ -141,11 +159,7 @@ class Fitter:
                     mine = np.array([dealt[i] == fold for i in view.doc_ids.tolist()], dtype=bool)
                     if mine.any():
                         part[mine] = scores(stopper, _only(view, view.doc_ids[mine]))
-        found, lost = np.concatenate(parts), losses(views, loss)
-        work = Work.of(views, reader, stopper)
-        right = np.concatenate([view.hits for view in views])
-        choice = search(found, lost, work, allowance)
-        return Contestant(reader, kind, found, lost, work, choice, right)
+        return np.concatenate(parts), stopper
 
     def write_folds(self, folder: Path) -> None:
         """Write, for every fold, the traces of the other folds' documents."""

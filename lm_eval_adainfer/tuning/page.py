@@ -1,4 +1,7 @@
-"""The page of a recommendation: what is recommended, every contestant, and pictures; all of it *simulated*."""
+"""The page of a recommendation: what is recommended, every contestant, and pictures.
+
+All of it is *simulated*, but for calibration and test documents of tasks whose texts are generated.
+"""
 
 from __future__ import annotations
 
@@ -6,9 +9,12 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from lm_eval_adainfer import container
 from lm_eval_adainfer.output import marks, per_block, report
 from lm_eval_adainfer.output.marks import Mark
+from lm_eval_adainfer.statistics import wilson_interval
 from lm_eval_adainfer.tuning.told import LOST
 from lm_eval_adainfer.tuning.tune import Tuned
 
@@ -49,6 +55,13 @@ def _figures(tuned: Tuned, mark_of: dict[str, Mark]) -> list[tuple[str, str, str
 
     found = []
     with figures.style():
+        if tuned.found.get("texts") and (points := _rungs(tuned.found, mark_of)):
+            found.append(
+                ("frontier", "Kept documents against work",
+                 "Calibration documents, really generated at every threshold that was tested; work is counted, prompts "
+                 "and new tokens together. What is recommended is marked in the legend.",
+                 figures.frontier(points, "documents that lose nothing"))
+            )  # fmt: skip
         if points := frontier_points(tuned.found, mark_of):
             found.append(
                 ("frontier", "Accuracy against work",
@@ -67,12 +80,31 @@ def _figures(tuned: Tuned, mark_of: dict[str, Mark]) -> list[tuple[str, str, str
             )  # fmt: skip
         if tuned.exits:
             name, reader = (tuned.found["chosen"][key] for key in ("name", "reader"))
+            how = "Counted" if tuned.found.get("texts") else "Simulated"
             found.append(
-                ("exit_layers", "Where documents leave", "Simulated on test documents, with what is recommended.",
+                ("exit_layers", "Where documents leave", f"{how} on test documents, with what is recommended.",
                  figures.histograms({task: {name: exits} for task, exits in tuned.exits.items()},
                                     tuned.found["model"]["n_blocks"], {name: mark_of[reader]}))
             )  # fmt: skip
     return found
+
+
+def _rungs(found: dict[str, Any], mark_of: dict[str, Mark]) -> list[Any]:
+    """The dense model and every threshold that calibration documents were run at, of texts."""
+    from lm_eval_adainfer.output.figures import Point
+
+    points = [Point("stopper=none", 1.0, 1.0, 1.0, 1.0, marks.DENSE)]
+    chosen = found.get("chosen", {})
+    readers = {one["name"]: one["reader"] for one in found["contestants"]}
+    for one in found.get("candidates", ()):
+        reader = readers[one["name"]]
+        for rung in one["rungs"]:
+            kept = np.clip(1 - rung["lost"], 0.0, 1.0)
+            low, high = (float(x) for x in wilson_interval(kept, one["documents"]))
+            is_it = one["name"] == chosen.get("name") and rung["threshold"] == chosen["threshold"]
+            label = f"{'recommended: ' if is_it else ''}{one['name']} {rung['threshold']:.4g}"
+            points.append(Point(label, 1 - rung["saved"], float(kept), low, high, mark_of[reader]))
+    return points if len(points) > 1 else []
 
 
 def frontier_points(found: dict[str, Any], mark_of: dict[str, Mark]) -> list[Any]:

@@ -48,6 +48,7 @@ def search(
     allowance: Allowance | None,
     thresholds: Sequence[float] | None = None,
     calibrates: bool = True,
+    text: np.ndarray | None = None,
 ) -> Choice:
     """Choose threshold and blocks; for every threshold, blocks greedily, always the one that saves most.
 
@@ -60,6 +61,7 @@ def search(
         allowance: What calibration documents will allow; None where no loss is allowed and nothing will be calibrated.
         thresholds: That are tried; by default quantiles of the scores.
         calibrates: Whether the threshold will be calibrated; else the blocks are taken that save most as they are.
+        text: [D], where rows are tokens, the text of each, from 0; a text loses what its worst token loses.
     """
     n, n_blocks = scores.shape
     possible = [k for k in range(1, n_blocks) if not np.isnan(scores[:, k - 1]).all()]
@@ -68,13 +70,13 @@ def search(
     best: dict[tuple[int, ...], Choice] = {(): nothing}  # of every set of blocks
     for threshold in tried:
         stops = scores > threshold  # NaN never does
-        found = _blocks(stops, lost, work, allowance, possible, float(threshold))
+        found = _blocks(stops, lost, work, allowance, possible, float(threshold), text)
         if found.blocks and (found.blocks not in best or found.cost < best[found.blocks].cost - 1e-12):
             best[found.blocks] = found
     if allowance is None or not calibrates:
         return min(best.values(), key=lambda choice: (choice.cost, choice.blocks))
     choices = [
-        replace(choice, expected=expected(scores, lost, work, allowance, choice.blocks, tried))
+        replace(choice, expected=expected(scores, lost, work, allowance, choice.blocks, tried, text))
         for choice in best.values()
     ]
     return min(choices, key=lambda choice: (choice.expected, choice.cost, choice.blocks))
@@ -87,6 +89,7 @@ def expected(
     allowance: Allowance,
     blocks: Sequence[int],
     thresholds: Sequence[float],
+    text: np.ndarray | None = None,
 ) -> float:
     """The mean work, over that of the dense model, where the threshold is calibrated on drawn documents.
 
@@ -99,12 +102,13 @@ def expected(
         allowance: As :func:`search`'s.
         blocks: After which it is asked.
         thresholds: From the strictest on.
+        text: As :func:`search`'s.
     """
     if not blocks or not len(thresholds):
         return 1.0
-    n = len(scores)
     exits = [left(scores, blocks, threshold) for threshold in thresholds]
-    loses = np.array([lost[np.arange(n), of - 1] for of in exits])  # [T, D]
+    loses = np.array([lost_by(lost, of, text) for of in exits])  # [T, documents]
+    n = loses.shape[1]
     costs = np.array([1.0, *(work.ratio(of, blocks) for of in exits)])
     draws = np.random.default_rng(0).multinomial(allowance.documents, np.full(n, 1 / n), DRAWS).T
     fails = ~allowance.allows((loses > 0) @ draws, (loses < 0) @ draws)  # [T, draws]
@@ -120,14 +124,18 @@ def left(scores: np.ndarray, blocks: Sequence[int], threshold: float) -> np.ndar
     return exit_layer
 
 
-def at_exits(lost: np.ndarray, exit_layer: np.ndarray) -> np.ndarray:
-    """[D], of [D, L] losses those at these exits."""
+def lost_by(lost: np.ndarray, exit_layer: np.ndarray, text: np.ndarray | None = None) -> np.ndarray:
+    """[documents], what each loses ([D, L] losses) at these exits; a text as much as its worst token."""
     found: np.ndarray = lost[np.arange(len(lost)), exit_layer - 1]
-    return found
+    if text is None:
+        return found
+    worst = np.zeros(int(text.max()) + 1)
+    np.maximum.at(worst, text, found)
+    return worst
 
 
 def _is_allowed(at: np.ndarray, allowance: Allowance | None) -> bool:
-    """Whether as many calibration documents may lose and win as these [D] do, by their shares."""
+    """Whether as many calibration documents may lose and win as these documents do, by their shares."""
     if allowance is None:
         return not (at > 0).any()
     n = allowance.documents
@@ -150,6 +158,7 @@ def _blocks(
     allowance: Allowance | None,
     possible: Sequence[int],
     threshold: float,
+    text: np.ndarray | None,
 ) -> Choice:
     n, n_blocks = stops.shape
     chosen: tuple[int, ...] = ()
@@ -161,7 +170,7 @@ def _blocks(
                 continue
             asked = tuple(sorted((*chosen, k)))
             exit_layer = np.where(stops[:, k - 1], np.minimum(best.exit_layer, k), best.exit_layer)
-            at = at_exits(lost, exit_layer)
+            at = lost_by(lost, exit_layer, text)
             if _is_allowed(at, allowance):
                 trials.append(Choice(asked, threshold, exit_layer, work.ratio(exit_layer, asked), float(at.mean())))
         trial = min(trials, key=lambda t: (t.cost, t.blocks), default=None)

@@ -52,6 +52,8 @@ def recommended(found: Mapping[str, Any], output: str | Path, options: Mapping[s
     if "chosen" in found:
         blocks = "+".join(map(str, found["chosen"]["check_layers"]))
         more = {"stopper": str(Path(output) / found["chosen"]["file"]), "check_layers": blocks}
+        if "kv_policy" in found["chosen"]:
+            more["kv_policy"] = found["chosen"]["kv_policy"]
     if given.startswith("{"):
         return command(options, json.dumps({**json.loads(given), **more}))
     return command(options, ",".join(part for part in (given, *(f"{k}={v}" for k, v in more.items())) if part))
@@ -88,18 +90,20 @@ def lines(found: Mapping[str, Any], output: str | Path, run: str, page: Path | N
         chosen, test = found["chosen"], found["test"]
         promise, blocks = chosen["promise"], "+".join(map(str, chosen["check_layers"]))
         won = f" and {promise['wins']} won one" if "wins" in promise else ""
+        who = {"prompt": "prompts leave, ", "token": "new tokens leave, "}.get(chosen.get("exits", ""), "")
         said.append(
-            f"recommended: reader={chosen['reader']}, {chosen['stopper']} above {chosen['threshold']:.4g}, asked after "
-            f"block{'s' if '+' in blocks else ''} {blocks} of {n_blocks}"
+            f"recommended: {who}reader={chosen['reader']}, {chosen['stopper']} above {chosen['threshold']:.4g}, asked "
+            f"after block{'s' if '+' in blocks else ''} {blocks} of {n_blocks}"
         )
         said.append(
             f"promise: {most} at {settings['confidence']:.0%} confidence (of {promise['documents']} calibration "
             f"documents {promise['losses']} lost their answer{won})"
         )
-        row = test["rows"][-1]
-        change = "" if row["acc"] is None else f", acc {row['acc'] - row['acc_change']:.3f} -> {row['acc']:.3f}"
+        row, how = test["rows"][-1], "generated dense and early" if found.get("texts") else "simulated"
+        metric = row.get("metric") or "acc"
+        change = "" if row["acc"] is None else f", {metric} {row['acc'] - row['acc_change']:.3f} -> {row['acc']:.3f}"
         said.append(
-            f"on {test['documents']} test documents (simulated): saves {_share(test, 'saved')} of the counted work, "
+            f"on {test['documents']} test documents ({how}): saves {_share(test, 'saved')} of the counted work, "
             f"reading and checks included, loses {_share(test, 'lost')}{change}, exit block {test['exit_layer']:.1f}"
         )
         for task, used in test["used_elsewhere"].items():

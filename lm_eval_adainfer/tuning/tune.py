@@ -39,7 +39,7 @@ from lm_eval_adainfer.tuning.allowance import documents_for
 from lm_eval_adainfer.tuning.choosing import Calibrated, allowed, calibrated, candidates
 from lm_eval_adainfer.tuning.contestants import Contestant, Fitter, losses, scores
 from lm_eval_adainfer.tuning.probe import Probed
-from lm_eval_adainfer.tuning.search import at_exits, left
+from lm_eval_adainfer.tuning.search import left, lost_by
 from lm_eval_adainfer.tuning.settings import Settings, most_each
 from lm_eval_adainfer.tuning.work import Work
 
@@ -70,7 +70,7 @@ class Tuned:
 
 
 class Tuning:
-    """One command's work in one folder.
+    """One command's work in one folder, for loglikelihood tasks (``generated.TextTuning``: for texts).
 
     Args:
         lm: The model; it runs dense.
@@ -81,6 +81,8 @@ class Tuning:
         named: What else identifies the command; the folder is its own.
     """
 
+    output_types: Sequence[str] = ("loglikelihood", "multiple_choice")
+
     def __init__(
         self,
         lm: AdaInferLM,
@@ -90,7 +92,7 @@ class Tuning:
         asked: Asking | None = None,
         named: dict[str, Any] | None = None,
     ):
-        require_tasks(tasks)
+        require_tasks(tasks, self.output_types)
         self.lm, self.tasks, self.folder, self.settings = lm, tasks, Path(output), settings
         self.asked = asked or Asking()
         self.named = {**(named or {}), "tasks": sorted(tasks), **settings.described()}
@@ -363,13 +365,13 @@ _ASKING = GapStopper(0.5)  # for what asking costs
 _MODEL = ("model", "n_blocks", "head_hash", "weights_hash", "tokenizer_hash", "dtype", "autocast")
 
 
-def require_tasks(tasks: dict[str, Any]) -> None:
-    """Raise AdaInferError on a task that can't be tuned for."""
+def require_tasks(tasks: dict[str, Any], output_types: Sequence[str]) -> None:
+    """Raise AdaInferError on a task that can't be tuned for together with these."""
     for name, task in tasks.items():
-        if task.OUTPUT_TYPE not in ("loglikelihood", "multiple_choice"):
+        if task.OUTPUT_TYPE not in output_types:
             raise AdaInferError(
                 f"tasks: {name} is a {task.OUTPUT_TYPE} task; adainfer tune takes multiple_choice and loglikelihood "
-                "ones"
+                "ones together, or generate_until ones alone"
             )
 
 
@@ -407,7 +409,7 @@ def _figures(
     cost, dense, n = work.at(exit_layer, blocks), work.dense, len(exit_layer)
     draws = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), _RESAMPLES)
     low, high = np.quantile(1 - (draws @ cost) / (draws @ dense), [0.025, 0.975])
-    at = at_exits(lost, exit_layer)
+    at = lost_by(lost, exit_layer)
     share = float(at.mean())
     if loss in NET:
         interval = tango_interval(float((at > 0).sum()), float((at < 0).sum()), n)
