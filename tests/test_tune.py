@@ -35,6 +35,7 @@ from lm_eval_adainfer.traces import recording
 from lm_eval_adainfer.traces.documents import TracedDocuments, read
 from lm_eval_adainfer.tuning import choosing, page, told
 from lm_eval_adainfer.tuning.allowance import Allowance, documents_for, tried
+from lm_eval_adainfer.tuning.probe import around_the_best
 from lm_eval_adainfer.tuning.search import DRAWS, expected, left, search
 from lm_eval_adainfer.tuning.settings import Settings, most_each
 from lm_eval_adainfer.tuning.tune import RESULT, STOPPER, Tuned, Tuning
@@ -515,3 +516,13 @@ def test_auto_outside_an_evaluation_and_wrong_folders(finished, tmp_path):
     error = refused(lambda: loading.load_model(f"pretrained=adainfer-demo,stopper_dir={tmp_path}", "cpu"))
     assert "stopper=auto" in error
 
+
+
+@pytest.mark.parametrize(
+    ("saves", "blocks"),
+    [({}, ()), ({5: 0.005}, ()), ({7: 0.2}, (7,)), ({8: 0.0, 20: 0.24, 23: 0.18, 26: 0.1}, (15, 17, 19, 21, 23, 25)),
+     ({1: 0.0, 2: 0.3, 3: 0.1}, (2,)), ({4: 0.4, 10: 0.4}, (4, 5, 6, 8, 9, 10))],
+)  # fmt: skip
+def test_blocks_around_the_best(saves, blocks):
+    """Linear between those that were probed: 15 of 8 to 20 saves 0.14, more than half of 0.24."""
+    assert around_the_best(saves) == blocks

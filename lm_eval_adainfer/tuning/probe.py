@@ -80,17 +80,31 @@ def _probed(views: Sequence[TracedDocuments], reader: Reader) -> Probed:
     work = Work.of(views, reader, GapStopper(0.5))
     dense = work.dense.sum()
     asking = {k: float(work.ask[:, k - 1].sum() / dense) for k in recorded}
-    pays = []
-    for k in recorded:
-        alone = work.ratio(np.where(agrees[:, k - 1], k, n_blocks), [k])
-        if alone < 1 - LEAST / 2:
-            pays.append(k)
-    if reader.runs_tokens and len(pays) > BLOCKS:
-        pays = [pays[i] for i in np.linspace(0, len(pays) - 1, BLOCKS).round().astype(int)]
-    blocks = tuple(pays)
+    saves = {k: 1 - work.ratio(np.where(agrees[:, k - 1], k, n_blocks), [k]) for k in recorded}
+    blocks = around_the_best(saves) if reader.runs_tokens else tuple(k for k in recorded if saves[k] > LEAST / 2)
+    if reader.runs_tokens:  # also after blocks between those that were probed
+        asking.update(zip(blocks, np.interp(blocks, recorded, [asking[k] for k in recorded]).tolist(), strict=True))
     recording = sum(asking[k] for k in (blocks if reader.runs_tokens else recorded))
     agreement = {k: float(agrees[:, k - 1].mean()) for k in recorded}
     return Probed(reader, blocks, agreement, 1 - oracle(views, reader).cost, recording)
+
+
+def around_the_best(saves: dict[int, float]) -> tuple[int, ...]:
+    """At most ``BLOCKS`` blocks, evenly spread over those that may save half of what the best one saves, or more.
+
+    Args:
+        saves: What asking after some blocks, each alone, would save; between them it is taken to be linear.
+    """
+    known = sorted(saves)
+    if not known:
+        return ()
+    every = range(known[0], known[-1] + 1)
+    between = np.interp(every, known, [saves[k] for k in known])
+    bar = max(LEAST / 2, between.max() / 2)
+    good = [k for k, saved in zip(every, between, strict=True) if saved > bar]
+    if not good:
+        return ()
+    return tuple(sorted({good[i] for i in np.linspace(0, len(good) - 1, min(BLOCKS, len(good))).round().astype(int)}))
 
 
 def kept(found: Sequence[Probed]) -> list[Probed]:
