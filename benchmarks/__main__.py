@@ -1,7 +1,8 @@
 """Measures ``--model adainfer`` against stock ``--model hf`` and against models physically cut to the exit's depth.
 
 Times are ratios of two *measured* wall-clock times, taken alternately in one run; the median of several repeats is
-reported with the lowest and the highest. Weights are random: speed does not depend on them.
+reported with the lowest and the highest. Weights are random: speed does not depend on them. ``texts`` takes a real
+model with ``--pretrained``, whose texts end by themselves.
 """
 
 from __future__ import annotations
@@ -11,14 +12,15 @@ import json
 from pathlib import Path
 
 import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from benchmarks import checks, decoding, memory, prefill, readers, shared
+from benchmarks import checks, decoding, memory, prefill, readers, shared, texts
 from benchmarks.models import SHAPES, about, make_model, table
 from lm_eval_adainfer import container
 
 KINDS = {
     "prefill": prefill, "checks": checks, "shared": shared, "memory": memory, "decoding": decoding,
-    "readers": readers,
+    "readers": readers, "texts": texts,
 }  # fmt: skip
 
 
@@ -27,6 +29,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("kinds", nargs="*", default=list(KINDS), help=f"which: {', '.join(KINDS)} (default: all)")
     parser.add_argument("--shape", default="llama-16x512", choices=SHAPES)
+    parser.add_argument("--pretrained", help="texts: a checkpoint's folder or name instead of a shape")
+    parser.add_argument("--name", help="of the result file and the model in it (default: of the checkpoint)")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--lengths", default="64,256", help="prompt tokens, separated by commas")
@@ -38,13 +42,22 @@ def main(arguments: list[str] | None = None) -> None:
         if kind not in KINDS:
             parser.error(f"kinds: {kind!r} is none of {', '.join(KINDS)}")
 
-    model = make_model(options.shape, getattr(torch, options.dtype), options.device)
+    more = {}
+    if options.pretrained is None:
+        model = make_model(options.shape, getattr(torch, options.dtype), options.device)
+    elif options.kinds != ["texts"]:
+        parser.error("pretrained: only texts takes a checkpoint; the other kinds need a --shape")
+    else:
+        options.shape = options.name or Path(options.pretrained).name
+        loaded = AutoModelForCausalLM.from_pretrained(options.pretrained, dtype=getattr(torch, options.dtype))
+        model = loaded.to(options.device).eval()
+        more["tokenizer"] = AutoTokenizer.from_pretrained(options.pretrained)
     lengths, batch_sizes = ([int(n) for n in text.split(",")] for text in (options.lengths, options.batch_sizes))
     folder = Path(options.output)
     folder.mkdir(parents=True, exist_ok=True)
     for kind in options.kinds:
         rows: list[dict] = []
-        for row in KINDS[kind].measure(model, lengths, batch_sizes, options.repeats):
+        for row in KINDS[kind].measure(model, lengths, batch_sizes, options.repeats, **more):
             print(json.dumps(row), flush=True)
             rows.append(row)  # written as they come: a benchmark takes long and is interrupted
             write(kind, rows, options, model.config.num_hidden_layers, folder)

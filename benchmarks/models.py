@@ -136,7 +136,7 @@ def about(shape: str, dtype: str, device: str, repeats: int) -> dict:
         "machine": f"{machine}, {torch.get_num_threads()} threads",
         "torch": torch.__version__,
         "lm_eval_adainfer": __version__,
-        "shape": {"name": shape, **SHAPES[shape]},
+        "shape": {"name": shape, **SHAPES.get(shape, {})},
         "dtype": dtype,
         "repeats": repeats,
     }

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from benchmarks import __main__ as command
-from benchmarks import memory, shared
+from benchmarks import memory, shared, texts
 from benchmarks.models import alternately, make_model, make_tokenizer, over
 from benchmarks.prefill import SpreadExits, requests, run_needed
 from lm_eval_adainfer.harness.model import AdaInferLM
@@ -20,6 +20,8 @@ from lm_eval_adainfer.harness.model import AdaInferLM
 def small(monkeypatch):
     cases = [replace(case, shared=case.shared // 20, own=12, documents=4) for case in shared.CASES]
     monkeypatch.setattr(shared, "CASES", cases)
+    monkeypatch.setattr(texts, "DOCUMENTS", 5)
+    monkeypatch.setattr(texts, "NEW", 8)
     monkeypatch.setattr(memory, "CASES", [replace(memory.CASES[0], documents=8, batch_size=8)])
 
 
@@ -31,12 +33,14 @@ def test_a_kind_writes_its_rows(kind, small, tmp_path):
                   "--repeats", "1", "-o", str(tmp_path)])  # fmt: skip
     record = json.loads((tmp_path / f"{kind}-tiny-float32-cpu.json").read_text())
     rows, table = record["rows"], (tmp_path / f"{kind}-tiny-float32-cpu.md").read_text().splitlines()
-    assert len(rows) == {"shared": 6, "memory": 1, "readers": 8}.get(kind, 2) and len(table) == 4 + len(rows)
+    assert len(rows) == {"shared": 6, "memory": 1, "readers": 8, "texts": 4}.get(kind, 2) and len(table) == 4 + len(rows)
     assert record["measured"] in table[0] and "*measured*" in table[0]
     ratios = [value for row in rows for name, value in row.items() if " / " in name and value != "-"]
     assert ratios and all(r["low"] <= r["median"] <= r["high"] for r in ratios if isinstance(r, dict))
     if kind == "memory":  # stock hf keeps logits of all tokens: 8 x 720 x 4096 float32 numbers
         assert rows[0]["stock hf, MiB"] > 90 and rows[0]["stopper=none / stock hf"] < 0.9
+    if kind == "texts":
+        assert {row["same"] for row in rows} == {"5 of 5"}
     if kind == "shared":
         assert all(row["largest difference of a logprob from stock hf's"] < 1e-4 for row in rows)
 
