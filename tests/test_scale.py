@@ -24,6 +24,7 @@ from lm_eval.tasks import TaskManager
 from lm_eval_adainfer import paths
 from lm_eval_adainfer.errors import AdaInferError
 from lm_eval_adainfer.harness.model import AdaInferLM
+from lm_eval_adainfer.prefill import planning
 
 ROLLING = """
 task: rolling
@@ -187,14 +188,33 @@ def test_blocks_behind_the_exit_are_never_loaded(where, folder, tmp_path, read_f
         assert not [name for name in read_from_disk if "lm_head" in name or "model.norm" in name]  # these stay
 
 
-def test_a_batch_loads_as_many_blocks_as_its_deepest_document_needs(folder, tmp_path, read_from_disk):
-    lm = of(folder, stopper="gap:0.3", batch_size=1, prefix_cache=0, parallelize=True, device_map={"": "disk"},
-            offload_folder=str(tmp_path))  # fmt: skip
-    asked = [r for r in requests(documents=20) if r.idx == 0]
-    read_from_disk.clear()
-    depth = sum(a.exit_record.exit_layer for a in lm.loglikelihood(asked, True))
-    assert depth < 5 * len(asked)
-    assert sum(n for name, n in read_from_disk.items() if "input_layernorm" in name) == depth
+@pytest.mark.parametrize("prefix_cache", [0, 4096])
+def test_a_block_is_loaded_once_for_all_that_goes_through_it_together(
+    prefix_cache, folder, tmp_path, read_from_disk, monkeypatch
+):
+    """As many blocks as the deepest document needs; where batches go one by one, as many for each."""
+    options = {"stopper": "gap:0.3", "batch_size": 1, "prefix_cache": prefix_cache}
+    lm = of(folder, parallelize=True, device_map={"": "disk"}, offload_folder=str(tmp_path), **options)
+    asked = [r for r in with_shots() if r.idx == 0]
+    expected = of(folder, **options).loglikelihood(asked, True)
+    lm.loglikelihood(asked, True)  # what it finds out about the model it finds out now
+
+    def loads():
+        read_from_disk.clear()
+        found = lm.loglikelihood(asked, True)
+        assert [a[0] for a in found] == pytest.approx([a[0] for a in expected], rel=2e-6, abs=1e-4)
+        depths = [a.exit_record.exit_layer for a in found]
+        assert depths == [a.exit_record.exit_layer for a in expected] and len(set(depths)) > 1
+        counted = Counter({name: n for name, n in read_from_disk.items() if ".layers." in name})
+        assert len({counted[name] for name in counted if ".layers.0." in name}) == 1  # every weight of a block alike
+        return depths, sum(n for name, n in counted.items() if "input_layernorm" in name)
+
+    depths, loaded = loads()
+    assert loaded == max(depths)
+    assert all(p.device.type == "meta" for block in lm.anatomy.blocks for p in block.parameters())  # and not kept
+    monkeypatch.setattr(planning, "TOGETHER_ROWS", 1)
+    depths, loaded = loads()
+    assert loaded == sum(depths) if not prefix_cache else loaded > max(depths)  # own tokens of several rows fit a batch
 
 
 def test_a_model_object_whose_weights_are_offloaded(tokenizer, tmp_path):

@@ -21,6 +21,7 @@ from lm_eval.api.task import ConfigurableTask
 from lm_eval.tasks import TaskManager
 
 from lm_eval_adainfer.errors import AdaInferError
+from lm_eval_adainfer.harness import loading
 from lm_eval_adainfer.paths import task_configs
 from lm_eval_adainfer.tasks import mmlu
 from lm_eval_adainfer.tasks.qa import DocumentSeededSampler, TaskSeededSampler
@@ -273,6 +274,8 @@ def test_text_is_rendered_as_lm_eval_renders_it(manager, toy_data):
         for doc in task.eval_docs:
             assert task.doc_to_text(doc) == ConfigurableTask.doc_to_text(task, doc)
             assert task.doc_to_text(doc, "{{7}}") == ConfigurableTask.doc_to_text(task, doc, "{{7}}")
+            for template in (None, 1, ["a"], " {{7}}", "{{7}}", "", "[", "[7", "[1, 'a']", "[x]", "['{{7}}']", "{% if 1 %}yes{% endif %}"):
+                assert task.doc_to_target(doc, template) == ConfigurableTask.doc_to_target(task, doc, template)
 
 
 @pytest.fixture(scope="module")
@@ -463,6 +466,34 @@ def test_every_yaml_is_indexed_and_every_name_is_ours(manager):
     assert {file.resolve() for file in yaml_files()} <= {path.resolve() for path in indexed}
     assert [name for name in manager.all_tasks if not name.startswith("adainfer_")] == []
     assert len([name for name in manager.all_subtasks if name.startswith("adainfer_word_")]) == 27
+    of_groups = [manager.task_index[name].cfg["task"] for name in manager.all_groups]
+    assert {member for members in of_groups for member in members} <= set(manager.all_tasks)
+
+
+@pytest.mark.parametrize(
+    ("names", "path", "alone"),
+    [
+        (["adainfer_sst2", "adainfer_mmlu", "adainfer_mmlu_stem_tasks", "adainfer_word_*"], None, True),
+        (["adainfer_sst2", "sst2"], None, False),
+        (["adainfer_nothing"], None, False),
+        (["*"], None, False),
+        ([], None, False),
+        (["adainfer_sst2"], "a folder", False),  # whose YAMLs may name any task
+    ],
+    ids=str,
+)
+def test_lm_evals_own_tasks_are_read_only_where_a_name_may_be_theirs(names, path, alone, monkeypatch, tmp_path):
+    made = []
+
+    def maker(include_path=None, include_defaults=True, metadata=None):
+        made.append((include_path, include_defaults, metadata))
+        return our_tasks(metadata)
+
+    monkeypatch.setattr("lm_eval.tasks.TaskManager", maker)
+    path = path and str(tmp_path)
+    loading.task_manager({"a": 1}, path, {"b": 2}, names)
+    told = {"a": 1, "b": 2}
+    assert made[-1] == ((str(task_configs()), False, told) if alone else (path, True, told))
 
 
 def test_no_task_blocks_num_fewshot():

@@ -224,7 +224,7 @@ def _selection_to_run(arguments: argparse.Namespace, selection: Selection) -> Se
     if named:
         from lm_eval_adainfer.harness.loading import task_manager
 
-        manager = task_manager({}, arguments.include_path)
+        manager = task_manager({}, arguments.include_path, names=sorted(named))
         for name in sorted(named):
             if not manager.match_tasks([name]):
                 raise AdaInferError(

@@ -59,8 +59,8 @@ def run_until(
     from lm_eval_adainfer.harness.one_pass import dense_args
 
     asked, candidate_args = asked or Asking(), key_values(model_args)
-    manager = task_manager(candidate_args, include_path, asked.metadata)
     names = [name for name in tasks.split(",") if name]
+    manager = task_manager(candidate_args, include_path, asked.metadata, names)
     loaded = load_tasks(manager, names)
     groups = manager.load(manager.match_tasks(names)).get("groups", {})
     members = {name: [task.task_name for task in group.get_all_tasks()] for name, group in groups.items()}

@@ -82,7 +82,7 @@ def run_both(
 
     names = [name for name in tasks.split(",") if name]
     asked, candidate_args = asked or Asking(), key_values(model_args)
-    manager = task_manager(candidate_args, include_path, asked.metadata)
+    manager = task_manager(candidate_args, include_path, asked.metadata, names)
     loaded = load_tasks(manager, names)  # names what is unknown before a model is loaded
     options |= settings_of(asked)
     made = Made(str(output / "baseline") if baseline is None else baseline, str(output / "candidate"))

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from lm_eval_adainfer.errors import AdaInferError
 from lm_eval_adainfer.harness import asking
+from lm_eval_adainfer.paths import task_configs
+
+_OURS = "adainfer_"  # what the names of the packaged tasks begin with, and no other
 
 
 def load_model_and_tasks(
@@ -31,13 +34,17 @@ def load_model_and_tasks(
     Raises:
         AdaInferError: On wrong arguments, in the words of whoever found it first.
     """
-    manager = task_manager(asking.key_values(model_args), include_path, metadata)
-    found = load_tasks(manager, [name for name in tasks.split(",") if name])
+    names = [name for name in tasks.split(",") if name]
+    manager = task_manager(asking.key_values(model_args), include_path, metadata, names)
+    found = load_tasks(manager, names)
     return load_model(model_args, device, batch_size=batch_size), found
 
 
 def task_manager(
-    model_args: Mapping[str, Any], include_path: str | None, metadata: Mapping[str, Any] | None = None
+    model_args: Mapping[str, Any],
+    include_path: str | None,
+    metadata: Mapping[str, Any] | None = None,
+    names: Sequence[str] = (),
 ) -> Any:
     """lm-eval's task manager, which knows the packaged tasks and tells tasks what ``lm_eval``'s command tells them.
 
@@ -45,6 +52,8 @@ def task_manager(
         model_args: The model's arguments.
         include_path: A folder of further task YAMLs.
         metadata: What tasks are told besides.
+        names: Tasks, groups, tags and globs that it will be asked for. Where the package has all of them, lm-eval's
+            own thousands of YAMLs are not read.
 
     Raises:
         AdaInferError: Where ``include_path`` is no folder.
@@ -56,7 +65,12 @@ def task_manager(
     if include_path and not Path(include_path).is_dir():
         raise AdaInferError(f"include_path: {include_path} is no folder; give one that holds task YAMLs")
     install()
-    return TaskManager(include_path=include_path, metadata={**model_args, **(metadata or {})})
+    told = {**model_args, **(metadata or {})}
+    if names and not include_path and task_configs().is_dir():
+        packaged = TaskManager(include_path=str(task_configs()), include_defaults=False, metadata=told)
+        if all(name in packaged.all_tasks or ("*" in name and name.startswith(_OURS)) for name in names):
+            return packaged
+    return TaskManager(include_path=include_path, metadata=told)
 
 
 def load_model(model_args: str, device: str | None, **defaults: Any) -> Any:

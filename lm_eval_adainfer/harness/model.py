@@ -6,7 +6,7 @@ import logging
 import math
 import os
 import time
-from collections import defaultdict, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import wraps
@@ -29,6 +29,7 @@ from lm_eval_adainfer.generation.prompts import PromptExits
 from lm_eval_adainfer.generation.settings import Settings, check_checkpoint
 from lm_eval_adainfer.harness import answer_cache, arguments, auto, identity, metrics, pilot, run_record
 from lm_eval_adainfer.harness.answers import LogLikelihood, Rolling, Text
+from lm_eval_adainfer.harness.batch_sizes import BatchSizes
 from lm_eval_adainfer.harness.options import Options, check_stock
 from lm_eval_adainfer.prefill import planning, probes
 from lm_eval_adainfer.prefill.documents import Answer, Document, Row
@@ -165,6 +166,8 @@ class AdaInferLM(HFLM):
         self.arguments_read, self.asked_after = others, (min_layer, check_layers)
         self.one_pass: OnePass | None = None  # what keeps the dense answers of its passes, too
         self.answered: OnePass | None = None  # what has its own answers, of another model's passes
+        self._contexts: dict[str, list[int] | None] = {}  # those that several requests of one call have, encoded once
+        self._sizes = BatchSizes()
         self.options = Options.read(*((stopper, *others) if self._auto is None else self._auto.waiting()))
         strategy = self.options.stopper
         self.stopper_name = strategy.kind if stopper is strategy else str(stopper)
@@ -435,6 +438,9 @@ class AdaInferLM(HFLM):
             raise AdaInferError(
                 f"request: the text {near!r} holds half a surrogate pair, which is no Unicode; repair the document"
             ) from None
+        is_context = not args and not kwargs and string in self._contexts
+        if is_context and (ids := self._contexts[string]) is not None:
+            return ids
         ids = super().tok_encode(string, *args, **kwargs)
         known = self.model.get_input_embeddings().weight.shape[0]
         if ids and max(ids) >= known:
@@ -442,6 +448,8 @@ class AdaInferLM(HFLM):
                 f"tokenizer: it gives token {max(ids)}, but the model has embeddings for {known} tokens; give the "
                 "tokenizer that belongs to the model"
             )
+        if is_context:
+            self._contexts[string] = ids
         return ids
 
     def _warn_not_finite(self, tokens: Sequence[int]) -> None:
@@ -479,12 +487,14 @@ class AdaInferLM(HFLM):
             (r.task_name, r.doc_id) if r.task_name is not None and r.doc_id is not None else (None, r.args[0])
             for r in requests
         ]
+        times = Counter(r.args[0].rstrip() for r in requests)  # a context is encoded without the spaces behind it
+        self._contexts = {context: None for context, n in times.items() if n > 1}
         try:
             if self.answered is not None:
                 return self._already_answered(self.answered, requests, disable_tqdm)
             return super().loglikelihood(requests, disable_tqdm=disable_tqdm)
         finally:
-            self._document_keys = []
+            self._document_keys, self._contexts = [], {}
 
     def _already_answered(self, passes: OnePass, requests: list[Instance], disable_tqdm: bool) -> list[Any]:
         """The answers that another model's passes have given, and those to what it was not asked."""
@@ -623,6 +633,20 @@ class AdaInferLM(HFLM):
             return super()._batch_scheduler(pos, n_reordered_requests)
         finally:
             self.batch_schedule = before
+
+    def _detect_batch_size(self, requests: Sequence[Any] | None = None, pos: int = 0) -> int:
+        """As HFLM's, which tries sizes out; those found are kept for this model, and none is found twice."""
+        if requests and self.world_size > 1:  # processes try them out together, each with its own rows
+            return int(super()._detect_batch_size(requests, pos))
+        length = self.max_length
+        if requests:
+            _, context, continuation = requests[pos]
+            length = min(length, len(context) + len(continuation) - 1)
+        size = self._sizes.of(length, self.max_batch_size)
+        if size is None:
+            size = int(super()._detect_batch_size(requests, pos))
+            self._sizes.keep(length, size)
+        return size
 
     def _batches(self, documents: Sequence[Document], fixed: int | None) -> Iterator[list[Batch]]:
         """Batches of all documents, as lists of those that are run together."""

@@ -10,9 +10,10 @@ import copy
 from collections.abc import Sequence
 from typing import Any
 
-# Methods of HFLM that ``AdaInferLM`` overrides, and those that it calls.
-OVERRIDDEN = ("_batch_scheduler", "_get_config", "_loglikelihood_tokens", "_model_generate")
-CALLED = ("_detect_batch_size",)
+# Methods of HFLM that ``AdaInferLM`` overrides.
+OVERRIDDEN = (
+    "_batch_scheduler", "_detect_batch_size", "_get_config", "_loglikelihood_tokens", "_model_generate",
+)  # fmt: skip
 # Attributes of HFLM that it sets or reads.
 ATTRIBUTES = ("_config", "_device", "_model", "_rank", "_world_size")
 

@@ -7,7 +7,7 @@ of its distinct contexts (docs/numbers.md, "One decision per document").
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -29,6 +29,7 @@ from lm_eval_adainfer.strategies.asking import Carried, ask, reads_head
 from lm_eval_adainfer.strategies.base import Schedule, Stopper
 from lm_eval_adainfer.structure.anatomy import Anatomy
 from lm_eval_adainfer.structure.state import BlockState
+from lm_eval_adainfer.structure.weights import kept_loaded
 
 Place = tuple[int, int, int]  # of a row in flow: its batch, its number among the batch's rows, where it decides there
 
@@ -184,8 +185,10 @@ class Engine:
             for document in batch.documents:
                 self.log.begin(document)
         for k in range(1, n_blocks + 1):
-            for batch in batches:
-                batch.state = batch.forward.advance()
+            several = len(batches) > 1 or bool(prefixes)  # else it is loaded once anyhow, and part by part
+            with kept_loaded(self.anatomy.blocks[k - 1]) if several else nullcontext():
+                for batch in batches:
+                    batch.state = batch.forward.advance()
             flow = [
                 InFlow(d, row, (n, r, row.decision - skip), (d.exit_layer or n_blocks) < k, len(row.tokens) - skip)
                 for n, batch in enumerate(batches)

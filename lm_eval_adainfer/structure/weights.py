@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -32,6 +34,24 @@ def values_of(module: Any, name: str) -> Tensor | None:
         return None
     value = value.detach()
     return value if type(value) is Tensor or isinstance(value, nn.Parameter) else value.dequantize()
+
+
+@contextmanager
+def kept_loaded(module: nn.Module) -> Iterator[None]:
+    """Where accelerate offloads a module's weights: load them once for all calls inside, not once for each."""
+    held: list[tuple[nn.Module, Any]] = []
+    try:
+        for part in module.modules():
+            hook = private.offload_hook(part)
+            if getattr(hook, "offload", False):
+                hook.pre_forward(part)
+                hook.offload = False
+                held.append((part, hook))
+        yield
+    finally:
+        for part, hook in held:
+            hook.offload = True
+            hook.post_forward(part, None)
 
 
 def is_linear(module: nn.Module) -> bool:

@@ -210,6 +210,15 @@ class QATask(ConfigurableTask):
                 return text
         return super().doc_to_text(doc, doc_to_text)
 
+    def doc_to_target(self, doc: Any, doc_to_target: Any = None) -> Any:
+        """As in lm-eval, its template compiled once as that of ``doc_to_text``."""
+        template = doc_to_target if doc_to_target is not None else self.config.doc_to_target
+        if self.prompt is None and isinstance(template, str) and template not in self.features:
+            text = _compiled(template).render(**doc)
+            if not text.isdigit() and not (text[:1] == "[" and text[-1:] == "]"):  # which lm-eval reads as Python's
+                return text
+        return super().doc_to_target(doc, doc_to_target)
+
     def shot_pools(self) -> Iterator[tuple[str, Sequence[Doc]]]:
         """Where shots come from, first choice first: (name for the results, documents)."""
         yield self.fewshot_cfg.split or "fewshot", self.sampler.df
