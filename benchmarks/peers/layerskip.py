@@ -2,10 +2,10 @@
 
     python -m benchmarks.peers.layerskip --exit_layer 22
 
-LayerSkip's code is a repository (facebookresearch/LayerSkip, read at commit 35858ba), not a package of the index, so its
-way is reproduced here in a few lines. In its own ``eval.py`` the exit acts when text is generated, while choices are
-scored by the whole model; what is reproduced is the paper's accuracy by exit layer. Its models are trained for it (layer
-dropout, and a loss after every block), which SmolLM2 was not: on a model that was, it does better than here. It
+LayerSkip's code is a repository (facebookresearch/LayerSkip, read at commit 35858ba), not a package of the index, so
+its way is reproduced here in a few lines. In its own ``eval.py`` the exit acts when text is generated, while choices
+are scored by the whole model; what is reproduced is the paper's accuracy by exit layer. Its models are trained for it
+(layer dropout, and a loss after every block), which SmolLM2 was not: on a model that was, it does better than here. It
 recommends no block for others; by default a quarter of the blocks is left out, as in ``benchmarks.peers.shortgpt``.
 """
 

@@ -18,26 +18,26 @@ CANT = [
     ],
     [
         "economize 0.3.2, CALM",
-        '"A token exits once a confidence measure exceeds a threshold"; one of many techniques of a package that decodes '
-        "speculatively without loss, trains, quantises and prunes. Has its own lm-eval model.",
+        '"A token exits once a confidence measure exceeds a threshold"; one of many techniques of a package that '
+        "decodes speculatively without loss, trains, quantises and prunes. Has its own lm-eval model.",
         '"The prompt runs every layer": the first token of a choice is scored dense, so choices of one token gain '
-        "nothing. Each choice is a request of its own, and runs its prompt again. The tokens of a choice may leave after "
-        "different blocks. Its calibration is of the consistency of generated text, not of a task's accuracy.",
+        "nothing. Each choice is a request of its own, and runs its prompt again. The tokens of a choice may leave "
+        "after different blocks. Its calibration is of the consistency of generated text, not of a task's accuracy.",
     ],
     [
         "tide-inference 0.2.1",
         '"Make any LLM faster by skipping layers tokens don\'t need"; its routers are fitted once, without labels, and '
         "have CUDA kernels.",
-        'Its forward and its `generate` run "all layers" ("post-hoc early exit"), so nothing is skipped; what it logs is '
-        'an "equivalent speedup". The first new token of `generate` is the dense one. No lm-eval model. With '
+        'Its forward and its `generate` run "all layers" ("post-hoc early exit"), so nothing is skipped; what it logs '
+        'is an "equivalent speedup". The first new token of `generate` is the dense one. No lm-eval model. With '
         "transformers 5 it norms the last hidden state twice, which changes answers although no token leaves.",
     ],
     [
         "LayerSkip's way",
         "One depth for all documents, in models that were trained to be read at every depth; in generation the rest of "
         "the model verifies, so that its text is the whole model's.",
-        "No depth for each document. Its recipe is training: a model that was not trained for it is not readable early. "
-        "Not a package; its `eval.py` scores choices with the whole model, one prompt at a time.",
+        "No depth for each document. Its recipe is training: a model that was not trained for it is not readable "
+        "early. Not a package; its `eval.py` scores choices with the whole model, one prompt at a time.",
     ],
     [
         "ShortGPT",
@@ -49,8 +49,8 @@ CANT = [
         "Decides for each document after which block its choices are scored, within lm-eval; has readers for models "
         "whose early blocks the head can't read; a tuned threshold with a promise on the tasks that it was tuned for.",
         "No speculative decoding without loss, no training, no pruned model to serve elsewhere: all weights stay in "
-        "memory. Has to be tuned for a model and its tasks, and saves little where the last blocks are needed, as in so "
-        "small a model. With the paper's reading it may destroy answers where blocks aren't readable.",
+        "memory. Has to be tuned for a model and its tasks, and saves little where the last blocks are needed, as in "
+        "so small a model. With the paper's reading it may destroy answers where blocks aren't readable.",
     ],
 ]
 
@@ -107,11 +107,11 @@ def markdown(records: Mapping[str, Any], failed: Mapping[str, str], weights: str
         "the same prompts, which is checked. Made by `python -m benchmarks.peers`."
     )
     meaning = (
-        "Change: in percentage points against stock `hf`, with Tango's 95% interval for matched pairs. Differ: documents "
-        "that turned right or wrong. Blocks: *counted* by hooks, tokens through blocks where stock `hf` would be "
-        f"{stock['blocks']}; above that, prompts are run more than once. Operations: *counted* by torch's "
-        "`FlopCounterMode` in matrix products and attention, head and checks included; stock `hf` is 1. Time: *measured* "
-        "seconds of the processor (one thread), in turn with stock `hf` in the same process, "
+        "Change: in percentage points against stock `hf`, with Tango's 95% interval for matched pairs. Differ: "
+        "documents that turned right or wrong. Blocks: *counted* by hooks, tokens through blocks where stock `hf` "
+        f"would be {stock['blocks']}; above that, prompts are run more than once. Operations: *counted* by torch's "
+        "`FlopCounterMode` in matrix products and attention, head and checks included; stock `hf` is 1. Time: "
+        "*measured* seconds of the processor (one thread), in turn with stock `hf` in the same process, "
         f"{options['timed']} documents of each task, {options['repeats']} rounds, medians; stock `hf` is 1. Memory: "
         "*measured* growth of the resident peak while answering, the model being loaded, in MiB."
     )
