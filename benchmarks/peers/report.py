@@ -94,7 +94,7 @@ def together(record: Mapping[str, Any], stock: Mapping[str, Any], tasks: Sequenc
     }
 
 
-def markdown(records: Mapping[str, Any], failed: Mapping[str, str], weights: str) -> str:
+def markdown(records: Mapping[str, Any], failed: Mapping[str, str], weights: str, settings: Mapping[str, str]) -> str:
     """The Markdown file."""
     stock = records["stock"]
     options, versions = stock["options"], stock["versions"]
@@ -132,15 +132,33 @@ def markdown(records: Mapping[str, Any], failed: Mapping[str, str], weights: str
         ]  # fmt: skip
         table = rendering.Table(["", "acc", "change, points", "blocks run", "operations", "time"], cells)
         lines += ["", f"## `{task}`", "", *rendering.markdown(table)]
+    lines += ["", "Settings, each side's own recommended ones:", ""]
+    for side, text in settings.items():
+        lines += listed(f"{records[side]['name']}: {text}.")
     said = [[row["name"], row["said"]] for row in whole if row["said"]]
     if said:
-        lines += ["", "What they say of themselves:", "", *(f"- {name}: {text}" for name, text in said)]
+        lines += [
+            "",
+            "What they say of themselves:",
+            "",
+            *(line for name, text in said for line in listed(f"{name}: {text}.")),
+        ]
     if failed:
-        lines += ["", "What did not run:", "", *(f"- {name}: {why}" for name, why in failed.items())]
+        lines += [
+            "",
+            "What did not run:",
+            "",
+            *(line for name, why in failed.items() for line in listed(f"{name}: {why}")),
+        ]
     table = rendering.Table(["", "what it does", "what it can't"], CANT, left=(0, 1, 2))
     lines += ["", "## What each can't do", "", "In quotation marks: its own words.", "", *rendering.markdown(table)]
     return "\n".join(lines) + "\n"
 
 
 def wrapped(text: str) -> list[str]:
-    return textwrap.wrap(text, 120, break_long_words=False, break_on_hyphens=False)
+    return textwrap.wrap(text, 118, break_long_words=False, break_on_hyphens=False)
+
+
+def listed(text: str) -> list[str]:
+    first, *rest = wrapped(text)
+    return [f"- {first}", *(f"  {line}" for line in rest)]
