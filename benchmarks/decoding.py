@@ -90,15 +90,16 @@ def interpolated(known: dict[int, float], n: int) -> float:
 def allowed(model: LlamaForCausalLM, lm: AdaInferLM, asked: list[Instance], keys: int, repeats: int) -> float:
     """Seconds of the decoding steps if every block took what it takes with just the rows (and fills) that need it.
 
-    The first step is taken out of the count, and the head is asked once for every token.
+    Prompts are left out of the count, and the head is asked once for every token.
     """
+    lm.generate_until(asked[:1], disable_tqdm=True)  # which finds out how the model is decoded
     calls: Counter[int] = Counter()  # tokens in a block call -> how often
     original = Step.post_hook
     if isinstance(lm.stopper, RandomExits):
         lm.stopper.restart()
 
     def noted(self: Step, k: int, output: object) -> object:
-        if self.tokens is not None and k >= self.first and self.length > self.decoder.prompt_end:
+        if self.tokens is not None and k >= self.first:
             calls[self.tokens.n] += 1
         return original(self, k, output)
 

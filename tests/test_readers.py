@@ -182,6 +182,12 @@ def test_checks_that_cost_more_than_a_tenth_of_the_dense_work_are_warned_of(toke
         if warned:
             more = lm.loglikelihood(requests, True)[0].exit_record
             assert "after block 1, 2, 3, 4 costs" in said[0] and more.flops_ratio_total > 1.1
+    for tuned, warned in (([1, 2, 3, 4], False), ([3], True)):  # whose cost was counted when they were chosen
+        lm = lm_of(model, tokenizer, stopper="gap:1.0", reader="copy", check_layers="all")
+        lm.stopper.info = {"tuned": {"check_layers": tuned}}
+        caplog.clear()
+        lm.loglikelihood(requests, True)
+        assert ("check_layers: asking under" in caplog.text) == warned
 
 
 def test_asked_blocks_are_placed_late_where_nobody_names_them(tokenizer):

@@ -89,6 +89,17 @@ def _identified(method: Callable[..., Any]) -> Callable[..., Any]:
     return answering
 
 
+def _require_unicode(text: str) -> None:
+    """Refuse half a surrogate pair, which no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        near = text[max(0, error.start - 20) : error.end + 20]
+        raise AdaInferError(
+            f"request: the text {near!r} holds half a surrogate pair, which is no Unicode; repair the document"
+        ) from None
+
+
 class AdaInferLM(HFLM):
     """A Hugging Face causal LM whose forward stops early, document by document.
 
@@ -431,26 +442,24 @@ class AdaInferLM(HFLM):
         Raises:
             AdaInferError: On text that is no Unicode, and on tokens that the model has no embedding for.
         """
-        try:
-            string.encode()
-        except UnicodeEncodeError as error:  # which no tokenizer takes
-            near = string[max(0, error.start - 20) : error.end + 20]
-            raise AdaInferError(
-                f"request: the text {near!r} holds half a surrogate pair, which is no Unicode; repair the document"
-            ) from None
         is_context = not args and not kwargs and string in self._contexts
         if is_context and (ids := self._contexts[string]) is not None:
             return ids
+        _require_unicode(string)
         ids = super().tok_encode(string, *args, **kwargs)
+        self._require_known(ids)
+        if is_context:
+            self._contexts[string] = ids
+        return ids
+
+    def _require_known(self, ids: Sequence[int]) -> None:
+        """Refuse tokens that the model has no embedding for."""
         known = self.model.get_input_embeddings().weight.shape[0]
         if ids and max(ids) >= known:
             raise AdaInferError(
                 f"tokenizer: it gives token {max(ids)}, but the model has embeddings for {known} tokens; give the "
                 "tokenizer that belongs to the model"
             )
-        if is_context:
-            self._contexts[string] = ids
-        return ids
 
     def _warn_not_finite(self, tokens: Sequence[int]) -> None:
         """Say once that a row of tokens led to NaN, and where."""
@@ -564,8 +573,13 @@ class AdaInferLM(HFLM):
         return results
 
     def _warn_of_dear_checks(self, documents: Sequence[Document]) -> None:
-        """Say once where asking a reader that runs tokens may cost more than it is likely to save."""
+        """Say once where asking a reader that runs tokens may cost more than it is likely to save.
+
+        A tuned stopper's blocks were chosen with that cost counted.
+        """
         if not (self.reader.runs_tokens and self.stopper.features) or self._warned_of_dear_checks:
+            return
+        if self.stopper.info.get("tuned", {}).get("check_layers") == list(self.schedule.blocks):
             return
         share = share_of_checks(documents, self.counter, self.schedule)
         if share > _DEAR:
@@ -866,7 +880,7 @@ class AdaInferLM(HFLM):
         try:
             asked = self._asked(requests)
             self._windows = self._windows or self._found_aside[1] or self._probed_windows()
-        except (AdaInferError, UnsupportedModelError):
+        except AdaInferError:  # who is to do it instead says what is wrong, if anything is
             return False
         limit = self.anatomy.fixed_positions
         return limit is None or max(len(one.prompt) + one.limit for one in asked) <= limit
@@ -904,10 +918,13 @@ class AdaInferLM(HFLM):
                 max_new, max_length = given.pop("max_gen_toks"), given.pop("max_length", None)
                 kinds[key] = Settings(self.anatomy.model, given, early=True), max_new, max_length, stop
             settings, max_new, max_length, stop = kinds[key]
+            _require_unicode(context)
             ids, _ = self.tok_batch_encode(
                 [context], left_truncate_len=self.max_length - max_new, truncation=self.truncation
             )
-            found.append(Asked(ids[0].tolist(), settings, max_new, stop, max_length))
+            prompt = ids[0].tolist()
+            self._require_known(prompt)
+            found.append(Asked(prompt, settings, max_new, stop, max_length))
         return found
 
     def _note_decoded(self, request: Instance, asked: Asked, row: Decoded) -> None:
