@@ -14,6 +14,7 @@ from types import SimpleNamespace
 import lm_eval
 import numpy as np
 import pytest
+from helpers.interruptions import InterruptAt
 from helpers.refusals import refused
 from helpers.tasks import our_tasks
 from helpers.traces import write
@@ -159,14 +160,7 @@ def test_the_splits_share_no_document(finished):
 
 @pytest.mark.parametrize("moment", [0.2, 0.6, 0.95])
 def test_an_interrupted_command_goes_on_to_the_same_recommendation(finished, tmp_path, moment):
-    forwards = 0
-
-    def interrupt():
-        nonlocal forwards
-        forwards += 1
-        if forwards == round(moment * finished[2]):
-            raise KeyboardInterrupt
-
+    interrupt = InterruptAt(round(moment * finished[2]))
     with pytest.raises(KeyboardInterrupt):
         tune(tmp_path, on_forward=interrupt)
     assert not (tmp_path / RESULT).exists()

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import lm_eval
 import numpy as np
 import pytest
+from helpers.interruptions import InterruptAt
 from helpers.models import lm_of, make_model
 from helpers.refusals import refused
 from helpers.tasks import documents, make_task, our_tasks
@@ -306,20 +307,13 @@ def test_losses_between_0_and_1_are_bounded_by_gaffke():
 
 @pytest.mark.parametrize("moment", [0.6])
 def test_an_interrupted_command_goes_on_to_the_same_recommendation(of_prompts, tmp_path, moment):
-    forwards = 0
-
-    def interrupt():
-        nonlocal forwards
-        forwards += 1
-        if forwards == round(moment * of_prompts[3]):
-            raise KeyboardInterrupt
-
+    interrupt = InterruptAt(round(moment * of_prompts[3]))
     with pytest.raises(KeyboardInterrupt):
         tuning(tmp_path, PROMPTS, interrupt).run()
     assert not (tmp_path / RESULT).exists()
-    forwards = -(10**9)
-    tuning(tmp_path, PROMPTS, interrupt).run()
-    assert forwards + 10**9 < of_prompts[3]
+    again = InterruptAt(0)  # which never comes
+    tuning(tmp_path, PROMPTS, again).run()
+    assert again.calls < of_prompts[3]
     for name in (RESULT, STOPPER):
         assert (tmp_path / name).read_bytes() == (of_prompts[0] / name).read_bytes()
 

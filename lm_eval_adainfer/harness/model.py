@@ -771,22 +771,19 @@ class AdaInferLM(HFLM):
         self._check_settings(requests, early)
         if early:
             self._warn_without_choices(len(requests), len(requests), "texts")
-        decodes = bool(requests) and (early or self._decodes_dense(requests))
-        if decodes and self._windows is None:
-            self._windows = self._found_aside[1] or self._probed_windows()
-            self.token_counter.stored_weights = self._windows.stored_weights
-            if (reading := self.engine.reading) is not None and early:
-                storing = reading.storing or watch_storing(self.anatomy)
-                self.token_counter.copied_weights = storing.weights
-                self._prompt_exits = PromptExits(self.stopper, self.schedule, reading, storing)
+        asked: list[Asked] | None = None
+        if requests and early:
+            self._prepare_decoding()
+        elif requests:
+            asked = self._asked_dense(requests)
         if requests and not early and self.schedule.blocks:
             eval_logger.warning("generation=dense: generate_until does not exit early (exit_layer = L)")
         self._generated.clear()
         self._exit_records.clear()
         self._generated_tokens.clear()
         started = time.perf_counter()
-        if decodes:
-            self._decode(requests, disable_tqdm)
+        if requests and (early or asked is not None):
+            self._decode(requests, asked or self._asked(requests), disable_tqdm)
         else:
             try:
                 for self._max_length_asked, some in _by_max_length(requests).items():
@@ -870,22 +867,37 @@ class AdaInferLM(HFLM):
         self.generated_tokens += sum(map(len, ended))
         return ended if len(rows) > 1 else rows  # a single row's end is stock's own, with beams too
 
-    def _decodes_dense(self, requests: Sequence[Instance]) -> bool:
-        """Whether texts without early exit are decoded here as well: what prompts share is run once, and no row waits.
+    def _prepare_decoding(self) -> None:
+        """Find out how texts are decoded, and where prompts may leave on their own; once.
 
-        Where that can't be, or ``generation=dense`` asks for it, ``model.generate`` does it.
+        Raises:
+            UnsupportedModelError: Where the model's cache can't be driven block by block.
+        """
+        if self._windows is not None:
+            return
+        self._windows = self._found_aside[1] or self._probed_windows()
+        self.token_counter.stored_weights = self._windows.stored_weights
+        if (reading := self.engine.reading) is not None and self.generation == "early":
+            storing = reading.storing or watch_storing(self.anatomy)
+            self.token_counter.copied_weights = storing.weights
+            self._prompt_exits = PromptExits(self.stopper, self.schedule, reading, storing)
+
+    def _asked_dense(self, requests: Sequence[Instance]) -> list[Asked] | None:
+        """What to decode here without early exit, where what prompts share is run once and no row waits.
+
+        None where that can't be, or ``generation=dense`` asks for ``model.generate``.
         """
         if self.options.generation == "dense" or self.text_observer is not None:
-            return False
+            return None
         try:
             asked = self._asked(requests)
-            self._windows = self._windows or self._found_aside[1] or self._probed_windows()
+            self._prepare_decoding()
         except AdaInferError:  # who is to do it instead says what is wrong, if anything is
-            return False
+            return None
         limit = self.anatomy.fixed_positions
-        return limit is None or max(len(one.prompt) + one.limit for one in asked) <= limit
+        return asked if limit is None or max(len(one.prompt) + one.limit for one in asked) <= limit else None
 
-    def _decode(self, requests: Sequence[Instance], disable_tqdm: bool) -> None:
+    def _decode(self, requests: Sequence[Instance], asked: Sequence[Asked], disable_tqdm: bool) -> None:
         """Generate with the engine; every text is noted, and kept in the response cache, as soon as it is finished."""
         assert self._windows is not None
         size = self._detect_batch_size() if self.batch_size == "auto" else int(self.batch_size)
@@ -895,7 +907,6 @@ class AdaInferLM(HFLM):
             self.options.kv_policy, self.options.shortlist, self.token_reader, self._prompt_exits,
             self._sharing().rule if shares else None, self.options.prefix_cache,
         )  # fmt: skip
-        asked = self._asked(requests)
         is_quiet = disable_tqdm or self.rank != 0
         progress = tqdm(total=len(requests), disable=is_quiet, desc="Running generate_until requests")
         with self._autocast():

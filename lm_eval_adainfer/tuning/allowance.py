@@ -32,9 +32,11 @@ class Allowance:
         self._most: dict[int, int] = {}
 
     @classmethod
-    def divided(cls, documents: int, max_drop: float, confidence: float, loss: str) -> Allowance:
-        """The error divided among as many candidates as leave room for one lost document each."""
-        count = tried(documents, max_drop, confidence, loss)
+    def divided(
+        cls, documents: int, max_drop: float, confidence: float, loss: str, most: int = CANDIDATES
+    ) -> Allowance:
+        """The error divided among as many candidates, ``most`` at most, as leave room for one lost document each."""
+        count = min(most, tried(documents, max_drop, confidence, loss))
         return cls(documents, max_drop, 1 - (1 - confidence) / count, loss, count)
 
     @property

@@ -34,7 +34,7 @@ from lm_eval_adainfer.traces.documents import TracedDocuments
 from lm_eval_adainfer.traces.plan import Plan
 from lm_eval_adainfer.traces.texts import PROMPTS, TOKENS, trace_texts
 from lm_eval_adainfer.tuning import probe, real, text_contestants
-from lm_eval_adainfer.tuning.allowance import Allowance, tried
+from lm_eval_adainfer.tuning.allowance import Allowance
 from lm_eval_adainfer.tuning.choosing import WORTH
 from lm_eval_adainfer.tuning.contestants import Fitter
 from lm_eval_adainfer.tuning.probe import Probed
@@ -80,15 +80,13 @@ class TextTuning(Tuning):
         prompt_readers = [o for o in probed if o.reader.runs_tokens and not o.hopeless]
         traced = self._traced(dense, [(o.reader, o.blocks) for o in prompt_readers], limit, self.folder / "traces")
         waiting = sum(self._number("calibrate", documents_each, name) for name in self.tasks)
-        max_drop, confidence = self.settings.max_drop, self.settings.confidence
-        count = min(CANDIDATES, tried(waiting, max_drop, confidence))
-        each = 1 - (1 - confidence) / count
         # simulated texts never win: one that changes loses what it had
-        allowance = Allowance(waiting, max_drop, each)
+        drop, confidence = self.settings.max_drop, self.settings.confidence
+        allowance = Allowance.divided(waiting, drop, confidence, "agreement", CANDIDATES)
         allowed, most_lost = allowance.most_lost(), allowance.share
         self._say(2, f"choosing what leaves, readers and stoppers; {max(allowed, 0)} of {waiting} may be lost later")
         rivals, without = self._rivals(traced, dense, allowance, stored, worth, prompt_readers)
-        candidates = self._candidates(rivals, count)
+        candidates = self._candidates(rivals, allowance.candidates)
         result = {
             "version": __version__,
             "texts": True,
@@ -100,11 +98,15 @@ class TextTuning(Tuning):
             "contestants": [rival.figures(self.settings.seed) for rival in rivals],
             "not_fitted": without,
             "oracles": {one.reader.name: one.saved for one in probed},
-            "calibration": {"documents": waiting, "error_divided_by": count, "may_lose": max(allowed, 0)},
+            "calibration": {
+                "documents": waiting,
+                "error_divided_by": allowance.candidates,
+                "may_lose": max(allowed, 0),
+            },
         }
         tuned = Tuned(result, [], list(rivals))
         if candidates and allowed >= 0:
-            chosen = self._calibrated_on_runs(candidates, most_lost, each, documents_each, result)
+            chosen = self._calibrated_on_runs(candidates, most_lost, allowance.confidence, documents_each, result)
             if chosen is not None:
                 self._report_runs(*chosen, documents_each, tuned)
         if "chosen" not in result:

@@ -152,7 +152,6 @@ class Tuning:
         decided = self._decided(plan)
         if decided is None:
             shutil.rmtree(place, ignore_errors=True)  # its seconds are not known
-        if decided is None:
             _logger.info("probing %s on %d documents", ", ".join(r.name for r in every), limit * len(self.tasks))
         started = time.monotonic()
         some = [(reader, blocks) for reader in every[1:]] if blocks else []
