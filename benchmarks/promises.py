@@ -37,8 +37,9 @@ from lm_eval_adainfer.traces.file import VERSION, find
 from lm_eval_adainfer.traces.views import readers_of
 from lm_eval_adainfer.tuning.choosing import Calibrated, allowed, calibrated, candidates
 from lm_eval_adainfer.tuning.contestants import KINDS, Fitter, losses, scores
+from lm_eval_adainfer.tuning.mix import most_each
 from lm_eval_adainfer.tuning.search import left, lost_by
-from lm_eval_adainfer.tuning.settings import Settings, most_each
+from lm_eval_adainfer.tuning.settings import Settings
 from lm_eval_adainfer.tuning.work import Work
 
 FAST = ("gap", "choice_gap", "logistic")  # trees and the SVM would take most of the time

@@ -36,9 +36,10 @@ from lm_eval_adainfer.traces import recording
 from lm_eval_adainfer.traces.documents import TracedDocuments, read
 from lm_eval_adainfer.tuning import choosing, page, told
 from lm_eval_adainfer.tuning.allowance import Allowance, documents_for, tried
+from lm_eval_adainfer.tuning.mix import mixed, most_each
 from lm_eval_adainfer.tuning.probe import around_the_best
 from lm_eval_adainfer.tuning.search import DRAWS, expected, left, search
-from lm_eval_adainfer.tuning.settings import Settings, most_each
+from lm_eval_adainfer.tuning.settings import Settings
 from lm_eval_adainfer.tuning.tune import RESULT, STOPPER, Tuned, Tuning
 from lm_eval_adainfer.tuning.work import Work
 
@@ -285,6 +286,36 @@ def test_most_each_is_the_least_that_makes_so_many_together(held, wanted):
     reached = sum(min(most, n) for n in held)
     assert reached >= wanted or reached == sum(held)
     assert sum(min(most - 1, n) for n in held) < wanted
+
+
+@given(
+    held=st.lists(st.tuples(*[st.integers(1, 400)] * 3), min_size=1, max_size=6), wanted=st.integers(10, 600)
+)
+def test_every_split_has_the_same_mix_of_tasks(held, wanted):
+    splits = {s: {f"t{i}": of[k] for i, of in enumerate(held)} for k, s in enumerate(("train", "calibrate", "test"))}
+    found = mixed(splits, wanted)
+    least = {name: min(of[name] for of in splits.values()) for name in splits["test"]}
+    shares = {name: min(n, most_each(list(least.values()), wanted)) for name, n in least.items()}
+    for split, of in found.items():
+        held_here = splits[split]
+        assert all(1 <= of[name] <= held_here[name] for name in held_here)
+        assert sum(of.values()) < wanted + len(held)
+        times = [of[name] / shares[name] for name in shares]
+        assert max(times) - min(times) < 1 / min(shares.values()), "rounded to whole documents, and no more"
+        full = any((of[name] + 1) / shares[name] * (sum(shares.values())) > wanted or of[name] == held_here[name]
+                   for name in shares)  # fmt: skip
+        assert full, "it takes as many as there are"
+
+
+def test_a_task_whose_calibration_split_is_small_is_small_in_all_splits():
+    held = {
+        "train": {"small": 33, "large": 900}, "calibrate": {"small": 25, "large": 600},
+        "test": {"small": 105, "large": 2000},
+    }  # fmt: skip
+    assert mixed(held, 500) == {key: {"small": 25, "large": 475} for key in held}
+    assert mixed(held, 50) == {key: {"small": 25, "large": 25} for key in held}
+    alone = {"train": {"t": 5000}, "calibrate": {"t": 5000}, "test": {"t": 100}}
+    assert mixed(alone, 500) == {"train": {"t": 500}, "calibrate": {"t": 500}, "test": {"t": 100}}
 
 
 @given(seed=st.integers(0, 200), allowed=st.sampled_from([0.0, 0.1, 0.5]))

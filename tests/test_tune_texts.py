@@ -94,7 +94,7 @@ def test_losses_are_those_of_texts_that_are_generated_one_by_one(which, request)
     chosen, wanted = tuned.found["chosen"], made.settings
     stopper = load(folder / STOPPER)
     assert stopper.reader.name == chosen["reader"] and stopper.info["promise"] == chosen["promise"]
-    (documents,) = made._runs.documents("calibrate", 40)
+    (documents,) = made._runs.documents("calibrate", dict.fromkeys(made.tasks, 40))
     args = f"pretrained=adainfer-demo,dtype=float32,stopper={folder / STOPPER},kv_policy={chosen['kv_policy']}"
     args += f",check_layers={'+'.join(map(str, chosen['check_layers']))}"
     early = loading.load_model(args, "cpu", batch_size=1)
@@ -144,7 +144,8 @@ def test_figures_of_test_documents_are_those_of_their_runs(of_tokens):
 
 def test_splits_share_no_document(of_tokens):
     _, made, _ = of_tokens
-    train, calibrate, test = ({i.args[0] for i in made._runs.documents(split, 40)[0].instances}
+    of = dict.fromkeys(made.tasks, 40)
+    train, calibrate, test = ({i.args[0] for i in made._runs.documents(split, of)[0].instances}
                               for split in ("train", "calibrate", "test"))  # fmt: skip
     assert not train & calibrate and not (train | calibrate) & test
 
@@ -157,14 +158,14 @@ def test_splits_share_no_document(of_tokens):
 def test_what_is_simulated_is_what_a_run_does_to_the_same_documents(which, threshold, request):
     """Greedy texts: whether one differs is known exactly; attention's pairs are left out of the simulated work."""
     _, made, tuned, *_ = request.getfixturevalue(which)
-    dense = made._runs.run("train", 40)
+    dense = made._runs.run("train", dict.fromkeys(made.tasks, 40))
     seen = set()
     for rival in tuned.contestants:
         if rival.kind != "gap" or rival.exits in seen or not rival.choice.blocks:
             continue
         seen.add(rival.exits)
         stopper = real.at(GapStopper(0.5), rival, threshold)
-        early = made._runs.run("train", 40, Exits(stopper, rival.choice.blocks, rival.kv_policy))
+        early = made._runs.run("train", dict.fromkeys(made.tasks, 40), Exits(stopper, rival.choice.blocks, rival.kv_policy))
         exits = left(rival.scores, rival.choice.blocks, threshold)
         differs = lost_by((rival.lost > 0).astype(float), exits, rival.text)
         found = losses(dense, early, "agreement")
@@ -183,7 +184,7 @@ def test_texts_differ_where_a_trace_says_so(reader, tiny, tokenizer, tmp_path):
     task = generating({"train": documents(40, 1), "test": documents(4, 2)})
     wanted, blocks, every = parse(reader), (1, 3, 4), tuple(range(1, 6))
     runs = Runs(lm, {"toy": task}, tmp_path, TOKENS, Asking())
-    (dense,) = runs.run("train", 40)
+    (dense,) = runs.run("train", {"toy": 40})
     of, what = dense.documents, PROMPT_TRACE if wanted.runs_tokens else TOKEN_TRACE
     plan = Plan(lm.anatomy, ((HEAD, every), *([(wanted, blocks)] if wanted.runs_tokens else [])))
     identity = {"task": "toy", "num_fewshot": 0, "split": "train"}
@@ -196,7 +197,7 @@ def test_texts_differ_where_a_trace_says_so(reader, tiny, tokenizer, tmp_path):
         stopper = GapStopper(threshold)
         stopper.reader = wanted
         policy = "propagate" if wanted.runs_tokens else "recompute"
-        (early,) = runs.run("train", 40, Exits(stopper, blocks, policy))
+        (early,) = runs.run("train", {"toy": 40}, Exits(stopper, blocks, policy))
         lost = dict.fromkeys(of.doc_ids, False)
         for d, i in enumerate(view.doc_ids.tolist()):
             at = next((k for k in blocks if gap[d, k - 1] > threshold), 5)
@@ -365,7 +366,7 @@ def test_tasks_of_both_kinds_are_refused_together():
 ])  # fmt: skip
 def test_texts_that_are_drawn_are_refused(config, words, tiny, tokenizer, tmp_path):
     runs = Runs(lm_of(tiny, tokenizer, max_length=200), {"toy": generating(**config)}, tmp_path, TOKENS, Asking())
-    assert words in refused(lambda: runs.run("train", 4))
+    assert words in refused(lambda: runs.run("train", {"toy": 4}))
 
 
 @pytest.fixture(scope="module")
@@ -377,13 +378,13 @@ def test_another_way_of_answering_for_a_while_leaves_the_model_as_it_was(tiny, t
     lm = lm_of(tiny, tokenizer, max_length=200, batch_size=2)
     runs = Runs(lm, {"toy": generating()}, tmp_path, TOKENS, Asking())
     before, totals = lm.fingerprint, lm.totals()
-    first = runs.run("train", 4)
+    first = runs.run("train", {"toy": 4})
     between = lm.totals()
-    early = runs.run("train", 4, Exits(GapStopper(0.0), (1, 2), "propagate"))
+    early = runs.run("train", {"toy": 4}, Exits(GapStopper(0.0), (1, 2), "propagate"))
     assert lm.fingerprint == before and lm.stopper.kind == "none" and lm.generation == "dense"
     assert lm.totals() == between and totals != between
     assert {k for found in early for layers in found.layers for k in layers} == {1}
-    fresh = Runs(lm, {"toy": generating()}, tmp_path / "fresh", TOKENS, Asking()).run("train", 4)
+    fresh = Runs(lm, {"toy": generating()}, tmp_path / "fresh", TOKENS, Asking()).run("train", {"toy": 4})
     assert [found.texts for found in fresh] == [found.texts for found in first]
 
 

@@ -54,6 +54,20 @@ def traces(more: str = "") -> argparse.ArgumentParser:
     return parent
 
 
+def add_readers(parser: Any) -> None:
+    """``--readers`` and ``--at`` of commands that trace."""
+    parser.add_argument(
+        "--readers",
+        help="what besides head is recorded, separated by commas: copy:1, sim:32, tuned:FILE, ...; tuned after every "
+        "block, copy and sim after those of --at",
+    )
+    parser.add_argument(
+        "--at",
+        metavar="BLOCKS",
+        help="after which blocks copy and sim are recorded: 16+20+22+24, say (default: four of the last 40%%)",
+    )
+
+
 def add_reader(where: Any) -> None:
     """Add ``--reader``: under which reader traces are seen."""
     where.add_argument(

@@ -29,11 +29,13 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
         formatter_class=options.Help,
         help="the paper's tables and figures, each one command",
         description="Trace a model (what an interrupted run finished is kept), fit, replay and write one of the "
-        "paper's studies as Markdown and CSV, figures as PNG too (extra [report]). All of it is simulated.",
+        "paper's studies as Markdown and CSV, figures as PNG too (extra [report]); with --readers once "
+        "under each. All of it is simulated.",
         epilog="example: adainfer recipe table2 --model_args pretrained=adainfer-demo,dtype=float32 "
         "--tasks adainfer_demo --limit 100 -o table2/",
     )
     parser.add_argument("name", help="table2, table4, table5, table6, draws, figure1, figure3, or a YAML file")
+    options.add_readers(parser)
     parser.add_argument("--seed", type=int, default=0, help="of documents, drawn training sets, fits and intervals")
     parser.add_argument("--other_model", help="for table5: a folder of training traces of another model")
     parser.add_argument("--output", "-o", required=True, help="the folder for tables, figures and traces/")
@@ -44,6 +46,7 @@ def run(arguments: argparse.Namespace) -> None:
     """Do what the recipe says and print the files that were written."""
     from lm_eval_adainfer.studies import recipes
     from lm_eval_adainfer.traces import recording
+    from lm_eval_adainfer.traces.plan import Plan
 
     recipe = recipes.read(arguments.name)
     if arguments.num_fewshot:
@@ -56,12 +59,16 @@ def run(arguments: argparse.Namespace) -> None:
     asked = options.asking(arguments)
     arguments.tasks = arguments.tasks or ",".join(recipe.tasks)
     lm, tasks = options.load_model_and_tasks(arguments)
+    plan = Plan.of(lm.anatomy, arguments.readers, arguments.at)
 
     def tracer(shots: Sequence[int], split: str) -> list[Path]:
         folder = Path(arguments.output) / "traces"
-        return recording.trace(lm, tasks, folder, shots, split, arguments.limit, arguments.seed, asked=asked)
+        return recording.trace(
+            lm, tasks, folder, shots, split, arguments.limit, arguments.seed, asked=asked, plan=plan
+        )
 
-    for file in recipes.run(recipe, tracer, arguments.output, arguments.seed, arguments.other_model):
+    readers = [reader for reader, _ in plan.readers]
+    for file in recipes.run(recipe, tracer, arguments.output, arguments.seed, arguments.other_model, readers):
         print(file)
 
 

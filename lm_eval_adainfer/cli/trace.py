@@ -34,16 +34,7 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
         "test are the evaluation documents; without a training split it divides these into train (30%%, to fit on), "
         "calibrate (20%%) and test (50%%)",
     )
-    parser.add_argument(
-        "--readers",
-        help="what besides head is recorded, separated by commas: copy:1, sim:32, tuned:FILE, ...; tuned after every "
-        "block, copy and sim after those of --at",
-    )
-    parser.add_argument(
-        "--at",
-        metavar="BLOCKS",
-        help="after which blocks copy and sim are recorded: 16+20+22+24, say (default: four of the last 40%%)",
-    )
+    options.add_readers(parser)
     parser.add_argument(
         "--hidden",
         action="store_true",

@@ -19,6 +19,7 @@ from lm_eval_adainfer import container, paths
 from lm_eval_adainfer.errors import AdaInferError
 from lm_eval_adainfer.fitting import fit
 from lm_eval_adainfer.output import tables
+from lm_eval_adainfer.readers.base import HEAD, Reader
 from lm_eval_adainfer.strategies.features import check_names
 from lm_eval_adainfer.studies import figures
 from lm_eval_adainfer.studies.tables import table
@@ -120,7 +121,12 @@ def _check_fit(path: Path, stopper: str, how: dict[str, Any]) -> None:
 
 
 def run(
-    recipe: Recipe, tracer: Tracer, output: str | Path, seed: int = 0, other_model: str | Path | None = None
+    recipe: Recipe,
+    tracer: Tracer,
+    output: str | Path,
+    seed: int = 0,
+    other_model: str | Path | None = None,
+    readers: Sequence[Reader] = (HEAD,),
 ) -> list[Path]:
     """Trace, fit, replay and write.
 
@@ -130,6 +136,7 @@ def run(
         output: The folder.
         seed: Of the drawn training sets, the fits and the bootstrap.
         other_model: A file or folder with training traces of another model (Table 5).
+        readers: Which the tracer records; a table has every strategy under each of them.
 
     Returns:
         The files that were written.
@@ -141,7 +148,7 @@ def run(
         return figures.write(recipe.study, recipe.name, f"{recipe.title}: {about}", test, output)
     fits = [how for how in recipe.stoppers.values() if isinstance(how, dict) and how.get("train") != "other_model"]
     train = tracer(recipe.train_shots, "train") if fits else []
-    rows, notes = table(recipe.stoppers, test, train, seed, other_model)
+    rows, notes = table(recipe.stoppers, test, train, seed, other_model, readers)
     return _write(recipe, f"{recipe.title}: {about}", rows, notes, output)
 
 

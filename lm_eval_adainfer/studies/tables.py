@@ -11,6 +11,7 @@ from typing import Any
 
 from lm_eval_adainfer.errors import AdaInferError
 from lm_eval_adainfer.fitting import fit
+from lm_eval_adainfer.readers.base import HEAD, Reader
 from lm_eval_adainfer.strategies.base import Stopper
 from lm_eval_adainfer.traces.documents import TracedDocuments
 from lm_eval_adainfer.traces.evaluation import evaluate
@@ -27,6 +28,7 @@ def table(
     train: Sequence[Path],
     seed: int,
     other_model: str | Path | None,
+    readers: Sequence[Reader] = (HEAD,),
 ) -> tuple[list[dict[str, Any]], list[str]]:
     """Rows per task and pooled, zero-shot and few-shot apart, and what has to be said about them.
 
@@ -36,6 +38,7 @@ def table(
         train: Training traces of the same model.
         seed: Of the drawn training sets, the fits and the bootstrap.
         other_model: A file or folder with training traces of another model (Table 5).
+        readers: Under which every strategy is fitted and evaluated; the traces hold them.
 
     Raises:
         AdaInferError: Where there is nothing to tabulate, or none of the strategies can be had.
@@ -46,26 +49,33 @@ def table(
     tasks = list(dict.fromkeys(t.meta["task"] for t in test if not t.generated))
     if not tasks:
         raise AdaInferError("tasks: generated text has no answers to tabulate; give tasks with choices or one answer")
-    margins: dict[str, dict[Any, Any]] = {}
-    for name, how in stoppers.items():
-        try:
-            margins[name] = {
-                t.setting: document_margins(fitted.stopper(how, t.meta["task"], t.n_blocks), t) for t in test
-            }
-        except AdaInferError as error:  # one strategy that can't be had does not spoil the others
-            notes.append(f"{name}: left out ({error})")
+    under = {reader.name: [trace.under(reader.name) for trace in test] for reader in readers}
+    margins: dict[tuple[str, str], dict[Any, Any]] = {}
+    for reader in readers:
+        for name, how in stoppers.items():
+            if how == "none" and reader is not readers[0]:
+                continue  # which is the same under all
+            try:
+                margins[name, reader.name] = {
+                    t.setting: document_margins(fitted.stopper(how, t.meta["task"], t.n_blocks, reader), t)
+                    for t in under[reader.name]
+                }
+            except AdaInferError as error:  # one strategy that can't be had does not spoil the others
+                where = f" under {reader.name}" if len(readers) > 1 else ""
+                notes.append(f"{name}{where}: left out ({error})")
     if not margins:
         raise AdaInferError(f"recipe: none of its strategies can be had; {notes[0]}")
     for task in [*tasks, "pooled"] if len(tasks) > 1 else tasks:
         for few in (False, True):
-            members = [t for t in test if task in ("pooled", t.meta["task"]) and (t.meta["num_fewshot"] > 0) == few]
-            members = [t for t in members if not t.generated]
-            if not members:
-                continue
-            shots = "/".join(map(str, sorted({t.meta["num_fewshot"] for t in members})))
-            for name, found in margins.items():
+            for (name, reader_name), found in margins.items():
+                members = [t for t in under[reader_name] if task in ("pooled", t.meta["task"]) and not t.generated]
+                members = [t for t in members if (t.meta["num_fewshot"] > 0) == few]
+                if not members:
+                    continue
+                shots = "/".join(map(str, sorted({t.meta["num_fewshot"] for t in members})))
+                own = {"reader": reader_name} if len(readers) > 1 else {}
                 numbers = evaluate(members, [found[t.setting] for t in members], seed=seed)
-                rows.append({"task": task, "shots": shots, "stopper": name, **numbers})
+                rows.append({"task": task, "shots": shots, "stopper": name, **own, **numbers})
     return rows, notes
 
 
@@ -77,15 +87,15 @@ class _Fits:
         self.other = other_model
         self._made: dict[Any, Stopper] = {}
 
-    def stopper(self, how: Any, task: str, n_blocks: int) -> Stopper | str:
-        """The strategy for one task."""
+    def stopper(self, how: Any, task: str, n_blocks: int, reader: Reader) -> Stopper | str:
+        """The strategy for one task, fitted under a reader."""
         if not isinstance(how, Mapping):
             return parse(how, n_blocks)
         files, sentence = self._files(how, task)
-        key = (tuple(files), str(sorted(how.items(), key=str)))
+        key = (tuple(files), str(sorted(how.items(), key=str)), reader.name)
         if key not in self._made:
             options = {k: how[k] for k in ("features", "label", "threshold") if k in how}
-            self._made[key] = fit.fit(how["fit"], files, seed=self.seed, **options)
+            self._made[key] = fit.fit(how["fit"], files, reader, seed=self.seed, **options)
             self._say(sentence)
         return self._made[key]
 

@@ -73,13 +73,14 @@ class TextTuning(Tuning):
             raise AdaInferError("generation: dense exits nowhere in texts, so there is nothing to tune; leave it out")
         self._runs = Runs(self.lm, self.tasks, self.folder / "runs", self.settings, self.asked)
         probed, documents_each, stored, seconds = self._probe()
-        limit, self._seconds = self._limit("train", documents_each), documents_each * seconds
+        numbers, self._seconds = self._numbers("train", documents_each), documents_each * seconds
         self._say(1, f"generating the fitting documents dense, and tracing them{self._about(_PASSES)}")
-        dense = self._runs.run("train", limit)
+        dense = self._runs.run("train", numbers)
         worth = self._worth(dense)
         prompt_readers = [o for o in probed if o.reader.runs_tokens and not o.hopeless]
-        traced = self._traced(dense, [(o.reader, o.blocks) for o in prompt_readers], limit, self.folder / "traces")
-        waiting = sum(self._number("calibrate", documents_each, name) for name in self.tasks)
+        traced = self._traced(dense, [(o.reader, o.blocks) for o in prompt_readers], self.folder / "traces")
+        of_task = self._numbers("calibrate", documents_each)
+        waiting = sum(of_task.values())
         # simulated texts never win: one that changes loses what it had
         drop, confidence = self.settings.max_drop, self.settings.confidence
         allowance = Allowance.divided(waiting, drop, confidence, "agreement", CANDIDATES)
@@ -100,6 +101,7 @@ class TextTuning(Tuning):
             "oracles": {one.reader.name: one.saved for one in probed},
             "calibration": {
                 "documents": waiting,
+                "of_task": of_task,
                 "error_divided_by": allowance.candidates,
                 "may_lose": max(allowed, 0),
             },
@@ -131,7 +133,7 @@ class TextTuning(Tuning):
             shutil.rmtree(place, ignore_errors=True)  # its seconds are not known
         runs = Runs(self.lm, self.tasks, place / "runs", self.settings, self.asked)
         started = time.monotonic()
-        dense = runs.run("train", limit)
+        dense = runs.run("train", dict.fromkeys(self.tasks, limit))
         took = time.monotonic() - started
         count = sum(len(ran.texts) for ran in dense)
         self._worth(dense)  # a metric that can't be a loss is refused before more is generated
@@ -143,7 +145,7 @@ class TextTuning(Tuning):
         stored = {key: [float(weight) for weight in of] for key, of in decided["stored_weights"].items()}
         blocks = probe.places(self.lm.n_blocks)
         prompts = [reader for reader in self._readers() if reader.runs_tokens] if blocks else []
-        traced = self._traced(dense, [(reader, blocks) for reader in prompts], limit, place / "traces")
+        traced = self._traced(dense, [(reader, blocks) for reader in prompts], place / "traces")
         probed = self._judged(traced, dense, prompts, stored)
         if not plan.exists():
             if self.settings.budget is not None:
@@ -184,7 +186,7 @@ class TextTuning(Tuning):
 
 
     def _traced(
-        self, dense: Sequence[Ran], prompts: Sequence[tuple[Reader, tuple[int, ...]]], limit: int, folder: Path
+        self, dense: Sequence[Ran], prompts: Sequence[tuple[Reader, tuple[int, ...]]], folder: Path
     ) -> dict[str, list[Path]]:
         """The traces of dense texts: of their prompts, where readers run tokens, and of their tokens."""
         every, early = tuple(range(1, self.lm.n_blocks + 1)), tuple(range(1, self.lm.n_blocks))
@@ -201,7 +203,7 @@ class TextTuning(Tuning):
                     "task_version": str(of.task.VERSION),
                     "num_fewshot": of.shots,
                     "split": of.split,
-                    "limit": limit,
+                    "limit": len(of.doc_ids),
                     "seed": self.settings.seed,
                     "fewshot_seed": self.settings.fewshot_seed,
                     **self.asked.identity(self.lm, "generate_until"),
@@ -296,10 +298,10 @@ class TextTuning(Tuning):
         result: dict[str, Any],
     ) -> tuple[TextContestant, Stopper, Exits] | None:
         """The candidate that saves most at its loosest threshold that passed, with its stopper and how to run it."""
-        limit = self._limit("calibrate", documents_each)
+        numbers = self._numbers("calibrate", documents_each)
         most = self._about(3 + len(candidates) * (len(RUNGS) + len(BEYOND)))
         self._say(3, f"generating calibration documents dense, and with {', '.join(c.name for c in candidates)}{most}")
-        dense = self._runs.run("calibrate", limit)
+        dense = self._runs.run("calibrate", numbers)
         found: list[tuple[float, int, TextContestant, Stopper, Exits]] = []
         told = []
         for candidate in candidates:
@@ -308,7 +310,7 @@ class TextTuning(Tuning):
             rungs: list[dict[str, Any]] = []
             for threshold in candidate.ladder(most_lost):
                 exits = Exits(real.at(bare, candidate, threshold), candidate.choice.blocks, candidate.kv_policy)
-                early = self._runs.run("calibrate", limit, exits)
+                early = self._runs.run("calibrate", numbers, exits)
                 rungs.append(real.rung(threshold, dense, early, self.settings, confidence))
                 self._say_rung(candidate, rungs[-1])
                 if not rungs[-1]["passed"]:
@@ -353,8 +355,8 @@ class TextTuning(Tuning):
     ) -> None:
         """Generate the test documents, once each way; note the recommendation, and write the stopper's file."""
         self._say(4, f"generating test documents dense, and with {chosen.name}{self._about(2)}")
-        limit = self._limit("test", documents_each)
-        dense, early = self._runs.run("test", limit), self._runs.run("test", limit, exits)
+        numbers = self._numbers("test", documents_each)
+        dense, early = self._runs.run("test", numbers), self._runs.run("test", numbers, exits)
         blocks = list(exits.blocks)
         described = auto.described(self.lm, self.asked, tuned.found["shots"], chosen.reader, blocks)
         stopper.info["tuned"] = {
@@ -378,11 +380,7 @@ class TextTuning(Tuning):
         tuned.found["test"] = {
             "rows": rows,
             **real.figures(dense, early, self.settings.loss, self.settings.seed, chosen.exits),
-            "used_elsewhere": {
-                name: sum(self._number(split, documents_each, name) for split in ("train", "calibrate"))
-                for name, task in self.tasks.items()
-                if not task.has_training_docs()
-            },
+            "used_elsewhere": self._used(documents_each),
         }
         stopper_files.save(stopper, self.folder / STOPPER)
 

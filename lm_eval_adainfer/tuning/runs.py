@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict, deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -121,28 +121,28 @@ class Runs:
 
     def __init__(self, lm: AdaInferLM, tasks: dict[str, Any], folder: Path, settings: Settings, asked: Asking):
         self.lm, self.tasks, self.folder, self.settings, self.asked = lm, tasks, folder, settings, asked
-        self._documents: dict[tuple[str, int], list[Documents]] = {}
+        self._documents: dict[tuple[str, tuple[int, ...]], list[Documents]] = {}
 
-    def documents(self, split: str, limit: int) -> list[Documents]:
-        """The documents of every task's split, at most so many of each.
+    def documents(self, split: str, numbers: Mapping[str, int]) -> list[Documents]:
+        """The documents of every task's split: task to how many, at most.
 
         Raises:
             AdaInferError: On a task whose texts can't be compared.
         """
-        key = split, limit
+        key = split, tuple(numbers[name] for name in self.tasks)
         if key not in self._documents:
-            self._documents[key] = [self._built(name, task, split, limit) for name, task in self.tasks.items()]
+            self._documents[key] = [self._built(name, task, split, numbers[name]) for name, task in self.tasks.items()]
         return self._documents[key]
 
-    def run(self, split: str, limit: int, exits: Exits | None = None) -> list[Ran]:
+    def run(self, split: str, numbers: Mapping[str, int], exits: Exits | None = None) -> list[Ran]:
         """Generate the texts of a split's documents, of every task.
 
         Args:
             split: The split.
-            limit: At most so many documents of each task.
+            numbers: Task to how many documents, at most.
             exits: How to exit early; None runs dense and keeps the tokens.
         """
-        documents = self.documents(split, limit)
+        documents = self.documents(split, numbers)
         with self._with(exits):
             who = self.lm.fingerprint
             return [self._ran(of, who, keep_tokens=exits is None) for of in documents]

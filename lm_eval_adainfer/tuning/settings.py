@@ -55,11 +55,3 @@ class Settings:
     def described(self) -> dict[str, Any]:
         """JSON-serialisable."""
         return {**asdict(self), "readers": list(self.readers)}
-
-
-def most_each(held: Sequence[int], wanted: int) -> int:
-    """At most how many documents of each task make so many together, where tasks hold so many."""
-    most = -(-wanted // len(held))
-    while most < max(held) and sum(min(most, n) for n in held) < wanted:
-        most += 1
-    return most

@@ -106,6 +106,13 @@ def lines(found: Mapping[str, Any], output: str | Path, run: str, page: Path | N
             f"on {test['documents']} test documents ({how}): saves {_share(test, 'saved')} of the counted work, "
             f"reading and checks included, loses {_share(test, 'lost')}{change}, exit block {test['exit_layer']:.1f}"
         )
+        if row["task"] == "pooled" and row["acc"] is not None:
+            worst = min(test["rows"][:-1], key=lambda one: one["acc_change"])
+            said.append(
+                f"the task that loses most: {worst['task']}, {worst['acc'] - worst['acc_change']:.3f} -> "
+                f"{worst['acc']:.3f} ({worst['documents']} of these documents); the promise is about all together, in "
+                "this mix"
+            )
         for task, used in test["used_elsewhere"].items():
             said.append(f"{task} has no training split: {used} of its evaluation documents were fitted and tuned on")
     said.append(f"{Path(output) / 'tune.json'}" + (f", {page}" if page else "; no page: pip install "

@@ -33,14 +33,15 @@ from lm_eval_adainfer.strategies.rules import GapStopper
 from lm_eval_adainfer.traces import documents, recording, replay
 from lm_eval_adainfer.traces.documents import TracedDocuments
 from lm_eval_adainfer.traces.plan import Plan
-from lm_eval_adainfer.traces.splits import documents_of
+from lm_eval_adainfer.traces.splits import SPLITS, documents_of
 from lm_eval_adainfer.tuning import probe
 from lm_eval_adainfer.tuning.allowance import documents_for
 from lm_eval_adainfer.tuning.choosing import Calibrated, allowed, calibrated, candidates
 from lm_eval_adainfer.tuning.contestants import Contestant, Fitter, losses, scores
+from lm_eval_adainfer.tuning.mix import mixed
 from lm_eval_adainfer.tuning.probe import Probed
 from lm_eval_adainfer.tuning.search import left, lost_by
-from lm_eval_adainfer.tuning.settings import Settings, most_each
+from lm_eval_adainfer.tuning.settings import Settings
 from lm_eval_adainfer.tuning.work import Work
 
 if TYPE_CHECKING:
@@ -97,7 +98,7 @@ class Tuning:
         self.asked = asked or Asking()
         self.named = {**(named or {}), "tasks": sorted(tasks), **settings.described()}
         self._started = time.monotonic()
-        self._sizes: dict[str, dict[str, int]] = {}  # split -> task -> documents
+        self._sizes: dict[str, dict[str, int]] = {}  # split -> task -> documents that it holds
         self._seen: dict[str, set[int]] = {}  # "task/split" -> documents by which it chooses
 
     def run(self) -> Tuned:
@@ -112,7 +113,7 @@ class Tuning:
         of_split = documents_each * seconds * work  # at most: later splits need fewer readers
         self._say(1, f"tracing fitting documents under {', '.join(r.name for r, _ in wanted)}", 3 * of_split)
         fitting_files = self._trace("train", wanted, documents_each)
-        waiting = sum(self._number("calibrate", documents_each, name) for name in self.tasks)
+        waiting = sum(self._numbers("calibrate", documents_each).values())
         allowance = allowed(waiting, self.settings)
         may_lose = max(allowance.most_lost(), 0)
         self._say(2, f"choosing among readers and stoppers; {may_lose} of {waiting} may be lost later")
@@ -123,7 +124,8 @@ class Tuning:
         result = self._described(probed, fitting, rivals, without, allowance.share)
         tuned = Tuned(result, fitting, rivals)
         result["calibration"] = {
-            "documents": waiting, "error_divided_by": allowance.candidates, "may_lose": may_lose,
+            "documents": waiting, "of_task": self._numbers("calibrate", documents_each),
+            "error_divided_by": allowance.candidates, "may_lose": may_lose,
         }  # fmt: skip
         if chosen and allowance.can_promise:
             self._say(3, f"calibrating {', '.join(c.name for c in chosen)}", 2 * of_split)
@@ -211,19 +213,23 @@ class Tuning:
     def _trace(
         self, split: str, wanted: Sequence[tuple[Reader, tuple[int, ...]]], count: int, place: Path | None = None
     ) -> list[Path]:
-        limit = count if place is not None else self._limit(split, count)
-        return recording.trace(
-            self.lm,
-            self.tasks,
-            place or self.folder / "traces",
-            num_fewshot=self.settings.num_fewshot,
-            split=split,
-            limit=limit,
-            seed=self.settings.seed,
-            fewshot_seed=self.settings.fewshot_seed,
-            asked=self.asked,
-            plan=Plan(self.lm.anatomy, tuple(wanted)),
-        )
+        """Of the probe (``place``), so many documents of each task; else so many of all tasks in their mix."""
+        numbers = self._numbers(split, count) if place is None else dict.fromkeys(self.tasks, count)
+        files = []
+        for name, task in self.tasks.items():
+            files += recording.trace(
+                self.lm,
+                {name: task},
+                place or self.folder / "traces",
+                num_fewshot=self.settings.num_fewshot,
+                split=split,
+                limit=numbers[name],
+                seed=self.settings.seed,
+                fewshot_seed=self.settings.fewshot_seed,
+                asked=self.asked,
+                plan=Plan(self.lm.anatomy, tuple(wanted)),
+            )
+        return files
 
     def _held(self, split: str) -> dict[str, int]:
         """How many documents every task's split holds."""
@@ -234,13 +240,9 @@ class Tuning:
                     sizes[name] = len(all_)
         return self._sizes[split]
 
-    def _limit(self, split: str, count: int) -> int:
-        """At most how many documents of each task make so many together."""
-        return most_each(list(self._held(split).values()), count)
-
-    def _number(self, split: str, count: int, name: str) -> int:
-        """How many documents of a task's split are traced, where so many of all tasks are wanted."""
-        return min(self._limit(split, count), self._held(split)[name])
+    def _numbers(self, split: str, count: int) -> dict[str, int]:
+        """Task to how many of its documents a split has, where so many of all tasks are wanted."""
+        return mixed({name: self._held(name) for name in SPLITS}, count)[split]
 
     def _noted(self, traces: list[TracedDocuments]) -> list[TracedDocuments]:
         """The traces, whose documents are noted as seen: a rule's blocks are chosen by them, too."""
@@ -322,18 +324,17 @@ class Tuning:
             "rows": rows,
             **_figures(whole, blocks, lost, work, self.settings.loss, self.settings.seed),
             "checks": _checks(whole, blocks, work),
-            "used_elsewhere": self._used(views, documents_each),
+            "used_elsewhere": self._used(documents_each),
         }
         stopper_files.save(stopper, self.folder / STOPPER)
 
-    def _used(self, views: Sequence[TracedDocuments], documents_each: int) -> dict[str, int]:
+    def _used(self, documents_each: int) -> dict[str, int]:
         """Task to how many of its evaluation documents were fitted or calibrated on, where it has no training split."""
-        found = {}
-        for view in views:
-            name = view.meta["task"]
-            if not self.tasks[name].has_training_docs():
-                found[name] = sum(self._number(split, documents_each, name) for split in ("train", "calibrate"))
-        return found
+        return {
+            name: sum(self._numbers(split, documents_each)[name] for split in ("train", "calibrate"))
+            for name, task in self.tasks.items()
+            if not task.has_training_docs()
+        }
 
     def _nothing(self, candidates: Sequence[Contestant], allowed: int, waiting: int, result: dict[str, Any]) -> None:
         """Say why nothing is recommended, and whether more documents would help."""
