@@ -7,14 +7,17 @@ import sys
 
 import numpy as np
 import pytest
+from helpers.models import tiny_lm
 from helpers.refusals import refused
+from helpers.tasks import documents, make_task
 from helpers.traces import write
 
 from lm_eval_adainfer.cli import main
 from lm_eval_adainfer.fitting import fit
 from lm_eval_adainfer.output import per_block
 from lm_eval_adainfer.studies import recipes
-from lm_eval_adainfer.traces import replay
+from lm_eval_adainfer.traces import recording, replay
+from lm_eval_adainfer.traces.plan import Plan
 
 TASKS = [f"t{i}" for i in range(8)] + ["t1_2x"]
 
@@ -262,3 +265,29 @@ def test_unknown_recipes_and_wrong_arguments_are_one_sentence(tmp_path, capsys):
         assert main.main([*more, *common]) == 2
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 4 and all(line.startswith("adainfer: error: ") for line in lines)
+
+
+def test_strategies_are_fitted_and_replayed_under_every_reader(tmp_path):
+    """Of a random model, whose answers change with nearly every block."""
+    lm = tiny_lm()
+    task = make_task({"train": documents(40, 1), "test": documents(30, 2)})
+    plan = Plan.of(lm.anatomy, "copy:1", "2+3")
+
+    def tracer(shots, split):
+        return recording.trace(lm, {"toy": task}, tmp_path, shots, split, plan=plan)
+
+    stoppers = {"dense": "none", "gap": "gap:0.2", "oracle": "oracle:stable", "logistic": {"fit": "logistic"}}
+    recipe = a_recipe(stoppers=stoppers, shots=[0], train_shots=[0])
+    readers = [reader for reader, _ in plan.readers]
+    assert [reader.name for reader in readers] == ["head", "copy:1"]
+    files = recipes.run(recipe, tracer, tmp_path / "out", readers=readers)
+    rows = {(r["stopper"], r["reader"]): r for r in csv.DictReader(files[1].read_text().splitlines())}
+    assert {reader for name, reader in rows if name == "dense"} == {"head"}, "it is the same under all"
+    traces = replay.load(tracer([0], "test"))
+    for reader in readers:
+        fitted = fit.fit("logistic", tracer([0], "train"), reader)
+        for name, stopper in (("gap", "gap:0.2"), ("oracle", "oracle:stable"), ("logistic", fitted)):
+            (row,) = replay.replay(traces, [stopper], reader=reader)
+            for column in ("acc", "agreement", "exit_layer", "flops_ratio"):
+                assert float(rows[name, reader.name][column]) == pytest.approx(row[column]), (name, reader, column)
+    assert all(len({rows[name, r.name]["exit_layer"] for r in readers}) == 2 for name in ("gap", "oracle", "logistic"))
