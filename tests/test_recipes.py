@@ -91,7 +91,7 @@ def test_six_training_sets_are_drawn_by_seed_and_told(tracer, tmp_path, monkeypa
     for seed in (0, 0, 1):
         stoppers = {"svm": {"fit": "svm", "train": "drawn"}}
         files = recipes.run(a_recipe(stoppers=stoppers), tracer, tmp_path / "out", seed)
-        note = files[0].read_text().splitlines()[-1]
+        (note,) = [line for line in files[0].read_text().splitlines() if "drawn with seed" in line]
         assert f"seed {seed}" in note and all(name in note for name in calls[-1])
     assert len(calls) == 3 and calls[0] == calls[1] != calls[2]
     assert all(len(set(c)) == 6 and all(name.endswith("_5shot_train") for name in c) for c in calls)
@@ -291,3 +291,20 @@ def test_strategies_are_fitted_and_replayed_under_every_reader(tmp_path):
             for column in ("acc", "agreement", "exit_layer", "flops_ratio"):
                 assert float(rows[name, reader.name][column]) == pytest.approx(row[column]), (name, reader, column)
     assert all(len({rows[name, r.name]["exit_layer"] for r in readers}) == 2 for name in ("gap", "oracle", "logistic"))
+
+
+def test_a_task_on_which_the_dense_model_is_no_better_than_one_answer_for_all_is_named(tmp_path):
+    rng = np.random.default_rng(0)
+    for task, right in (("guesses", 0.5), ("knows", 0.95)):
+        gold = (np.arange(200) % 10 >= 6).astype(int)  # 60% are choice 0
+        scores = rng.normal(size=(200, 4, 2)) / 10
+        said = np.where(rng.uniform(size=200) < right, gold, 1 - gold)
+        scores[np.arange(200), -1, said] += 5
+        write(tmp_path / f"{task}_5shot_test.trace", rng.uniform(size=(200, 4, 2)), np.zeros((200, 4), int),
+              scores=scores, gold=gold, task=task, num_fewshot=5, split="test")  # fmt: skip
+    files = [tmp_path / f"{task}_5shot_test.trace" for task in ("guesses", "knows")]
+    written = recipes.run(a_recipe(shots=[5], train_shots=[5]), lambda *_: files, tmp_path / "out")
+    rows = {r["task"]: r for r in csv.DictReader(written[1].read_text().splitlines())}
+    assert {float(r["constant"]) for r in rows.values()} == {0.6}
+    notes = [line for line in written[0].read_text().splitlines() if "best constant answer gets" in line]
+    assert len(notes) == 1 and notes[0].startswith("- guesses at 5 shots") and "60.0%" in notes[0]

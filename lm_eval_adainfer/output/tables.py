@@ -21,6 +21,7 @@ _SHOWN: dict[str, tuple[str, str]] = {
     "documents": ("n", "d"),
     "clusters": ("clusters", "d"),
     "acc": ("acc %", "%"),
+    "constant": ("best constant %", "%"),
     "acc_change": ("change", "+%"),
     "top1_acc": ("top1_acc %", "%"),
     "agreement": ("agreement %", "%"),

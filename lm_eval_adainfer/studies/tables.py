@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from random import Random
@@ -75,8 +76,39 @@ def table(
                 shots = "/".join(map(str, sorted({t.meta["num_fewshot"] for t in members})))
                 own = {"reader": reader_name} if len(readers) > 1 else {}
                 numbers = evaluate(members, [found[t.setting] for t in members], seed=seed)
-                rows.append({"task": task, "shots": shots, "stopper": name, **own, **numbers})
+                constant = best_constant(members)
+                rows.append({"task": task, "shots": shots, "stopper": name, **own, **numbers, "constant": constant})
+                if (name, reader_name) == next(iter(margins)):
+                    notes += _hopeless(task, shots, members, constant)
     return rows, notes
+
+
+def best_constant(traces: Sequence[TracedDocuments]) -> float | None:
+    """The share of documents that one answer for all would get right, the best one of each task.
+
+    An answer is a choice's number, or the first token of the one right answer.
+
+    Args:
+        traces: The documents; tasks weigh by their number.
+    """
+    gold: dict[str, list[int]] = {}
+    for trace in traces:
+        gold.setdefault(trace.meta["task"], []).extend(int(g) for g in trace.gold if g >= 0)
+    best = [Counter(of).most_common(1)[0][1] for of in gold.values() if of]
+    return sum(best) / sum(len(of) for of in gold.values()) if best else None
+
+
+def _hopeless(task: str, shots: str, traces: Sequence[TracedDocuments], constant: float | None) -> list[str]:
+    """A sentence where the dense model is not better than a constant answer, with 95% confidence."""
+    dense = evaluate(traces, [document_margins("none", t) for t in traces])
+    measure = "acc" if dense["acc"] is not None else "top1_acc"
+    if constant is None or dense[f"{measure}_low"] is None or dense[f"{measure}_low"] > constant:
+        return []
+    value, low, high = (100 * dense[f"{measure}{end}"] for end in ("", "_low", "_high"))
+    return [
+        f"{task} at {shots} shots: the dense model's {measure} of {value:.1f}% ({low:.1f} to {high:.1f}) is not "
+        f"clearly above {100 * constant:.1f}%, what the best constant answer gets; compare agreement there, not {measure}."
+    ]
 
 
 class _Fits:
