@@ -107,7 +107,8 @@ def _hopeless(task: str, shots: str, traces: Sequence[TracedDocuments], constant
     value, low, high = (100 * dense[f"{measure}{end}"] for end in ("", "_low", "_high"))
     return [
         f"{task} at {shots} shots: the dense model's {measure} of {value:.1f}% ({low:.1f} to {high:.1f}) is not "
-        f"clearly above {100 * constant:.1f}%, what the best constant answer gets; compare agreement there, not {measure}."
+        f"clearly above {100 * constant:.1f}%, what the best constant answer gets; compare "
+        f"agreement there, not {measure}."
     ]
 
 
