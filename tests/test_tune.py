@@ -21,6 +21,7 @@ from helpers.traces import write
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from benchmarks import frontier
 from lm_eval_adainfer import container, paths
 from lm_eval_adainfer.cli import main
 from lm_eval_adainfer.errors import AdaInferError
@@ -120,6 +121,17 @@ def test_the_choice_sees_fitting_documents(finished, again):
     for path in [*again.glob("traces/*_calibrate.trace"), *again.glob("traces/*_test.trace")]:
         path.unlink()  # they are of the readers that were chosen then
     assert tune(again)["contestants"] != finished[1]["contestants"]
+
+
+def test_the_picture_of_a_folder_has_the_point_that_was_reported(finished, tmp_path):
+    folder, found, _ = finished
+    frontier.main([str(folder), "-o", str(tmp_path / "new" / "points")])
+    drawn, (row,) = json.loads((tmp_path / "new" / "points.json").read_text()), found["test"]["rows"]
+    assert drawn["recommended"]["work"] == pytest.approx(1 - found["test"]["saved"])
+    assert drawn["recommended"]["acc"] == pytest.approx(row["acc"])
+    assert drawn["dense"]["work"] == 1 and drawn["dense"]["acc"] == pytest.approx(row["acc"] - row["acc_change"])
+    assert set(drawn["lines"]) == {"head", found["chosen"]["reader"]}
+    assert "recommended: copy:1" in (tmp_path / "new" / "points.svg").read_text()
 
 
 def test_the_file_keeps_what_it_promises(finished):
