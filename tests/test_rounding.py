@@ -7,6 +7,7 @@ import logging
 
 import pytest
 import torch
+import transformers
 from helpers.models import make_model
 from helpers.tasks import instance
 from hypothesis import given, settings
@@ -228,6 +229,24 @@ def test_smollm2_shares_prefixes_and_generates_packed(smollm2, dtype):
     assert windows.layout == "packed" and not windows.missed
     swapped(model)
     assert "hidden states are off by" in probes.sharing(Anatomy(model)).missed
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_smollm2_as_its_file_has_it_shares_prefixes_on_any_number_of_threads(shared, threads):
+    """With one thread plain forwards of few and of more rows are rounded all alike, but continued ones are not."""
+    folder, file = shared / "models" / "smollm2-135m-instruct", "SmolLM2-135M-Instruct.Q4_1.gguf"
+    if not folder.is_dir():
+        pytest.skip("no SmolLM2 here")
+    pytest.importorskip("gguf")
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        model = transformers.AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.float32)
+        assert probes.sharing(Anatomy(model)).how == "what prompts share is attended to together"
+        swapped(model)
+        assert "hidden states are off by" in probes.sharing(Anatomy(model)).missed
+    finally:
+        torch.set_num_threads(before)
 
 
 @pytest.mark.slow

@@ -23,6 +23,7 @@ _STRUCTURE = 8  # a difference so many times larger than measured rounding is no
 _MOST, _MOST_COARSE = 1e-4, 0.1  # no model's rounding is larger, in float32 and in anything coarser
 _KEPT_BYTES = 2**31  # copies of up to so many bytes are kept while a probe runs, larger ones are made block by block
 _EQUIVALENT_ROWS, _ROWS = 8, 3
+_START = 3  # tokens of a row that begins alone
 
 
 class Probed(Protocol):
@@ -140,7 +141,8 @@ def measured(anatomy: Probed, copied: bool) -> Rounding:
     """What rounding does to this model's numbers now; measured once, with and without float32 copies.
 
     It is the largest difference between forwards of the same tokens that are equivalent on paper: a few rows, the same
-    rows among more, and the same rows with more tokens behind them.
+    rows among more, the same rows with more tokens behind them, and the first tokens of one row alone. Products of so
+    few rows are computed in another way than larger ones, which one thread may round all alike.
     """
     if copied not in anatomy.rounding:
         anatomy.rounding[copied] = _measure(anatomy)
@@ -158,12 +160,20 @@ def _measure(anatomy: Probed) -> Rounding:
     found = [plain_forward(anatomy, other) for other in (rows, longer)]
     dtype = coarsest(anatomy.model)
     least, most = 8 * torch.finfo(dtype).eps, _MOST if dtype == torch.float32 else _MOST_COARSE
-    hidden = max(
-        hidden_distance(state[:_ROWS, :length], reference)
+    start, start_logits = plain_forward(anatomy, few[:1, :_START])
+    pairs = [
+        (state[:_ROWS, :length], reference)
         for states, _ in found
         for state, reference in zip(states, expected, strict=True)
-    )
+    ]
+    # what stands behind the start is there for the channels' sizes
+    pairs += [
+        (torch.cat([state, reference[:1, _START:]], dim=1), reference[:1])
+        for state, reference in zip(start, expected, strict=True)
+    ]
+    hidden = max(hidden_distance(*pair) for pair in pairs)
     heads = max(logits_distance(other[:_ROWS, :length], logits) for _, other in found)
+    heads = max(heads, logits_distance(start_logits, logits[:1, :_START]))
     return Rounding(max(least, min(hidden, most)), max(least, min(heads, most)))
 
 
