@@ -37,10 +37,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Draw it, and write its points."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.frontier", description=__doc__.split("\n")[0])
     parser.add_argument("folder", type=Path, help="of adainfer tune, in which something is recommended")
+    parser.add_argument("--tasks", help="of the folder's, separated by commas (default: all)")
     parser.add_argument("--title", default="", help="of the picture")
     parser.add_argument("--output", "-o", type=Path, required=True, help="SVG and JSON, without ending")
     options = parser.parse_args(arguments)
-    found = points(options.folder)
+    found = points(options.folder, options.tasks.split(",") if options.tasks else None)
     options.output.parent.mkdir(parents=True, exist_ok=True)
     with figures.style():
         picture = figures.files(_picture(found, options.title), options.output.name)
@@ -49,17 +50,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     container.write_atomically(options.output.with_suffix(".json"), text.encode())
 
 
-def points(folder: Path) -> dict[str, Any]:
+def points(folder: Path, tasks: Sequence[str] | None = None) -> dict[str, Any]:
     """What is drawn: shares of the dense run's work, and ``acc`` with its 95% interval."""
     tuned = json.loads((folder / RESULT).read_text())
     chosen = tuned["chosen"]
     traces = read([file for file in find([folder / "traces"]) if file.stem.endswith("_test")])
+    traces = [trace for trace in traces if tasks is None or trace.meta["task"] in tasks]
     n_blocks = traces[0].n_blocks
     readers = {"head": tuple(range(1, n_blocks)), chosen["reader"]: tuple(chosen["check_layers"])}
     stopper = stopper_files.load(folder / STOPPER)
     lines = {reader: _line(traces, reader, blocks) for reader, blocks in readers.items()}
     return {
         "simulated": "from traces of the test documents",
+        "tasks": [trace.meta["task"] for trace in traces],
         "documents": sum(len(trace.doc_ids) for trace in traces),
         "blocks": {reader: list(blocks) for reader, blocks in readers.items()},
         "dense": _at(traces, "head", GapStopper(1.0), (), 1.0),
