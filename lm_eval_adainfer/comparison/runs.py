@@ -13,6 +13,7 @@ from typing import Any
 from tqdm import tqdm
 
 from lm_eval_adainfer.clusters import Key, passage_field
+from lm_eval_adainfer.comparison.names import own_names, renamed
 from lm_eval_adainfer.comparison.samples import Document, finite, read_document, read_json, samples
 from lm_eval_adainfer.comparison.scales import Scale, scale_of, undirected
 from lm_eval_adainfer.comparison.selection import Selection, Wanted
@@ -135,6 +136,9 @@ def load(
         raise AdaInferError(f"{argument}: {file} is no results file of lm-eval: it has no 'results'; give another")
     sections = {key: _mapping(results, key, file, argument) for key in _SECTIONS}
     files = _sample_files(file, list(sections["configs"]) or list(results["results"]))
+    if own := own_names(sections["configs"]):
+        results, files = renamed(results, own), {own.get(name, name): found for name, found in files.items()}
+        sections = {key: _mapping(results, key, file, argument) for key in _SECTIONS}
     held = [t for t in sections["configs"] or results["results"] if t in files or t not in sections["group_subtasks"]]
     held = held if sections["configs"] else [t for t in held if t in files]
     held_groups = _groups(sections["group_subtasks"], held)

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from lm_eval_adainfer import releases
 from lm_eval_adainfer.errors import AdaInferError
 from lm_eval_adainfer.harness import asking
 from lm_eval_adainfer.paths import task_configs
@@ -106,4 +107,4 @@ def load_tasks(manager: Any, names: list[str]) -> dict[str, Any]:
         raise AdaInferError(
             f"tasks: {(unknown or names)[0]!r} is no task that lm-eval knows; `lm_eval ls tasks` lists them"
         )
-    return manager.load(matched)["tasks"]
+    return releases.by_own_name(manager.load(matched)["tasks"])
