@@ -59,16 +59,17 @@ def task_manager(
     Raises:
         AdaInferError: Where ``include_path`` is no folder.
     """
-    from lm_eval.tasks import TaskManager
+    from lm_eval.tasks import TaskManager, manager
 
-    from lm_eval_adainfer.registration import install
+    from lm_eval_adainfer.registration import finds_tasks, install
 
     if include_path and not Path(include_path).is_dir():
         raise AdaInferError(f"include_path: {include_path} is no folder; give one that holds task YAMLs")
     install()
     told = {**model_args, **(metadata or {})}
     if names and not include_path and task_configs().is_dir():
-        packaged = TaskManager(include_path=str(task_configs()), include_defaults=False, metadata=told)
+        folder = None if finds_tasks(manager) else str(task_configs())
+        packaged = TaskManager(include_path=folder, include_defaults=False, metadata=told)
         if all(name in packaged.all_tasks or ("*" in name and name.startswith(_OURS)) for name in names):
             return packaged
     return TaskManager(include_path=include_path, metadata=told)

@@ -57,6 +57,8 @@ else:
 def instance(context, continuation, doc_id, task="t", idx=0, kind="loglikelihood"):
     """One request, as lm-eval makes them of documents."""
     arguments = (context, continuation) if continuation is not None else (context,)
+    if kind == "loglikelihood_rolling" and hasattr(Task, "scorers"):
+        arguments = ("", context)
     return releases.request(kind, {"id": doc_id}, arguments, idx, task, doc_id)
 
 
