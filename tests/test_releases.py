@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from types import SimpleNamespace
 
 import pytest
@@ -147,6 +148,19 @@ def test_two_groups_ask_one_task_under_two_names():
     assert releases.members(group, tasks) == ["b::t"]
     asked = releases.asked_by_own_name({"a::t": tasks["a::t"]}, {"limit": None, "samples": {"a::t": [1], "x": [2]}})
     assert asked == {"limit": None, "samples": {"t": [1]}}
+
+
+@pytest.mark.parametrize("gives_back", [True, False], ids=["0.5.0.dev1", "0.4.13"])
+def test_only_known_names_match(gives_back):
+    known = ["a_1", "a_2", "b"]
+
+    def match_tasks(patterns):
+        found = [(p, [k for k in known if fnmatchcase(k, p.partition("@")[0])]) for p in patterns]
+        return sorted({n for p, names in found for n in (names or ([p] if gives_back else []))})
+
+    manager = SimpleNamespace(all_tasks=known, match_tasks=match_tasks)
+    assert releases.matched(manager, ["a*", "nothing", "no*"]) == ["a_1", "a_2"]
+    assert releases.matched(manager, ["nothing"]) == []
 
 
 def test_a_task_is_made_by_its_own_class_or_by_one_for_its_output_type(monkeypatch):

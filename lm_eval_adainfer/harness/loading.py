@@ -102,7 +102,7 @@ def load_tasks(manager: Any, names: list[str]) -> dict[str, Any]:
     """
     if not names:
         raise AdaInferError("tasks: none is named; `lm_eval ls tasks` lists what there is")
-    matched = manager.match_tasks(names)
+    matched = releases.matched(manager, names)
     unknown = [name for name in names if "*" not in name and name not in matched]
     if unknown or not matched:
         raise AdaInferError(
