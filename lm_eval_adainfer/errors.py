@@ -51,6 +51,8 @@ def report_errors_in_one_sentence() -> None:
             print(f"adainfer: error: {error}", file=sys.stderr)
         elif kind is ValueError and str(error).startswith("Tasks not found: "):  # lm-eval's words for a wrong --tasks
             print(f"adainfer: error: tasks: {error}; `lm_eval ls tasks` lists what there is", file=sys.stderr)
+        elif kind is KeyError and "is not a registered task" in str(error):  # those of 0.5.0.dev1
+            print(f"adainfer: error: tasks: {error.args[0]}; `lm_eval ls tasks` lists what there is", file=sys.stderr)
         elif issubclass(kind, sqlite3.Error):
             print(
                 f"adainfer: error: use_cache: its file can't be read or written ({error}); what it holds is kept, and "

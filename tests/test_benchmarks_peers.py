@@ -8,13 +8,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from lm_eval.api.instance import Instance
 
 from benchmarks.models import make_model, make_tokenizer
 from benchmarks.peers import __main__ as command
 from benchmarks.peers import measuring, report, shortgpt
 from benchmarks.peers.counting import counting
 from benchmarks.peers.layerskip import Without
+from lm_eval_adainfer import releases
 
 BLOCKS, HIDDEN, INNER, VOCABULARY = 8, 128, 344, 4096
 
@@ -31,7 +31,7 @@ def loaded(model, prompts=()):
 def requests():
     doc, name = {}, "w1 w2 w3 w4"
     return [
-        Instance("loglikelihood", doc, (name, word), k, metadata=("t", 0, 1)) for k, word in enumerate((" w5", " w6"))
+        releases.request("loglikelihood", doc, (name, word), k, "t", 0) for k, word in enumerate((" w5", " w6"))
     ]
 
 

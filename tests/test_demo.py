@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from helpers.printed import as_printed, table_below
 from helpers.processes import execute
-from helpers.tasks import our_tasks
+from helpers.tasks import our_tasks, own_names
 from lm_eval import simple_evaluate
 
 from lm_eval_adainfer.demo import data
@@ -23,7 +23,7 @@ CHANCE = {"sentiment": 1 / 2, "topic": 1 / 4, "odd_one_out": 1 / 4, "fact": 1 / 
 def runs():
     manager = our_tasks()
     return {
-        stopper: simple_evaluate(
+        stopper: own_names(simple_evaluate(
             model="adainfer",
             model_args=f"pretrained=adainfer-demo,dtype=float32,stopper={stopper}",
             tasks=["adainfer_demo"],
@@ -31,7 +31,7 @@ def runs():
             device="cpu",
             bootstrap_iters=0,
             task_manager=manager,
-        )["results"]
+        ))["results"]
         for stopper in ("none", "svm", "demo")
     }
 

@@ -15,14 +15,13 @@ import pytest
 import torch
 from helpers.models import SHARED, make_model
 from helpers.replay import generated
-from helpers.tasks import instance
+from helpers.tasks import instance, our_tasks
 from lm_eval import simple_evaluate
 from lm_eval.api.task import ConfigurableTask
 from lm_eval.models.huggingface import HFLM
-from lm_eval.tasks import TaskManager
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lm_eval_adainfer import paths
+from lm_eval_adainfer import paths, releases
 from lm_eval_adainfer.errors import AdaInferError
 from lm_eval_adainfer.harness.model import AdaInferLM
 
@@ -191,7 +190,7 @@ def test_chat_templates_are_applied_as_by_stock(model, tokenizer, monkeypatch):
     documents = [{"question": p[-60:], "answer": "x"} for p in PROMPTS]
 
     def run(lm):
-        task = ConfigurableTask(config={
+        task = releases.class_for(ConfigurableTask, "generate_until")(config={
             "task": "toy", "output_type": "generate_until", "test_split": "test", "fewshot_split": "test",
             "custom_dataset": lambda **_: {"test": datasets.Dataset.from_list(documents)}, "num_fewshot": 1,
             "doc_to_text": "{{question}}", "doc_to_target": "{{answer}}", "metadata": {"version": 1.0},
@@ -200,7 +199,7 @@ def test_chat_templates_are_applied_as_by_stock(model, tokenizer, monkeypatch):
         })  # fmt: skip
         found = simple_evaluate(
             model=lm, tasks=[task], bootstrap_iters=0, apply_chat_template=True, fewshot_as_multiturn=True,
-            system_instruction="be brief", task_manager=TaskManager(include_defaults=False),
+            system_instruction="be brief", task_manager=our_tasks(),
         )  # fmt: skip
         return [(s["arguments"]["gen_args_0"]["arg_0"] if isinstance(s["arguments"], dict) else s["arguments"][0][0],
                  str(s["resps"][0][0])) for s in found["samples"]["toy"]]  # fmt: skip

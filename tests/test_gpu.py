@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 from helpers.stoppers import Listed
-from lm_eval.api.instance import Instance
 from sklearn.ensemble import GradientBoostingClassifier
 from sklearn.svm import SVC
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from lm_eval_adainfer import releases
 from lm_eval_adainfer.generation.decoder import Decoder
 from lm_eval_adainfer.generation.policies import KV_POLICIES
 from lm_eval_adainfer.generation.probes import prepare
@@ -40,13 +40,13 @@ def lm_on(device, folder, dtype="float32", **options):
 def documents():
     """Choices of one context, behind few-shot examples that many share or not."""
     contexts = [*TEXTS, *("many shots " * 4 + text for text in TEXTS)]
-    return [Instance("loglikelihood", {"id": n}, (context, continuation), idx, ("t", n, 1))
+    return [releases.request("loglikelihood", {"id": n}, (context, continuation), idx, "t", n)
             for n, context in enumerate(contexts) for idx, continuation in enumerate((" x", " yes", " no way"))]  # fmt: skip
 
 
 def prompts(kind):
     more = ({"until": ["\0"], "max_gen_toks": 8},) if kind == "generate_until" else ()
-    return [Instance(kind, {"id": n}, (text, *more), 0, ("t", n, 1)) for n, text in enumerate(TEXTS)]
+    return [releases.request(kind, {"id": n}, (text, *more), 0, "t", n) for n, text in enumerate(TEXTS)]
 
 
 def layers(answers):

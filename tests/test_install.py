@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import importlib.util
+import json
 import os
 import subprocess
 import sys
 import sysconfig
+import tomllib
 import zipfile
+from importlib.metadata import EntryPoint
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -107,6 +112,97 @@ def test_newer_lm_eval_with_plugins_is_left_alone(monkeypatch):
     monkeypatch.setattr(registry, "load_plugins", lambda: None, raising=False)
     monkeypatch.setattr(registry.model_registry, "register", lambda *a, **k: pytest.fail("registered"))
     registration._register_model(None)
+
+
+ENTRY_POINTS = tomllib.loads((REPO / "pyproject.toml").read_text())["project"]["entry-points"]
+
+
+def folder_of(value):
+    """The folder of a package that an entry point of the group ``lm_eval.tasks`` names, as lm-eval finds it."""
+    return Path(next(iter(importlib.util.find_spec(value).submodule_search_locations))).resolve()
+
+
+def discovered():
+    return [folder_of(value) for value in ENTRY_POINTS["lm_eval.tasks"].values()]
+
+
+def a_release(**names):
+    """A stand-in for ``lm_eval.tasks.manager`` whose task manager keeps which folders it would scan."""
+
+    class Manager:
+        def __init__(self, verbosity=None, include_path=None, include_defaults=True, metadata=None):
+            own = include_path if isinstance(include_path, list) else [include_path] if include_path else []
+            plugins = [str(path) for path in names["discover_plugin_task_paths"]()] if names else []
+            self.scanned = [*(["stock"] if include_defaults else []), *plugins, *own]
+
+    return SimpleNamespace(TaskManager=Manager, **names)
+
+
+def test_the_entry_points_name_the_model_and_the_folder_of_the_tasks():
+    from lm_eval_adainfer import paths
+    from lm_eval_adainfer.harness.model import AdaInferLM
+
+    ((name, target),) = ENTRY_POINTS["lm_eval.models"].items()
+    assert (name, target) == (registration.MODEL_NAME, registration.MODEL_TARGET)
+    assert EntryPoint(name, target, "lm_eval.models").load() is AdaInferLM
+    assert list(ENTRY_POINTS["lm_eval.tasks"].values()) == [registration.TASKS_MODULE]
+    assert discovered() == [paths.task_configs().resolve()]
+
+
+def test_an_installed_wheel_has_the_entry_points_and_the_folder(python):
+    script = """
+import importlib.util, json
+from importlib.metadata import entry_points
+found = {g: [e.value for e in entry_points(group=g) if e.name == "adainfer"] for g in ("lm_eval.models", "lm_eval.tasks")}
+spec = importlib.util.find_spec("lm_eval_adainfer.task_configs")
+print(json.dumps([found, list(spec.submodule_search_locations)]))
+"""
+    found, (folder,) = json.loads(run(python, "-c", script, cwd=python.parent).splitlines()[-1])
+    assert {group: {"adainfer": values[0]} for group, values in found.items()} == ENTRY_POINTS
+    assert str(python.parent.parent) in folder and (Path(folder) / "demo" / "_demo.yaml").is_file()
+
+
+def test_the_folder_of_the_tasks_is_scanned_once_with_and_without_plugins(monkeypatch):
+    from lm_eval_adainfer import paths
+
+    ours = str(paths.task_configs())
+    before, with_plugins = a_release(), a_release(discover_plugin_task_paths=discovered)
+    stock = with_plugins.TaskManager.__init__
+    for module in (before, with_plugins):
+        registration._add_tasks(module)
+        registration._add_tasks(module)
+        assert module.TaskManager().scanned == ["stock", ours]
+        assert module.TaskManager(include_path="mine").scanned == ["stock", ours, "mine"]
+    assert with_plugins.TaskManager.__init__ is stock  # nothing is attached to it
+    assert before.TaskManager(include_defaults=False).scanned == []
+
+
+def test_a_plugin_of_others_is_not_taken_for_ours(tmp_path):
+    from lm_eval_adainfer import paths
+
+    module = a_release(discover_plugin_task_paths=lambda: [tmp_path])  # as where only our .pth is there
+    registration._add_tasks(module)
+    assert module.TaskManager().scanned == ["stock", str(tmp_path), str(paths.task_configs())]
+
+
+@pytest.mark.parametrize("plugins", [True, False])
+def test_our_commands_let_the_folder_be_scanned_once(plugins, monkeypatch):
+    from lm_eval.tasks import manager
+
+    from lm_eval_adainfer import paths
+    from lm_eval_adainfer.harness import loading
+
+    asked = []
+
+    def maker(include_path=None, include_defaults=True, metadata=None):
+        asked.append((include_path, include_defaults))
+        return SimpleNamespace(all_tasks=["adainfer_demo"])
+
+    monkeypatch.setattr("lm_eval.tasks.TaskManager", maker)
+    if plugins:
+        monkeypatch.setattr(manager, "discover_plugin_task_paths", discovered, raising=False)
+    loading.task_manager({}, None, names=["adainfer_demo"])
+    assert asked == [(None if plugins else str(paths.task_configs()), False)]
 
 
 def test_our_names_collide_with_no_stock_task_group_or_tag():

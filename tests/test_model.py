@@ -132,6 +132,7 @@ def test_auto_batch_sizes_are_found_as_stock_finds_them_at_any_number_of_documen
     for n in (1, 2, 3, 5, 6, 7, 10, 11, 13, 22):
         asked = [instance("x" * (1 + k), " y", k) for k in range(n)]
         detectors = [Detector(lm, size) for lm in both]
+        both[0].batch_sizes = {}  # which 0.5.0.dev1 keeps from one call to the next
         theirs = both[0].loglikelihood(asked, True) if n >= schedule else None  # fewer rows than sections: stock fails
         ours = both[1].loglikelihood(asked, True)
         assert len(ours) == n and all(isinstance(a[0], float) for a in ours)
@@ -233,10 +234,14 @@ def test_rolling_scores_every_token_at_its_own_block(tokenizer, stopper):
                         total += logits.log_softmax(-1)[target].item()
                         layers.append(k)
                         break
-        assert float(answer) == pytest.approx(total, abs=1e-3)
+        if isinstance(answer, tuple):  # of 0.5.0.dev1, to a request with an empty context
+            (answer_logprob, _), (dense, _) = answer, dense
+        else:
+            answer_logprob = float(answer)
+        assert answer_logprob == pytest.approx(total, abs=1e-3)
         assert answer.exit_record.exit_layer == pytest.approx(sum(layers) / len(layers))
         if stopper == "none":
-            assert float(answer) == pytest.approx(dense, abs=1e-3)
+            assert answer_logprob == pytest.approx(dense, abs=1e-3)
             assert answer.exit_record.flops_ratio_total == pytest.approx(1)
         else:
             assert (answer.exit_record.flops_ratio < 1) == (answer.exit_record.exit_layer < 5)

@@ -186,7 +186,7 @@ def near(a, b, where="results"):
 def tasks():
     return [
         make_task(name="choices", num_fewshot=2),
-        make_task(name="mutual", metric_list=[{"metric": m, "aggregation": "mean", "higher_is_better": True} for m in ("acc", "acc_mutual_info")]),
+        make_task(name="mutual", target_delimiter="", metric_list=[{"metric": m, "aggregation": "mean", "higher_is_better": True} for m in ("acc", "acc_mutual_info")]),
         make_task(name="one", output_type="loglikelihood", doc_to_choice=None, doc_to_target="{{' ' + choices[answer]}}"),
         make_task(name="texts", output_type="generate_until", doc_to_choice=None, doc_to_target="{{choices[answer]}}",
                   generation_kwargs={"max_gen_toks": 5, "until": ["x"]}),

@@ -16,14 +16,14 @@ import pytest
 import torch
 from helpers.models import lm_of, make_model
 from helpers.processes import execute, in_two_processes
-from helpers.tasks import documents, make_task, our_tasks
+from helpers.tasks import documents, make_task, our_tasks, request_of
 from lm_eval import simple_evaluate
 from lm_eval.api.group import Group
-from lm_eval.api.instance import Instance
 from lm_eval.api.metrics import mean
 from lm_eval.api.task import ConfigurableTask
 from lm_eval.evaluator import evaluate
 
+from lm_eval_adainfer import releases
 from lm_eval_adainfer.errors import AdaInferError
 from lm_eval_adainfer.harness import pilot
 from lm_eval_adainfer.strategies.shortgpt import ShortGPTStopper
@@ -43,7 +43,7 @@ def continuation(n=24):
 
 def mutual(n=24):
     both = [{"metric": m, "aggregation": "mean", "higher_is_better": True} for m in ("acc", "acc_mutual_info")]
-    return choices(n, "mutual", metric_list=both)
+    return choices(n, "mutual", metric_list=both, target_delimiter="")  # 0.5.0.dev1 needs equal texts after no context
 
 
 def texts(n=24, name="texts", **config):
@@ -124,15 +124,20 @@ def test_documents_are_drawn_by_what_they_say_alone():
     assert all([i.idx for i in d] == [0, 1, 2] for d in again)
     assert {d[0].doc_id for d in again} != set(range(16))
     one = {"when": object, "a": {1, 2}, "n": 3}  # what JSON has no words for
-    assert len(pilot.drawn([Instance("loglikelihood", one, ("a", "b"), 0, ("t", 0, 1))], 16)) == 1
+    assert len(pilot.drawn([releases.request("loglikelihood", one, ("a", "b"), 0, "t", 0)], 16)) == 1
 
 
 # ------------------------------------------------------------------ what it finds
 def answer(sample, kind):
     if kind != "texts":
-        scores = [float(r[0]) for r in sample["filtered_resps"][:3]]  # behind them, those without the question
+        scores = [float(once(r)[0]) for r in sample["filtered_resps"][:3]]  # behind them, those without the question
         return scores.index(max(scores))
-    return sample["filtered_resps"][0]
+    return once(sample["filtered_resps"][0])
+
+
+def once(response):
+    """A filtered response, alone in a list in lm-eval 0.5.0.dev1."""
+    return response[0] if isinstance(response, list) else response
 
 
 @pytest.mark.parametrize("stopper", ["fixed:1", "fixed:4", "gap:0.3"])
@@ -166,7 +171,7 @@ def test_a_single_continuation_is_kept_where_the_top_token_and_the_greedy_flag_a
     ]
     assert pilot_of(early)["tasks"]["continuation"]["kept"] == sum(same) < 16
     lm = lm_of(model, tokenizer)
-    (found,) = lm.loglikelihood([Instance("loglikelihood", {}, ("a fox", " x"), 0, ("t", 0, 1))], True)
+    (found,) = lm.loglikelihood([releases.request("loglikelihood", {}, ("a fox", " x"), 0, "t", 0)], True)
     with torch.no_grad():
         logits = model(torch.tensor([lm._encode_pair("a fox", " x")[0]])).logits[0, -1]
     assert found.top == int(logits.argmax())
@@ -238,7 +243,7 @@ def test_one_task_of_a_group_is_judged_with_the_others(kept, warns, model, token
     sizes = [max(k, 16) for k in kept]
     part = {"tasks": {n: entry(k, s) for n, k, s in zip("ab", kept, sizes, strict=True)}, "cost": {"seconds_measured": 1.0}}
     lm = lm_of(model, tokenizer, stopper="fixed:1")
-    pilot.warn([part], loaded["groups"], lm)
+    pilot.warn([part], {name: releases.members(g, loaded["tasks"]) for name, g in loaded["groups"].items()}, lm)
     assert len(warnings(caplog)) == warns == (sum(kept) <= pilot.too_few(sum(sizes)))
     caplog.clear()
     pilot.warn([part], {}, lm)
@@ -308,10 +313,9 @@ class Mixed(ConfigurableTask):
         )  # fmt: skip
 
     def construct_requests(self, doc, ctx, **kwargs):
-        kwargs = {k: v for k, v in kwargs.items() if k not in ("apply_chat_template", "chat_template")}
         return [
-            Instance("generate_until", doc, (ctx, TEXTS), 0, **kwargs),
-            Instance("loglikelihood", doc, (ctx, " unanswerable"), 1, **kwargs),
+            request_of("generate_until", doc, (ctx, TEXTS), 0, "mixed", **kwargs),
+            request_of("loglikelihood", doc, (ctx, " unanswerable"), 1, "mixed", **kwargs),
         ]
 
     def process_results(self, doc, results):

@@ -136,7 +136,9 @@ NAMES = {
     "scikit-learn": {"_gamma": lambda: fitted_svc()._gamma == 4.0},
     "lm_eval": {
         "_handle_back_comp": lambda: evaluator_utils._handle_back_comp({}) == ({}, {}),
-        "_instances": lambda: "f.apply(self._instances)" in inspect.getsource(ConfigurableTask.apply_filters),
+        "_instances": lambda: bool(  # 0.5.0.dev1: apply_filter
+            re.search(r"\.apply(_filter)?\(self\._instances\)", inspect.getsource(ConfigurableTask.apply_filters))
+        ),
         "_cli": lambda: (
             cli_utils.key_val_to_dict("a=1") == {"a": 1} and takes(cli_utils.MergeDictAction, ["-x"], "x", nargs="+")
         ),

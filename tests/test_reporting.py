@@ -17,9 +17,8 @@ import numpy as np
 import pytest
 from helpers.models import byte_tokenizer, make_model
 from helpers.processes import in_two_processes
-from helpers.tasks import documents, our_tasks
+from helpers.tasks import documents, our_tasks, own_names, request_of
 from lm_eval import simple_evaluate
-from lm_eval.api.instance import Instance
 from lm_eval.api.metrics import mean
 from lm_eval.api.task import ConfigurableTask
 from lm_eval.models.huggingface import HFLM
@@ -41,7 +40,7 @@ def manager():
 
 def evaluate(folder, manager, stopper="gap:0.3", model="adainfer", tasks=TASKS, limit=9, extra="", **kwargs):
     stop = f",stopper={stopper},pilot=0" if model == "adainfer" else ""  # which has tests of its own
-    return simple_evaluate(
+    found = simple_evaluate(
         model=model,
         model_args=f"pretrained={folder},dtype=float32{stop}{extra}",
         tasks=list(tasks),
@@ -53,6 +52,7 @@ def evaluate(folder, manager, stopper="gap:0.3", model="adainfer", tasks=TASKS, 
         task_manager=manager,
         **kwargs,
     )
+    return own_names(found)
 
 
 @pytest.fixture(scope="module")
@@ -305,7 +305,7 @@ def test_two_processes_give_the_same_numbers(folder, run, tmp_path):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
     (file,) = Path(tmp_path).rglob("results_*.json")
-    found = json.loads(file.read_text())
+    found = own_names(json.loads(file.read_text()))
     for task, row in statistics(found).items():
         assert row == pytest.approx(statistics(run)[task], abs=1e-6)
     assert found["config"]["adainfer"]["processes"] == 2
@@ -379,7 +379,7 @@ def test_evaluate_is_what_it_was_to_those_who_look_at_it(folder):
     AdaInferLM(pretrained=str(folder), device="cpu")
     AdaInferLM(pretrained=str(folder), device="cpu")
     assert list(inspect.signature(theirs).parameters)[:3] == ["lm", "task_dict", "limit"]
-    assert theirs.__name__ == "evaluate" and "Instantiate and evaluate" in theirs.__doc__
+    assert theirs.__name__ == "evaluate" and "Dictionary of results" in theirs.__doc__
     with pytest.raises(ValueError, match="Either 'limit' or 'samples' must be None"):
         theirs(None, {}, 3, {"t": [1]})
 
@@ -403,13 +403,16 @@ class Mixed(ConfigurableTask):
         )  # fmt: skip
 
     def construct_requests(self, doc, ctx, **kwargs):
-        kwargs = {k: v for k, v in kwargs.items() if k not in ("apply_chat_template", "chat_template")}
         arguments = {
             "generate_until": [(ctx, {"until": ["\n"], "max_gen_toks": 5})],
             "loglikelihood": [(ctx, " unanswerable"), (ctx, " no")],
-            "loglikelihood_rolling": [(ctx,)],
+            "loglikelihood_rolling": [("", ctx) if hasattr(self, "scorers") else (ctx,)],
         }
-        return [Instance(kind, doc, one, n, **kwargs) for kind in self.order for n, one in enumerate(arguments[kind])]
+        return [
+            request_of(kind, doc, one, n, "mixed", **kwargs)
+            for kind in self.order
+            for n, one in enumerate(arguments[kind])
+        ]
 
     def process_results(self, doc, results):
         assert len(results) == sum(2 if kind == "loglikelihood" else 1 for kind in self.order)

@@ -7,12 +7,15 @@ from pathlib import Path
 
 import pytest
 from helpers.processes import execute
+from lm_eval._cli import utils as cli_utils
 
 from lm_eval_adainfer.comparison import runs
 from lm_eval_adainfer.comparison.matching import match
 from lm_eval_adainfer.errors import AdaInferError
 
 TASK = "adainfer_demo_topic"
+# 0.5.0.dev1 takes JSON alone
+METADATA = "shots=per_task" if hasattr(cli_utils, "split_top_level") else json.dumps({"shots": "per_task"})
 
 
 def evaluate(folder: Path, more: str, monkeypatch) -> dict:
@@ -25,7 +28,7 @@ def evaluate(folder: Path, more: str, monkeypatch) -> dict:
 
 def test_shots_per_task_are_run_once_recorded_and_not_compared_with_others(tmp_path, monkeypatch, only_our_tasks):
     own, once = (evaluate(tmp_path / name, more, monkeypatch) for name, more in (
-        ("own", ""), ("once", "--metadata shots=per_task"),
+        ("own", ""), ("once", f"--metadata '{METADATA}'"),
     ))  # fmt: skip
     assert own["configs"][TASK]["metadata"]["shots"] == "per_document"
     assert once["configs"][TASK]["metadata"]["shots"] == "per_task"

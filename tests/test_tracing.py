@@ -13,6 +13,7 @@ from helpers.refusals import refused
 from helpers.tasks import ANIMALS, KINDS, documents, instance, make_task
 from helpers.traces import traced
 from helpers.traces import write_labelled as write_trace
+from lm_eval.api.task import ConfigurableTask
 from sklearn.svm import SVC
 
 from lm_eval_adainfer import container
@@ -112,7 +113,8 @@ def test_documents_of_unlike_numbers_of_choices_are_padded(lm, tmp_path):
         ("{{choices[answer]}}", [0, 1]),
         (lambda doc: doc["choices"][doc["answer"]], [0, 1]),
         (lambda doc: [doc["answer"], 2], [0, 1]),
-        (lambda doc: "none of them", [-1, -1]),
+        # 0.5.0.dev1 asks nothing of a document whose target is none of its choices
+        *([] if hasattr(ConfigurableTask, "scorers") else [(lambda doc: "none of them", [-1, -1])]),
     ],
 )
 def test_gold_is_found_however_the_task_names_it(target, gold, lm, tmp_path):

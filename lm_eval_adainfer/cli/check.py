@@ -223,10 +223,11 @@ def _selection_to_run(arguments: argparse.Namespace, selection: Selection) -> Se
     named.discard("")  # what is said of all tasks
     if named:
         from lm_eval_adainfer.harness.loading import task_manager
+        from lm_eval_adainfer.releases import matched
 
         manager = task_manager({}, arguments.include_path, names=sorted(named))
         for name in sorted(named):
-            if not manager.match_tasks([name]):
+            if not matched(manager, [name]):
                 raise AdaInferError(
                     f"check: {name!r} in --exclude, --metric or --cluster is no task or group that lm-eval knows"
                 )

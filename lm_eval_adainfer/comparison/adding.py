@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from lm_eval_adainfer import releases
 from lm_eval_adainfer.comparison.running import Made, evaluated, load_sides, settings_of
 from lm_eval_adainfer.comparison.selection import Selection
 from lm_eval_adainfer.errors import AdaInferError
@@ -62,7 +63,7 @@ def run_until(
     names = [name for name in tasks.split(",") if name]
     manager = task_manager(candidate_args, include_path, asked.metadata, names)
     loaded = load_tasks(manager, names)
-    groups = manager.load(manager.match_tasks(names)).get("groups", {})
+    groups = manager.load(releases.matched(manager, names)).get("groups", {})
     members = {name: [task.task_name for task in group.get_all_tasks()] for name, group in groups.items()}
     left_out = Selection(exclude=tuple(exclude))
     left_out.require_known([("--tasks", list(loaded), members)])

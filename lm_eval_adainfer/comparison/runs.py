@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,8 @@ from typing import Any
 from tqdm import tqdm
 
 from lm_eval_adainfer.clusters import Key, passage_field
+from lm_eval_adainfer.comparison import helm, inspect_logs
+from lm_eval_adainfer.comparison.names import own_names, renamed
 from lm_eval_adainfer.comparison.samples import Document, finite, read_document, read_json, samples
 from lm_eval_adainfer.comparison.scales import Scale, scale_of, undirected
 from lm_eval_adainfer.comparison.selection import Selection, Wanted
@@ -117,7 +119,8 @@ def load(
     """Read a run.
 
     Args:
-        path: A results JSON, or a folder with one somewhere inside; ``NAME=PATH`` gives the run a name.
+        path: A results JSON, or a folder with one somewhere inside, or what Inspect or HELM wrote; ``NAME=PATH`` gives
+            the run a name.
         argument: The user's argument, for messages.
         filter: Of lm-eval, where a task has several; by default the first that the samples name.
         prompts: Keep the documents' prompts (the report shows some).
@@ -129,12 +132,19 @@ def load(
     selection = selection or Selection(filter=filter)
     name, place = _split_name(str(path))
     notes: list[str] = []
-    file = _results_file(Path(place), argument, notes)
-    results = read_json(file, argument)
+    other = inspect_logs.read(Path(place), argument, notes) or helm.read(Path(place), argument)
+    file = _results_file(Path(place), argument, notes) if other is None else other.source
+    results = read_json(file, argument) if other is None else other.results()
     if not isinstance(results, dict) or not isinstance(results.get("results"), dict):
         raise AdaInferError(f"{argument}: {file} is no results file of lm-eval: it has no 'results'; give another")
     sections = {key: _mapping(results, key, file, argument) for key in _SECTIONS}
-    files = _sample_files(file, list(sections["configs"]) or list(results["results"]))
+    if other is None:
+        files = _sample_files(file, list(sections["configs"]) or list(results["results"]))
+    else:
+        files = dict.fromkeys(other.tasks, file)
+    if own := own_names(sections["configs"]):
+        results, files = renamed(results, own), {own.get(name, name): found for name, found in files.items()}
+        sections = {key: _mapping(results, key, file, argument) for key in _SECTIONS}
     held = [t for t in sections["configs"] or results["results"] if t in files or t not in sections["group_subtasks"]]
     held = held if sections["configs"] else [t for t in held if t in files]
     held_groups = _groups(sections["group_subtasks"], held)
@@ -150,7 +160,8 @@ def load(
     for task in names:
         wanted = selection.for_task(task, held, held_groups)
         cluster = selection.cluster_of(task, held, held_groups)
-        tasks[task] = _read_task(task, files[task], sections, argument, wanted, prompts, notes, cluster)
+        rows = samples(files[task], argument) if other is None else enumerate(other.tasks[task].samples, 1)
+        tasks[task] = _read_task(task, files[task], rows, sections, argument, wanted, prompts, notes, cluster)
     run = Run(
         label=name or _label(sections["config"]),
         source=file,
@@ -262,6 +273,7 @@ def _sample_files(results: Path, tasks: list[str]) -> dict[str, Path]:
 def _read_task(
     task: str,
     file: Path,
+    rows: Iterable[tuple[int, Any]],
     sections: dict[str, Any],
     argument: str,
     asked: Wanted,
@@ -276,7 +288,7 @@ def _read_task(
     kept: dict[str, dict[int, Document]] = {}
     key = Key(cluster) if cluster is not None else None
     passages, known_for = set[str](), Key(passage) if key is None and (passage := passage_field(task)) else None
-    for number, sample in samples(file, argument):
+    for number, sample in rows:
         where = f"{argument}: {file}, line {number}"
         if not isinstance(sample, dict) or type(sample.get("doc_id")) is not int:
             raise AdaInferError(f"{where} is no sample of lm-eval: it has no doc_id; run it again with --log_samples")

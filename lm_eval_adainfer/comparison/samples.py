@@ -106,9 +106,10 @@ def read_document(
             metrics[name] = _float(value)
         elif isinstance(value, list) and len(value) == 2 and all(type(v) in (int, float) for v in value):
             pairs[name] = (_float(value[0]), _float(value[1]))
-    responses = sample.get("filtered_resps")
+    responses = _once(sample.get("filtered_resps"))
     if rolling and isinstance(responses, list):
-        answer, scores = None, tuple(s for s in map(finite, responses) if s is not None)
+        numbers = [r[0] if isinstance(r, list) and len(r) == 2 else r for r in responses]  # 0.5.0.dev1: (number, False)
+        answer, scores = None, tuple(s for s in map(finite, numbers) if s is not None)
     else:
         answer, scores = _answer(responses)
     prompt = _prompt(sample.get("arguments"))
@@ -131,6 +132,14 @@ def _float(value: int | float) -> float:
         return float(value)
     except OverflowError:
         return math.inf
+
+
+def _once(responses: Any) -> Any:
+    """Filtered responses, where every request has a list of one (lm-eval 0.5.0.dev1) without these lists."""
+    if not isinstance(responses, list):
+        return responses
+    alone = all(isinstance(r, list) and len(r) == 1 and isinstance(r[0], (list, str)) for r in responses)
+    return [r[0] for r in responses] if alone else responses
 
 
 def _answer(responses: Any) -> tuple[Any, tuple[float, ...]]:

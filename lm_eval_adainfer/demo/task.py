@@ -13,4 +13,4 @@ class DemoTask(QATask):
 
     def download(self, dataset_kwargs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         """Generate the documents instead of loading a data set of the hub."""
-        self.dataset = data.load(str(self.DATASET_NAME))
+        self.dataset = data.load(str(self.config.dataset_name))

@@ -8,7 +8,6 @@ prompt leaves early, its tokens' states wait for a later token of its row that g
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -54,7 +53,7 @@ class _Prompts:
         ])  # fmt: skip
         prefix = state.prefixes[self.places[0]]
         if prefix is None:
-            given: dict[str, Any] = {"past_key_values": ContinuedCache(None, store=own), "use_cache": True}
+            given = self.anatomy.with_cache(ContinuedCache(None, store=own))
             forward = Forward(self.anatomy, ids, state.parts, given=given)
         else:
             continued = Continued(prefix, [0] * len(self.places))

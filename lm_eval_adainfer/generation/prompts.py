@@ -74,7 +74,7 @@ class _Run:
     def logits(self) -> Tensor:
         """Run them all; [rows, V] float32 logits where each has left."""
         stored: dict[int, Pair] = {}
-        given = {"past_key_values": ContinuedCache(None, store=stored), "use_cache": True}
+        given = self.anatomy.with_cache(ContinuedCache(None, store=stored))
         parts = features.needed_parts(self.stopper.features)
         forward = Forward(self.anatomy, padded(self.anatomy, [row.tokens for row in self.rows]), parts, given=given)
         while self.flow:

@@ -93,8 +93,7 @@ class Step:
         with masks, self.layout.active(), without_hooks(passed), bypassed(anatomy, passed):
             anatomy.model(
                 input_ids=decoder.slots[: len(decoder.rows), base:length].to(decoder.device),
-                past_key_values=decoder.cache,
-                use_cache=True,
+                **anatomy.with_cache(decoder.cache),
                 **given,
             )
 

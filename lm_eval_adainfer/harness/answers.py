@@ -6,6 +6,7 @@ document travels with them to the place where metrics are made (``metrics``).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from lm_eval_adainfer.records import ExitRecord
@@ -47,6 +48,26 @@ class Rolling(float):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (float(self), self.exit_record)
+
+
+class RollingPair(tuple):
+    """``(log-probability, False)`` of a whole text, for which 0.5.0.dev1 asks behind an empty context."""
+
+    exit_record: ExitRecord
+
+    def __new__(cls, logprob: float, exit_record: ExitRecord) -> RollingPair:
+        """Pair the answer with its record."""
+        self = super().__new__(cls, (logprob, False))
+        self.exit_record = exit_record
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self[0], self.exit_record)
+
+
+def rolling(arguments: Sequence[str], logprob: float, exit_record: ExitRecord) -> Rolling | RollingPair:
+    """The answer to a request for a text's log-probability: a number to ``(text,)``, a pair to ``("", text)``."""
+    return (Rolling if len(arguments) == 1 else RollingPair)(logprob, exit_record)
 
 
 class Text(str):

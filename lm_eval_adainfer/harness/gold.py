@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from lm_eval_adainfer import releases
+
 
 def right_requests(task: Any, doc: Any) -> list[int]:
     """Indices of the right requests of a document: the only one, or the target(s) among the choices.
@@ -13,8 +15,7 @@ def right_requests(task: Any, doc: Any) -> list[int]:
     """
     if task.OUTPUT_TYPE == "loglikelihood":
         return [0]
-    # where the choices are contexts, doc_to_text gives the index of the right one
-    target = task.doc_to_text(doc) if getattr(task, "multiple_input", 0) else task.doc_to_target(doc)
+    target = releases.target_of(task, doc)
     found = []
     for one in target if isinstance(target, (list, tuple)) else [target]:
         if isinstance(one, str):

@@ -11,6 +11,7 @@ import hashlib
 import json
 from typing import Any
 
+from lm_eval_adainfer import releases
 from lm_eval_adainfer.structure import private
 from lm_eval_adainfer.structure.hashes import _short, modules_hash
 
@@ -47,7 +48,7 @@ def fingerprint(lm: Any) -> str:
         "add_bos_token": str(lm.add_bos_token),
         "prefix_token_id": lm.prefix_token_id,
         "think_end_token": repr(lm.think_end_token),
-        "enable_thinking": str(lm.enable_thinking),
+        "enable_thinking": str(releases.thinks(lm)),
         "generation_config": generation_settings(model),
         "stopper": lm.stopper.describe(),
         **lm.reader.describe(),

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from lm_eval_adainfer import releases
 from lm_eval_adainfer.errors import AdaInferError
 from lm_eval_adainfer.harness import asking
 from lm_eval_adainfer.paths import task_configs
@@ -58,16 +59,17 @@ def task_manager(
     Raises:
         AdaInferError: Where ``include_path`` is no folder.
     """
-    from lm_eval.tasks import TaskManager
+    from lm_eval.tasks import TaskManager, manager
 
-    from lm_eval_adainfer.registration import install
+    from lm_eval_adainfer.registration import finds_tasks, install
 
     if include_path and not Path(include_path).is_dir():
         raise AdaInferError(f"include_path: {include_path} is no folder; give one that holds task YAMLs")
     install()
     told = {**model_args, **(metadata or {})}
     if names and not include_path and task_configs().is_dir():
-        packaged = TaskManager(include_path=str(task_configs()), include_defaults=False, metadata=told)
+        folder = None if finds_tasks(manager) else str(task_configs())
+        packaged = TaskManager(include_path=folder, include_defaults=False, metadata=told)
         if all(name in packaged.all_tasks or ("*" in name and name.startswith(_OURS)) for name in names):
             return packaged
     return TaskManager(include_path=include_path, metadata=told)
@@ -100,10 +102,10 @@ def load_tasks(manager: Any, names: list[str]) -> dict[str, Any]:
     """
     if not names:
         raise AdaInferError("tasks: none is named; `lm_eval ls tasks` lists what there is")
-    matched = manager.match_tasks(names)
+    matched = releases.matched(manager, names)
     unknown = [name for name in names if "*" not in name and name not in matched]
     if unknown or not matched:
         raise AdaInferError(
             f"tasks: {(unknown or names)[0]!r} is no task that lm-eval knows; `lm_eval ls tasks` lists them"
         )
-    return manager.load(matched)["tasks"]
+    return releases.by_own_name(manager.load(matched)["tasks"])

@@ -18,7 +18,7 @@ import numpy as np
 from lm_eval.api.metrics import mean
 from lm_eval.config.group import AggMetricConfig
 
-from lm_eval_adainfer import statistics
+from lm_eval_adainfer import releases, statistics
 from lm_eval_adainfer.errors import AdaInferError
 from lm_eval_adainfer.harness import pilot, private, promise, seen
 from lm_eval_adainfer.harness.gold import right_requests
@@ -72,9 +72,6 @@ class ReportsExits(Protocol):
     def without_cache(self) -> AbstractContextManager[None]:
         """For the length of a run no cache of answers is written."""
 
-    def gather_object(self, value: Any) -> Any:
-        """Of every rank, on the main one."""
-
 
 def install() -> None:
     """Let lm-eval's ``evaluate`` gather exit statistics, whoever has imported it, and whenever.
@@ -114,66 +111,69 @@ def evaluate_with_exit_statistics(
         tasks, groups = task_dict["tasks"], task_dict.get("groups", {})
     else:
         groups, tasks = private.groups_and_tasks(task_dict)
-    model.resolve_auto(tasks, inspect.signature(evaluate).bind(lm, task_dict, *args, **kwargs).arguments)
+    bound = inspect.signature(evaluate).bind(lm, task_dict, *args, **kwargs)
+    own, how = releases.by_own_name(tasks), releases.asked_by_own_name(tasks, bound.arguments)
+    model.resolve_auto(own, how)
     before, model.run_totals = model.totals(), {}  # one model object may be evaluated several times
     model.pilot_record, dense = None, pilot.Pilot(model, tasks)
-    how = inspect.signature(evaluate).bind(lm, task_dict, *args, **kwargs).arguments
-    model.promise_record = promise.check(model, tasks, how)
-    model.seen_record = seen.check(model, tasks, how)
+    model.promise_record = promise.check(model, own, how)
+    model.seen_record = seen.check(model, own, how)
+    members = {name: releases.members(group, tasks) for name, group in groups.items()}
     with ExitStack() as stack:
         if model is lm:  # a cache that an earlier run was given is not this one's
             stack.enter_context(model.without_cache())
         stack.enter_context(model.identified())
         reads_prompts = model.reader.runs_tokens and model.generation == "early"
+        for name, task in tasks.items():
+            stack.enter_context(releases.requests_named(task, name))
         watches = {name: stack.enter_context(_watched(task, model)) for name, task in tasks.items()}
-        for group in groups.values():
-            stack.enter_context(_group_metrics(group, tasks, reads_prompts))
+        for name, group in groups.items():
+            stack.enter_context(_group_metrics(group, [tasks[member] for member in members[name]], reads_prompts))
         stack.enter_context(dense.before_the_run())
-        results = evaluate(lm, task_dict, *args, **kwargs)
+        releases.choose_documents(tasks, bound.arguments)
+        results = evaluate(*bound.args, **bound.kwargs)
     spent = {name: value - before[name] for name, value in model.totals().items()}
     documents_here = {name: watch.documents for name, watch in watches.items()}
-    gathered = model.gather_object((documents_here, spent, dense.found()))
+    gathered = releases.gathered(model, (documents_here, spent, dense.found()))
     if gathered is not None and model.rank == 0:
         documents = {name: _merge([part[0][name] for part in gathered]) for name in watches}
         model.run_totals = _add_up([part[1] for part in gathered])
         pilots = [part[2] for part in gathered]
         model.pilot_record = pilot.record(pilots)
-        pilot.warn(pilots, groups, model)
+        pilot.warn(pilots, members, model)
         if results is not None:
-            _finish(results, documents, groups)
+            _finish(results, documents, members)
     return results
 
 
 class _Watch:
-    """One task's documents during one ``evaluate``: whose turn it is, and what their exit records said."""
+    """One task's documents during one ``evaluate``, and what their exit records said."""
 
     def __init__(self, task: Any, model: ReportsExits):
         self.task, self.fingerprint = task, model.fingerprint
         self.dropped_blocks = list(model.stopper.dropped_blocks)
         self.documents: dict[int, dict[str, Any]] = {}
-        self.current: int = 0
-        self.true_id: int = 0
         self._requests: dict[int, list[Instance]] | None = None
 
-    def instances(self) -> list[Instance]:
-        """The current document's instances, in the order of their requests."""
+    def instances(self, doc_id: int) -> list[Instance]:
+        """A document's instances, in the order of their requests."""
         if self._requests is None:
             found: dict[int, list[Instance]] = defaultdict(list)
             for instance in self.task.instances:
                 found[instance.doc_id].append(instance)
             self._requests = {k: sorted(v, key=lambda i: i.idx) for k, v in found.items()}
-        return self._requests[self.current]
+        return self._requests[doc_id]
 
-    def metrics(self, doc: Any) -> dict[str, float]:
-        """The current document's exit statistics, from its responses (filters build new strings)."""
-        instances = self.instances()
+    def numbers(self, doc_id: int, true_id: int) -> dict[str, float]:
+        """A document's exit statistics, from its responses (filters build new strings)."""
+        instances = self.instances(doc_id)
         kinds: dict[str, list[ExitRecord]] = defaultdict(list)
         for i in instances:  # lm-eval pads processes to equal numbers of requests; what it asked twice it appends
             kinds[i.request_type] += [self._record_of(response) for response in i.resps[: i.repeats]]
         layers = {t.exit_layer for t in kinds["loglikelihood"]}
         if len(layers) > 1:
             raise AdaInferError(
-                f"use_cache: answers of document {self.current} of task {instances[0].task_name} were scored after "
+                f"use_cache: answers of document {doc_id} of task {instances[0].task_name} were scored after "
                 f"different blocks ({', '.join(f'{x:g}' for x in sorted(layers))}); run it without --use_cache"
             )
         # every kind of request decides for itself, and counts once, however many of its requests there are
@@ -182,7 +182,7 @@ class _Watch:
         records = [t for ts in kinds.values() for t in ts]
         features = [t.features for t in records if t.features is not None]
         generated = [t.layers for t in records if t.layers is not None]
-        self.documents[self.true_id] = {
+        self.documents[true_id] = {
             "exit_layer": values["exit_layer"],
             **({"adainfer_features": features[0]} if features else {}),
             **({"dropped_blocks": self.dropped_blocks} if self.dropped_blocks else {}),
@@ -191,7 +191,7 @@ class _Watch:
         prompts = [t.prompt_exit_layer for t in records if t.prompt_exit_layer is not None]
         if prompts and len(prompts) == len(records):
             values[PROMPT] = mean(prompts)
-        if (top1 := self._top1(doc, instances)) is not None:
+        if (top1 := self._top1(instances[0].doc, instances)) is not None:
             values[TOP1] = top1
         return values
 
@@ -210,7 +210,7 @@ class _Watch:
             return None
         if self.task.OUTPUT_TYPE == "loglikelihood" and len(flags) == 1:
             return float(bool(flags[0]))
-        if self.task.OUTPUT_TYPE != "multiple_choice" or getattr(self.task, "multiple_input", 0):
+        if self.task.OUTPUT_TYPE != "multiple_choice" or releases.chooses_contexts(self.task):
             return None
         golds = right_requests(self.task, doc)
         return float(any(flags[g] for g in golds if 0 <= g < len(flags))) if golds else None
@@ -220,47 +220,20 @@ class _Watch:
 def _watched(task: Any, model: ReportsExits) -> Iterator[_Watch]:
     """Give this task instance our statistics, and take them away afterwards."""
     watch = _Watch(task, model)
-    doc_iterator, process_results = task.doc_iterator, task.process_results
-    aggregation, higher_is_better = task.aggregation, task.higher_is_better
-
-    def watched_iterator(*args: Any, **kwargs: Any) -> Iterator[Any]:
-        chosen = kwargs.get("samples")  # with --samples lm-eval counts documents anew, and logs the true number
-        for doc_id, doc in doc_iterator(*args, **kwargs):
-            watch.current, watch.true_id = doc_id, chosen[doc_id] if chosen else doc_id
-            yield doc_id, doc
-
-    def watched_results(doc: Any, results: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        return {**process_results(doc, results, *args, **kwargs), **watch.metrics(doc)}
-
-    ours = {
-        "doc_iterator": watched_iterator,
-        "process_results": watched_results,
-        "aggregation": lambda: {**aggregation(), **dict.fromkeys([*MEANS, TOP1, PROMPT], mean)},
-        "higher_is_better": lambda: {**higher_is_better(), **MEANS, VARIANCE: False, TOP1: True, PROMPT: False},
-    }
-    before = {name: task.__dict__[name] for name in ours if name in task.__dict__}
-    for name, function in ours.items():
-        setattr(task, name, function)
-    try:
+    with releases.with_numbers(task, watch.numbers, {**MEANS, VARIANCE: False, TOP1: True, PROMPT: False}):
         yield watch
-    finally:
-        for name in ours:
-            delattr(task, name)
-        for name, function in before.items():
-            setattr(task, name, function)
 
 
 @contextmanager
-def _group_metrics(group: Group, tasks: dict[str, Any], reads_prompts: bool) -> Iterator[None]:
+def _group_metrics(group: Group, members: Sequence[Any], reads_prompts: bool) -> Iterator[None]:
     """Let a group that aggregates anything aggregate our means too, weighted by documents."""
     before = group.aggregate_metric_list
     if not before:
         yield
         return
-    members = [task for task in group.get_all_tasks() if task.task_name in tasks]
     top1 = all(
         (task.OUTPUT_TYPE == "multiple_choice"
-        and not getattr(task, "multiple_input", 0))
+        and not releases.chooses_contexts(task))
         or task.OUTPUT_TYPE == "loglikelihood"
         for task in members
     )
@@ -289,10 +262,11 @@ def _add_up(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
     )
 
 
-def _finish(results: dict[str, Any], documents: dict[str, dict[int, dict[str, Any]]], groups: dict[str, Group]) -> None:
+def _finish(
+    results: dict[str, Any], documents: dict[str, dict[int, dict[str, Any]]], members: Mapping[str, Sequence[str]]
+) -> None:
     """Add what is no mean over documents: the variance, for tasks and groups, and the samples' details."""
     layers = {name: [d["exit_layer"] for d in found.values()] for name, found in documents.items()}
-    members = {group.name: [t.task_name for t in group.get_all_tasks()] for group in groups.values()}
     tasks = {name: row for name, row in results.get("results", {}).items() if name in layers}
     for section in ("results", "groups"):
         for name, row in results.get(section, {}).items():

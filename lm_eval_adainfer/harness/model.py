@@ -28,7 +28,7 @@ from lm_eval_adainfer.generation.probes import prepare
 from lm_eval_adainfer.generation.prompts import PromptExits
 from lm_eval_adainfer.generation.settings import Settings, check_checkpoint
 from lm_eval_adainfer.harness import answer_cache, arguments, auto, identity, metrics, pilot, run_record
-from lm_eval_adainfer.harness.answers import LogLikelihood, Rolling, Text
+from lm_eval_adainfer.harness.answers import LogLikelihood, Text, rolling
 from lm_eval_adainfer.harness.batch_sizes import BatchSizes
 from lm_eval_adainfer.harness.options import Options, check_stock
 from lm_eval_adainfer.prefill import planning, probes
@@ -704,7 +704,7 @@ class AdaInferLM(HFLM):
             )
         self._warn_without_choices(len(requests), len(requests), "texts")
         texts: list[list[Row]] = [[] for _ in requests]  # their windows
-        for n, (text,) in enumerate([r.args for r in requests]):
+        for n, (*_, text) in enumerate([r.args for r in requests]):  # behind an empty context, or alone
             pairs = utils.get_rolling_token_windows(
                 token_list=self.tok_encode(text),
                 prefix_token=self.prefix_token_id,
@@ -716,7 +716,10 @@ class AdaInferLM(HFLM):
                 row.answers.append(Answer(n, continuation))
                 texts[n].append(row)
         finished: list[list[tuple[Row, list[int]]]] = [[] for _ in requests]
-        results: list[Any] = [None if windows else Rolling(0.0, self._dense_record()) for windows in texts]
+        results: list[Any] = [
+            None if windows else rolling(r.args, 0.0, self._dense_record())
+            for r, windows in zip(requests, texts, strict=True)
+        ]
         # a text's windows stay together, so that it is finished, and kept, before many others are begun
         order = sorted(range(len(texts)), key=lambda n: -max((len(row.tokens) for row in texts[n]), default=0))
         windows = [(n, row) for n in order for row in texts[n]]
@@ -731,21 +734,21 @@ class AdaInferLM(HFLM):
             for (n, row), found in zip(batch, layers, strict=True):
                 finished[n].append((row, found))
                 if len(finished[n]) == len(texts[n]):
-                    results[n] = self._rolled(finished[n])
+                    results[n] = self._rolled(requests[n].args, finished[n])
                     key = hash_args("loglikelihood_rolling", requests[n].args)
                     answer_cache.remember(self.cache_hook.dbdict, {key: results[n]})
             progress.update(len(batch))
         progress.close()
         return results
 
-    def _rolled(self, parts: Sequence[tuple[Row, list[int]]]) -> Rolling:
+    def _rolled(self, arguments: Sequence[str], parts: Sequence[tuple[Row, list[int]]]) -> Any:
         """The answer of a text from all its windows."""
         for row, _ in parts:
             if any(math.isnan(answer.logprob) for answer in row.answers):
                 self._warn_not_finite(row.tokens)
         logprob = sum(answer.logprob for row, _ in parts for answer in row.answers)
         record = record_of_windows(parts, self.counter, self.stopper, self.schedule, self.fingerprint, self.reader)
-        return Rolling(logprob, record)
+        return rolling(arguments, logprob, record)
 
     @_identified
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[Any]:

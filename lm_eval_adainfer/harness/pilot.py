@@ -20,11 +20,11 @@ import numpy as np
 from lm_eval.utils import handle_non_serializable
 from scipy import stats
 
+from lm_eval_adainfer import releases
 from lm_eval_adainfer.harness import private
 from lm_eval_adainfer.tasks.qa import stable_hash
 
 if TYPE_CHECKING:
-    from lm_eval.api.group import Group
     from lm_eval.api.instance import Instance
 
 eval_logger = logging.getLogger(__name__)
@@ -180,8 +180,8 @@ def judged(
     found, rest = [], iter(answered)
     for document in documents:
         requests = [next(rest) for _ in document]
-        filtered = [i.filtered_resps[first] for i in requests]
-        values = task.process_results(requests[0].doc, filtered)
+        filtered = releases.filtered_by(task, requests, first)
+        values = releases.scores(task, requests, first)
         metric = next((m for m, value in values.items() if better.get(m) and _is_number(value)), None)
         found.append((_answer_of(task, requests, filtered), metric, float(values[metric]) if metric else 0.0))
     return found
@@ -256,15 +256,21 @@ def _means(found: Mapping[str, Any]) -> dict[str, float]:
     return {side: found[side] / found["scored"] for side in ("dense", "early")}
 
 
-def warn(parts: Sequence[dict[str, Any]], groups: Mapping[str, Group], model: Pilots) -> None:
-    """Warn of every task, or every group of tasks as a whole, in which too few documents keep their answer."""
+def warn(parts: Sequence[dict[str, Any]], members: Mapping[str, Sequence[str]], model: Pilots) -> None:
+    """Warn of every task, or every group of tasks as a whole, in which too few documents keep their answer.
+
+    Args:
+        parts: What every process found.
+        members: The names of the tasks of every group.
+        model: The model.
+    """
     tasks: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for part in parts:
         for name, found in part["tasks"].items():
             tasks[name].append(found)
     units: dict[str, list[str]] = defaultdict(list)
     for name in tasks:
-        units[_unit(name, groups)].append(name)
+        units[_unit(name, members)].append(name)
     for unit, names in units.items():
         found = _pooled([one for name in names for one in tasks[name]])
         if found["documents"] and found["kept"] <= too_few(found["documents"]):
@@ -272,10 +278,9 @@ def warn(parts: Sequence[dict[str, Any]], groups: Mapping[str, Group], model: Pi
             eval_logger.warning(_paragraph(which, found, model))
 
 
-def _unit(task: str, groups: Mapping[str, Group]) -> str:
+def _unit(task: str, members: Mapping[str, Sequence[str]]) -> str:
     """The largest group that a task belongs to; the task itself where it belongs to none."""
-    sizes = {name: [t.task_name for t in group.get_all_tasks()] for name, group in groups.items()}
-    return max((name for name in sizes if task in sizes[name]), key=lambda name: len(sizes[name]), default=task)
+    return max((name for name in members if task in members[name]), key=lambda name: len(members[name]), default=task)
 
 
 def _paragraph(which: str, found: Mapping[str, Any], model: Pilots) -> str:

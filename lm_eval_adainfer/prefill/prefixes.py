@@ -225,7 +225,7 @@ class Prefix:
         anatomy, ids = self.anatomy, torch.zeros(len(rows), self.longest, dtype=torch.long)
         for r, row in enumerate(rows):
             ids[r, self.longest - len(row) :] = torch.tensor(row, dtype=torch.long)
-        given: dict[str, Any] = {"past_key_values": cache, "use_cache": True}
+        given = anatomy.with_cache(cache)
         if self.ragged:
             given["attention_mask"] = self.mask(self.width).to(anatomy.input_device)
         pads = torch.tensor([self.width - n for n in lengths])[:, None]
@@ -302,7 +302,7 @@ class Continued:
 
     def arguments(self, ids: Tensor) -> dict[str, Any]:
         """What the model is given besides the rows' own tokens [n, S]."""
-        prefix, given = self.prefix, {"use_cache": True, "past_key_values": self.cache}
+        prefix, given = self.prefix, self.prefix.anatomy.with_cache(self.cache)
         owner, width = self.cache.owner, ids.shape[1]
         if prefix.ragged:
             given["attention_mask"] = prefix.mask(prefix.width + width)[owner].to(ids.device)

@@ -123,7 +123,7 @@ class Reading:
             given: dict[str, Any] = {"position_ids": places, "attention_mask": torch.ones_like(ids)}
             given |= {"use_cache": store is not None}
             if store is not None:
-                given["past_key_values"] = ContinuedCache(None, store=store)
+                given |= self.anatomy.with_cache(ContinuedCache(None, store=store))
             forward, past = Forward(self.anatomy, ids, rule=BatchRule(), given=given), None
         forward.go_on_from(k, states)
         for j in range(k + 1, self.anatomy.n_blocks + 1):
@@ -160,7 +160,7 @@ class Reading:
         past = _Copied(self, k, hidden, continued, spots, [some[0] for some in run], ids.shape[1])
         cache = ContinuedCache(past.source if past.source.width else None, store=store)
         cache.apart = past.apart
-        given: dict[str, Any] = {"past_key_values": cache, "use_cache": True}
+        given = self.anatomy.with_cache(cache)
         before = torch.tensor(past.lengths)[:, None]
         if min(past.lengths) < past.source.width:
             slots = torch.arange(past.source.width + ids.shape[1])[None]
@@ -223,7 +223,7 @@ class _Copied:
             rows = [spot.row.tokens[spot.skip : spot.skip + n] for spot, n in zip(spots, own, strict=True)]
             ids = padded(anatomy, rows)
             cache = ContinuedCache(self.copies, self.owner, self.store, True, self.apart is not None)
-            given: dict[str, Any] = {"past_key_values": cache, "use_cache": True}
+            given = anatomy.with_cache(cache)
             if anatomy.takes_position_ids:
                 given["position_ids"] = (torch.tensor(skip)[:, None] + torch.arange(width)).to(ids.device)
             self.forward = Forward(anatomy, ids, rule=BatchRule(), given=given)

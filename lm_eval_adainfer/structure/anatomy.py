@@ -212,6 +212,17 @@ class Anatomy:
         return "position_ids" in inspect.signature(self.model.forward).parameters
 
     @cached_property
+    def cache_argument(self) -> str:
+        """What the model calls its key-value cache: ``cache``, as most of transformers since 5.24, or as before."""
+        names = (inspect.signature(module.forward).parameters for module in self.model.modules())
+        named = next((found for found in names if "past_key_values" in found or "cache" in found), ())
+        return "cache" if "cache" in named and "past_key_values" not in named else "past_key_values"
+
+    def with_cache(self, cache: Any) -> dict[str, Any]:
+        """Arguments with which the model's forward uses a cache."""
+        return {self.cache_argument: cache, "use_cache": True}
+
+    @cached_property
     def fixed_positions(self) -> int | None:
         """Up to so many tokens a position's embedding depends on the position alone; None: always.
 

@@ -86,8 +86,8 @@ def _with_and_without_cache(anatomy: Anatomy) -> tuple[Tensor, Tensor]:
     logits = model(input_ids=ids, use_cache=False).logits.float()
     last, cache = logits[:, -1], None
     for n in range(ids.shape[1]):
-        step = model(input_ids=ids[:, n : n + 1], past_key_values=cache, use_cache=True) if n == 0 or cache else None
-        cache = getattr(step, "past_key_values", None)
+        step = model(input_ids=ids[:, n : n + 1], **anatomy.with_cache(cache)) if n == 0 or cache else None
+        cache = getattr(step, anatomy.cache_argument, None)
         if step is None or cache is None:  # a recurrence keeps its state in its own way
             return logits, last
     assert step is not None

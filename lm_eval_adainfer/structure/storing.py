@@ -86,7 +86,7 @@ def watch_storing(anatomy: Anatomy) -> Storing:
         handles += [m.register_forward_hook(met) for m in block.modules() if is_linear(m)]
     try:
         with explicit_masks():
-            anatomy.model(input_ids=anatomy.probe_ids(2), past_key_values=cache, use_cache=True)
+            anatomy.model(input_ids=anatomy.probe_ids(2), **anatomy.with_cache(cache))
     finally:
         for handle in handles:
             handle.remove()

@@ -106,8 +106,7 @@ def _watch_step(
                 anatomy.model(
                     input_ids=ids[:, start:end],
                     attention_mask=attend[:, :end],
-                    past_key_values=cache,
-                    use_cache=True,
+                    **anatomy.with_cache(cache),
                     **({"position_ids": positions[:, start:end]} if anatomy.takes_position_ids else {}),
                 )
         in_every_block = len(cache.weights) == anatomy.n_blocks and all(

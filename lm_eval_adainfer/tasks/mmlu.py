@@ -51,6 +51,17 @@ class MMLUTask(QATask):
         self._warned = False
         super().__init__(config, **kwargs)
 
+    def download(self, dataset_kwargs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        """As lm-eval's; a copy of the data without ``validation`` will do, also where lm-eval loads splits by name."""
+        try:
+            super().download(dataset_kwargs, **kwargs)
+        except ValueError:  # of datasets: unknown split
+            split, self.config.validation_split = self.config.validation_split, None
+            try:
+                super().download(dataset_kwargs, **kwargs)
+            finally:
+                self.config.validation_split = split
+
     def shot_pools(self) -> Iterator[tuple[str, Sequence[Doc]]]:
         """The subject's own examples first; whatever lies beyond is loaded only if it is asked for."""
         yield from super().shot_pools()
@@ -63,6 +74,6 @@ class MMLUTask(QATask):
             )
         validation = self.dataset.get("validation") or ()
         yield "validation" if len(validation) else "validation (not available)", validation
-        others = [subject for subject in SUBJECTS if subject != self.DATASET_NAME]
-        path = str(self.DATASET_PATH)
+        others = [subject for subject in SUBJECTS if subject != self.config.dataset_name]
+        path = str(self.config.dataset_path)
         yield "dev of other subjects", [doc for subject in others for doc in dev_examples(path, subject)]

@@ -19,6 +19,7 @@ from lm_eval import utils
 from lm_eval.api.samplers import ContextSampler
 from lm_eval.api.task import ConfigurableTask
 
+from lm_eval_adainfer import releases
 from lm_eval_adainfer.errors import AdaInferError
 
 Doc = Mapping[str, Any]
@@ -189,6 +190,10 @@ class QATask(ConfigurableTask):
 
     sampler: ContextSampler
 
+    def __new__(cls, config: dict[str, Any] | None = None, **kwargs: Any) -> QATask:
+        """A task of the class that makes requests of its output type."""
+        return object.__new__(releases.class_for(cls, (config or {}).get("output_type", "generate_until")))
+
     def __init__(self, config: dict[str, Any] | None = None, **kwargs: Any) -> None:
         config = {key: value for key, value in (config or {}).items() if key != "class"}
         shots = (config.get("metadata") or {}).get("shots")
@@ -198,13 +203,13 @@ class QATask(ConfigurableTask):
 
     def question(self, doc: Doc) -> str:
         """The text that identifies a document: two documents with one question count as copies."""
-        text = self.resolve_field(doc, self.config.doc_to_decontamination_query)  # type: ignore[arg-type]
+        text = releases.value_of(doc, self.config.doc_to_decontamination_query)
         return canonical_json(doc) if text is None else str(text).strip()
 
     def doc_to_text(self, doc: Any, doc_to_text: Any = None) -> Any:
-        """As in lm-eval, which compiles the template anew for every shot of every document; here once."""
+        """As in lm-eval, which (0.4.13) compiles the template anew for every shot of every document; here once."""
         template = doc_to_text if doc_to_text is not None else self.config.doc_to_text
-        if self.prompt is None and isinstance(template, str) and template not in self.features:
+        if self._compiled_here(template):
             text = _compiled(template).render(**doc)
             if not text.isdigit():  # lm-eval makes numbers of those
                 return text
@@ -213,15 +218,20 @@ class QATask(ConfigurableTask):
     def doc_to_target(self, doc: Any, doc_to_target: Any = None) -> Any:
         """As in lm-eval, its template compiled once as that of ``doc_to_text``."""
         template = doc_to_target if doc_to_target is not None else self.config.doc_to_target
-        if self.prompt is None and isinstance(template, str) and template not in self.features:
+        if self._compiled_here(template):
             text = _compiled(template).render(**doc)
             if not text.isdigit() and not (text[:1] == "[" and text[-1:] == "]"):  # which lm-eval reads as Python's
                 return text
         return super().doc_to_target(doc, doc_to_target)
 
+    def _compiled_here(self, template: Any) -> bool:
+        if releases.compiles_templates() or not isinstance(template, str):
+            return False
+        return self.prompt is None and template not in self.features
+
     def shot_pools(self) -> Iterator[tuple[str, Sequence[Doc]]]:
         """Where shots come from, first choice first: (name for the results, documents)."""
-        yield self.fewshot_cfg.split or "fewshot", self.sampler.df
+        yield self.config.fewshot_config.split or "fewshot", self.sampler.df
 
     def fewshot_sources(self, num_fewshot: int) -> dict[str, int]:
         """How many of a document's shots come from which pool (a document that is in one of them: one less there).
@@ -249,7 +259,7 @@ class QATask(ConfigurableTask):
     def dump_config(self) -> dict[str, Any]:
         """lm-eval's dump for ``results["configs"]``, with the sampler by name, how shots are drawn and from where."""
         config = super().dump_config()
-        if isinstance(sampler := config["fewshot_config"].get("sampler"), type):
+        if isinstance(sampler := self.config.fewshot_config.sampler, type):
             config["fewshot_config"]["sampler"] = f"{sampler.__module__}.{sampler.__qualname__}"
         if self.config.num_fewshot and isinstance(self.sampler, DocumentSeededSampler):
             sources = self.fewshot_sources(self.config.num_fewshot)

@@ -78,4 +78,4 @@ class WordTask(QATask):
 
     def download(self, dataset_kwargs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         """Load the pairs instead of a data set of the hub."""
-        self.dataset = load_words(str(self.DATASET_NAME))
+        self.dataset = load_words(str(self.config.dataset_name))

@@ -57,8 +57,8 @@ def documents_of(
     task.has_test_docs, task.test_docs = (lambda: True), (lambda: chosen)
     task.set_config(key="num_fewshot", value=num_fewshot)
     # lm-eval excludes a document from its own shots only where it believes the two splits to be the same
-    if hasattr(task, "fewshot_cfg"):
-        task.set_config(key="test_split", value=task.fewshot_cfg.split)
+    if (own := task.get_config("fewshot_config")) is not None:
+        task.set_config(key="test_split", value=own.split)
     try:
         yield indices
     finally:

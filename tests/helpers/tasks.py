@@ -5,11 +5,11 @@ from __future__ import annotations
 import random
 
 import datasets
-from lm_eval.api.instance import Instance
-from lm_eval.api.task import ConfigurableTask
+from lm_eval.api.task import ConfigurableTask, Task
+from lm_eval.config.task import TaskConfig
 from lm_eval.tasks import TaskManager
 
-from lm_eval_adainfer import paths
+from lm_eval_adainfer import paths, releases
 
 WORDS = ["a", " be", " cat", " deer", " e.", " fox!", " goat", " hi"]
 ANIMALS = ["cat", "dog", "emu", "fox", "gnu", "hen", "owl", "pig", "ram", "yak"]
@@ -24,23 +24,47 @@ KINDS = {
         "doc_to_target": "{{' ' + choices[answer]}}",
     },
     "mutual information": {
+        "target_delimiter": "",  # 0.5.0.dev1 wants a choice to be the same text after a context and after none
         "metric_list": [
             {"metric": "acc", "aggregation": "mean", "higher_is_better": True},
             {"metric": "acc_mutual_info", "aggregation": "mean", "higher_is_better": True},
         ]
     },
-    "many inputs": {  # as winogrande: the choices are contexts, the continuation is shared
-        "doc_to_text": lambda doc: doc["answer"],
-        "doc_to_choice": lambda doc: [f"{doc['question']} {choice}" for choice in doc["choices"]],
-        "doc_to_target": lambda doc: f"is {doc['question'][-2]}",
-    },
+    "many inputs": {},
 }
+
+
+def contexts(doc):
+    return [f"{doc['question']} {choice}" for choice in doc["choices"]]
+
+
+def ending(doc):
+    return f"is {doc['question'][-2]}"
+
+
+# as winogrande: the choices are contexts, the continuation is shared
+if hasattr(TaskConfig, "multiple_inputs"):
+    KINDS["many inputs"] = {
+        "multiple_inputs": True,
+        "doc_to_text": contexts,
+        "doc_to_choice": lambda doc: [ending(doc)],
+        "doc_to_target": lambda doc: doc["answer"],
+    }
+else:
+    KINDS["many inputs"] = {"doc_to_text": lambda doc: doc["answer"], "doc_to_choice": contexts, "doc_to_target": ending}
 
 
 def instance(context, continuation, doc_id, task="t", idx=0, kind="loglikelihood"):
     """One request, as lm-eval makes them of documents."""
     arguments = (context, continuation) if continuation is not None else (context,)
-    return Instance(kind, {"id": doc_id}, arguments, idx, (task, doc_id, 1))
+    if kind == "loglikelihood_rolling" and hasattr(Task, "scorers"):
+        arguments = ("", context)
+    return releases.request(kind, {"id": doc_id}, arguments, idx, task, doc_id)
+
+
+def request_of(kind, doc, arguments, idx, task, metadata=None, doc_id=None, **_):
+    """A request with what lm-eval hands to ``construct_requests`` besides the document."""
+    return releases.request(kind, doc, arguments, idx, task, doc_id if metadata is None else metadata[1])
 
 
 def requests(seed=0, documents=9, shared_context=True):
@@ -83,9 +107,27 @@ def make_task(splits=None, name="toy", **config):
         "metadata": {"version": 1.0},
         **config,
     }
-    return ConfigurableTask(config=options)
+    return releases.class_for(ConfigurableTask, options["output_type"])(config=options)
+
+
+class Tasks(TaskManager):
+    """A task manager that takes task objects beside names, as that of 0.4.13; 0.5.0.dev1 takes names alone."""
+
+    def load(self, specs, *args, **kwargs):
+        objects = [spec for spec in specs if isinstance(spec, Task)]
+        found = super().load([spec for spec in specs if not isinstance(spec, Task)], *args, **kwargs)
+        return {**found, "tasks": {**found["tasks"], **{task.task_name: task for task in objects}}}
 
 
 def our_tasks(metadata: dict | None = None) -> TaskManager:
     """The packaged tasks without lm-eval's thousands, through which it looks for five seconds."""
-    return TaskManager(include_path=str(paths.task_configs()), include_defaults=False, metadata=metadata)
+    return Tasks(include_path=str(paths.task_configs()), include_defaults=False, metadata=metadata)
+
+
+def own_names(found):
+    """Results with every task under its own name, where lm-eval (0.5.0.dev1) puts its group's before it."""
+    if found is not None:
+        for section in ("results", "samples", "configs", "n-shot", "versions", "n-samples"):
+            if section in found:
+                found[section] = {name.rpartition("::")[2]: value for name, value in found[section].items()}
+    return found
