@@ -110,8 +110,9 @@ class Tuning:
         probed, documents_each, seconds = self._plan()
         wanted = [(HEAD, self._every_block()), *((one.reader, one.blocks) for one in probe.kept(probed))]
         work = 1 + sum(one.work for one in probed if not one.hopeless or one.reader.same(HEAD))
-        of_split = documents_each * seconds * work  # at most: later splits need fewer readers
-        self._say(1, f"tracing fitting documents under {', '.join(r.name for r, _ in wanted)}", 3 * of_split)
+        # at most: later splits need fewer readers
+        took = {name: sum(self._numbers(name, documents_each).values()) * seconds * work for name in SPLITS}
+        self._say(1, f"tracing fitting documents under {', '.join(r.name for r, _ in wanted)}", sum(took.values()))
         fitting_files = self._trace("train", wanted, documents_each)
         waiting = sum(self._numbers("calibrate", documents_each).values())
         allowance = allowed(waiting, self.settings)
@@ -128,11 +129,11 @@ class Tuning:
             "error_divided_by": allowance.candidates, "may_lose": may_lose,
         }  # fmt: skip
         if chosen and allowance.can_promise:
-            self._say(3, f"calibrating {', '.join(c.name for c in chosen)}", 2 * of_split)
+            self._say(3, f"calibrating {', '.join(c.name for c in chosen)}", took["calibrate"] + took["test"])
             files = self._trace("calibrate", self._under(chosen), documents_each)
             best, result["candidates"] = calibrated(chosen, files, allowance, self.settings)
             if best:
-                self._report(best, of_split, documents_each, tuned)
+                self._report(best, took["test"], documents_each, tuned)
         if "chosen" not in result:
             self._nothing(chosen, allowance.most_lost(), waiting, result)
         text = json.dumps(result, indent=1, sort_keys=True)
@@ -291,10 +292,10 @@ class Tuning:
                 asked.setdefault(candidate.reader.name, (candidate.reader, set()))[1].update(candidate.choice.blocks)
         return [(HEAD, self._every_block()), *((reader, tuple(sorted(blocks))) for reader, blocks in asked.values())]
 
-    def _report(self, best: Calibrated, of_split: float, documents_each: int, tuned: Tuned) -> None:
+    def _report(self, best: Calibrated, seconds: float, documents_each: int, tuned: Tuned) -> None:
         """Look at the test documents, once; note the recommendation, and write the stopper's file."""
         chosen, stopper, came = best.contestant, best.stopper, best.came
-        self._say(4, f"{chosen.name} on test documents", of_split)
+        self._say(4, f"{chosen.name} on test documents", seconds)
         wanted = self._under([chosen])
         files = self._trace("test", wanted, documents_each)
         blocks = chosen.choice.blocks
