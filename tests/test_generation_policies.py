@@ -304,13 +304,14 @@ def test_a_shortlist_computes_less_than_the_exact_check_and_exact_screens_nothin
 @pytest.mark.parametrize(
     ("value", "found"),
     [("short", "'short'"), ("shortlist:1", "'shortlist:1'"), ("shortlist:x", "'shortlist:x'"), ("exact:3", "'exact:3'"),
-     ("shortlist:", "'shortlist:'"), ("", "''"), (3, "3")],
+     ("shortlist:", "'shortlist:'"), ("screen:1", "'screen:1'"), ("screen:", "'screen:'"), ("", "''"), (3, "3")],
 )  # fmt: skip
 def test_wrong_head_checks_are_refused_in_one_sentence(value, found, tokenizer):
     with pytest.raises(AdaInferError) as caught:
         AdaInferLM(pretrained=make_model("llama", vocab_size=257), tokenizer=tokenizer, head_check=value)
     assert str(caught.value) == (
-        f"head_check: {found} is neither exact nor shortlist nor shortlist:N with N candidates, 2 or more"
+        f"head_check: {found} is none of exact, shortlist, shortlist:N with N candidates, screen, and screen:N with the "
+        "N first token ids, 2 or more"
     )
 
 
@@ -354,7 +355,7 @@ def test_wrong_kv_policies_are_refused_in_one_sentence(tokenizer):
         AdaInferLM(pretrained=make_model("llama", vocab_size=257), tokenizer=tokenizer, kv_policy="copy")
 
 
-def test_a_head_that_is_no_plain_linear_map_is_refused_for_a_shortlist_alone(tokenizer):
+def test_a_head_that_is_no_plain_linear_map_is_refused_for_few_tokens_alone(tokenizer):
     """A head of another kind of module, whose weights can't be read for some tokens."""
 
     class Doubled(torch.nn.Linear):
@@ -366,15 +367,16 @@ def test_a_head_that_is_no_plain_linear_map_is_refused_for_a_shortlist_alone(tok
     head.weight = model.lm_head.weight
     model.lm_head = head
     AdaInferLM(pretrained=model, tokenizer=tokenizer, stopper="gap")
-    with pytest.raises(AdaInferError, match=r"^head_check: .*use head_check=exact$"):
-        AdaInferLM(pretrained=model, tokenizer=tokenizer, stopper="gap", head_check="shortlist")
+    for check in ("shortlist", "screen"):
+        with pytest.raises(AdaInferError, match=r"^head_check: .*use head_check=exact$"):
+            AdaInferLM(pretrained=model, tokenizer=tokenizer, stopper="gap", head_check=check)
 
 
 # ------------------------------------------------------------------------------------------------ neighbours
 
 
 @pytest.mark.parametrize("options", [{"kv_policy": "propagate"}, {"head_check": "shortlist:8"},
-                                     {"kv_policy": "propagate", "head_check": "shortlist:8"}], ids=str)  # fmt: skip
+                                     {"kv_policy": "propagate", "head_check": "screen:50"}], ids=str)  # fmt: skip
 @pytest.mark.parametrize("family", ["llama", "falcon"])
 def test_a_text_does_not_depend_on_its_neighbours_under_any_policy(options, family, tokenizer):
     model = make_model(family, vocab_size=257)

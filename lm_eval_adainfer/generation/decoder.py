@@ -41,7 +41,7 @@ class Decoder:
         max_new_tokens: Room to make behind the longest of these; without prompts, for whole rows.
         places: Rows at once, at most; None for these.
         prompt_exits: What decides how deep prompts go; None where the first new token's decision does.
-        options: ``kv_policy``, ``shortlist`` and ``reader`` as :class:`DecoderState`'s.
+        options: ``kv_policy``, ``shortlist``, ``screen`` and ``reader`` as :class:`DecoderState`'s.
     """
 
     def __init__(
@@ -78,9 +78,7 @@ class Decoder:
     def texts(self) -> list[Tensor]:
         """[n] token ids of each row that is stepped, prompt and new tokens."""
         state = self.state
-        places = state.joined or range(len(state.rows))
-        end = state.length - bool(state.joined)
-        return [state.slots[place, state.pad[place] : end] for place in places]
+        return [state.text(place) for place in state.joined or range(len(state.rows))]
 
     def join(self, prompts: Sequence[Sequence[int]], prefix: Prefix | None = None) -> list[int]:
         """As :meth:`DecoderState.join`; the next step runs these prompts, and nothing else."""
