@@ -24,6 +24,7 @@ from lm_eval_adainfer.prefill.prefixes import Prefix
 from lm_eval_adainfer.strategies.base import Schedule, Stopper
 from lm_eval_adainfer.structure.anatomy import Anatomy
 from lm_eval_adainfer.structure.calls import hooked
+from lm_eval_adainfer.structure.few_rows import quick
 from lm_eval_adainfer.structure.windows import Windows
 
 SLACK = 64  # slots beyond a row's own, so that rows need not be moved at every step
@@ -86,8 +87,8 @@ class Decoder:
 
     @contextmanager
     def attached(self) -> Iterator[None]:
-        """Keep the hooks on the model from step to step."""
-        with hooked(self.anatomy, self, self.state.parts):
+        """Keep the hooks on the model from step to step, and have its linear maps compute few rows quickly."""
+        with quick(self.anatomy.blocks), hooked(self.anatomy, self, self.state.parts):
             self._attached = True
             try:
                 yield

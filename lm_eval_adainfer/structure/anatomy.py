@@ -24,7 +24,8 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from lm_eval_adainfer.errors import UnsupportedModelError
 from lm_eval_adainfer.structure import hashes, opaque, private
 from lm_eval_adainfer.structure.arguments import BatchRule, _tensors, batch_factors, hidden_of
-from lm_eval_adainfer.structure.head import _is_slow_with_few_rows, _some_logits, few_rows_linear
+from lm_eval_adainfer.structure.few_rows import few_rows_linear, wide_is_slow
+from lm_eval_adainfer.structure.head import _some_logits
 from lm_eval_adainfer.structure.hooks import _Call, _recorded, replaced_forward
 from lm_eval_adainfer.structure.rounding import (
     Rounding,
@@ -304,7 +305,7 @@ class Anatomy:
         with ExitStack() as stack:
             stack.enter_context(replaced_forward(self._base, lambda *args, **kwargs: stub))
             head = self.model.get_output_embeddings()
-            slow = not torch.is_grad_enabled() and _is_slow_with_few_rows(head, len(x))
+            slow = not torch.is_grad_enabled() and wide_is_slow(head, len(x))
             linear: Any = few_rows_linear if slow else nn.functional.linear
             if candidates is not None or first:
                 stack.enter_context(replaced_forward(head, lambda y: _some_logits(head, y, candidates, first, linear)))
