@@ -170,6 +170,49 @@ def test_propagate_gives_the_logits_of_a_forward_in_which_states_are_copied(fami
         assert far > 1e-3  # it is approximate: this reference is another one than recompute's
 
 
+class ListedParts(Listed):
+    """Exits by a list; what it was shown of the blocks' parts is kept."""
+
+    features = ("cos_attn", "cos_mlp", "cos_hidden")
+
+    def __init__(self, exits):
+        super().__init__(exits)
+        self.seen = []
+
+    def margin(self, block, values, memory=None):
+        self.seen.append((block, values.clone()))
+        return super().margin(block, values)
+
+
+@pytest.mark.parametrize("family", ["llama", "opt", "gptj"])
+@pytest.mark.parametrize("policy", ["recompute", "propagate"])
+def test_parts_of_blocks_are_seen_beside_tokens_that_are_only_stored(family, policy):
+    """In a batch, row by row, what is seen of a row that is decoded alone."""
+    _, anatomy, windows = prepared(family)
+    prompts = prompts_of(3, seed=9)
+    exits = [[5, 5, 5], [1, 2, 3], [2, 1, 1], [1, 3, 2], [5, 1, 4], [3, 5, 5], [5, 5, 5]]
+    for layout in layouts_of(family):
+        together = ListedParts(exits)
+        decode_greedily(anatomy, windows, together, prompts, len(exits), layout=layout, kv_policy=policy)
+        alone = []
+        for row, prompt in enumerate(prompts):
+            alone.append(ListedParts([[step[row]] for step in exits]))
+            decode_greedily(anatomy, windows, alone[-1], [prompt], len(exits), layout=layout, kv_policy=policy)
+        seen = iter(together.seen)
+        of_row = [iter(one.seen) for one in alone]
+        for step in exits:
+            for k in range(1, 5):
+                rows = [row for row, exit_block in enumerate(step) if exit_block >= k]
+                if not rows:
+                    continue
+                block, values = next(seen)
+                for n, row in enumerate(rows):
+                    expected_block, expected = next(of_row[row])
+                    assert block == expected_block == k
+                    torch.testing.assert_close(values[n], expected[0], atol=1e-4, rtol=0)
+        assert next(seen, None) is None and all(next(one, None) is None for one in of_row)
+
+
 @pytest.mark.parametrize("layout", ["packed", "padded"])
 def test_recompute_runs_every_token_once_in_every_block_that_somebody_needed(layout):
     _, anatomy, windows = prepared("llama")

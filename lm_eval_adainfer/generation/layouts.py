@@ -36,13 +36,13 @@ class _Layout:
         self.base = 0
         self.paused = False  # while blocks are called for what is no part of the step
         self.shaped: Tensor = torch.empty(0)  # the current block's input, for the shape of its parts
-        self._cuts: dict[tuple[Any, ...], tuple[Tensor, Any]] = {}
-        self._cut_for: Tokens | None = None
+        # for what is run, and for what is only stored: the tokens, and what was cut for them
+        self._cuts: list[tuple[Tokens, dict[tuple[Any, ...], tuple[Tensor, Any]]]] = []
 
     def covers(self, base: int) -> None:
         """A forward over the slots from ``base`` on begins."""
         self.base = base
-        self._cut_for = None
+        self._cuts = []
 
     @contextmanager
     def active(self) -> Iterator[None]:
@@ -51,19 +51,20 @@ class _Layout:
 
     def cutter(self, k: int, tokens: Tokens, original: Tensor, hidden: Tensor) -> Callable[[str, Tensor], Tensor]:
         """Cuts an argument of block k to what these tokens need; the hidden states are given."""
-        if tokens is not self._cut_for:
-            self._cut_for = tokens
-            self._cuts.clear()
+        cuts = next((found for some, found in self._cuts if some is tokens), None)
+        if cuts is None:
+            cuts = {}
+            self._cuts = [*self._cuts[-1:], (tokens, cuts)]
 
         def cut(path: str, value: Tensor) -> Tensor:
             if value is original:
                 return hidden
             dims, factor = self.windows.queries.get((k, path), ()), self.windows.rows.factors.get((k, path), -1)
             key = (id(value), dims, factor)
-            if key not in self._cuts:  # blocks share most arguments: cut each once, until the tokens change
+            if key not in cuts:  # blocks share most arguments: cut each once, until the tokens change
                 # the whole is kept too, so that its id stays its own
-                self._cuts[key] = (value, self._cut(k, path, value, dims, factor, tokens))
-            return self._cuts[key][1]
+                cuts[key] = (value, self._cut(k, path, value, dims, factor, tokens))
+            return cuts[key][1]
 
         return cut
 
@@ -92,7 +93,7 @@ class Packed(_Layout):
 
     def call(self, tokens: Tokens, store_only: bool = False) -> Call:
         """What the cache has to write."""
-        if tokens is not self._tokens:
+        if tokens is not self._tokens and not store_only:  # a block that only stores is left before its attention
             self._tokens = tokens
             self._groups, self._masks = [], {}
         return PackedCall(self.n_rows, self.length - store_only, store_only, tokens.row, tokens.slot)

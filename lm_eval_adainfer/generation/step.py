@@ -46,6 +46,7 @@ class Step:
         self.decisions = Decisions(decoder, range(len(decoder.rows)))
         self.layout = LAYOUTS[decoder.windows.layout](decoder.windows, len(decoder.rows), self.length)
         self.tokens: Tokens | None = None
+        self._stored: tuple[Tokens, Tensor] | None = None  # what the last block stored, and that laid out
         self.first, self.end = 1, 0
         self._carried: Tensor | None = None  # hidden states on their way from one forward to the next
         self._aside = False  # while a block is called for something else: its keys and values alone, or a prefix
@@ -133,7 +134,12 @@ class Step:
     def _store(self, k: int, stored: Tokens, args: tuple, kwargs: dict, original: Tensor) -> None:
         """Project the kept states of these tokens into block k's keys and values, and leave the block there."""
         decoder, layout = self.decoder, self.layout
-        hidden = layout.laid_out(stored, decoder.kept(stored, original.device))
+        shaped = layout.shaped
+        if self._stored is not None and stored == self._stored[0] and self._stored[1].device == original.device:
+            stored, hidden = self._stored  # the same states in one block after the other
+        else:
+            hidden = layout.laid_out(stored, decoder.kept(stored, original.device))
+            self._stored = stored, hidden
         decoder.cache.call = layout.call(stored, store_only=True)
         new_args, new_kwargs = walk([list(args), kwargs], layout.cutter(k, stored, original, hidden))
         self._aside = True  # this call's hooks are other people's alone
@@ -144,7 +150,7 @@ class Step:
         else:
             raise RuntimeError("a block ran on after its keys and values were stored")
         finally:
-            self._aside = False
+            self._aside, layout.shaped = False, shaped
         count_stored(self.decisions.results, k, stored)
 
     @contextmanager
