@@ -19,6 +19,7 @@ from helpers.tasks import instance
 
 from lm_eval_adainfer.counting import FlopCounter
 from lm_eval_adainfer.errors import AdaInferError
+from lm_eval_adainfer.generation import layouts
 from lm_eval_adainfer.generation.decoded import record_of
 from lm_eval_adainfer.generation.policies import KV_POLICIES, KVPolicy
 from lm_eval_adainfer.generation.probes import prepare
@@ -58,6 +59,26 @@ def test_both_layouts_give_the_logits_of_the_whole_prefix(family, layout, rows):
     )
     assert_exact(model, decoder, prompts, logits)
     assert len({layer for result in decoder.results for layer in result.layers}) >= 3
+
+
+@pytest.mark.parametrize("copied", [0, 10**9])
+@pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2"])
+def test_rows_that_adjoin_are_groups_of_their_own_or_picked_out(family, copied, monkeypatch):
+    """Keys and values of rows in between are passed by, whether or not a call for every stretch takes less time."""
+    calls, grouped = [], layouts.Packed._grouped
+    monkeypatch.setattr(layouts, "_CALL_BYTES", copied)
+
+    def counting(self, *args):
+        found = grouped(self, *args)
+        calls.extend(isinstance(rows, slice) for rows, _, _ in found)
+        return found
+
+    monkeypatch.setattr(layouts.Packed, "_grouped", counting)
+    model, anatomy, windows = prepared(family)
+    prompts = prompts_of(7, seed=5)
+    decoder, logits = decode_greedily(anatomy, windows, Dice(seed=6), prompts, STEPS, finishes_in_turn)
+    assert_exact(model, decoder, prompts, logits)
+    assert calls and all(calls) == (not copied)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "mistral", "gemma3", "falcon", "bloom"])
