@@ -14,13 +14,13 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from benchmarks import checks, decoding, memory, prefill, readers, shared, texts
+from benchmarks import checks, decoding, decoding_checks, memory, mixed, prefill, readers, shared, texts
 from benchmarks.models import SHAPES, about, make_model, table
 from lm_eval_adainfer import container
 
 KINDS = {
     "prefill": prefill, "checks": checks, "shared": shared, "memory": memory, "decoding": decoding,
-    "readers": readers, "texts": texts,
+    "decoding_checks": decoding_checks, "mixed": mixed, "readers": readers, "texts": texts,
 }  # fmt: skip
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import ExitStack
 
 import torch
 from lm_eval.api.instance import Instance
@@ -123,15 +124,18 @@ def measure(model: LlamaForCausalLM, lengths: list[int], batch_sizes: list[int],
     for tokens in lengths:
         for batch in batch_sizes:
             new = 32 if batch == 1 else 16
+            stack = ExitStack()
             common = {"tokenizer": make_tokenizer(), "batch_size": batch, "max_length": 4096}
             asked = requests(batch, tokens, new)
 
-            def timed(lm: HFLM, asked: list[Instance] = asked):
+            def timed(lm: HFLM, asked: list[Instance] = asked, stack: ExitStack = stack):
                 def act() -> None:
                     if isinstance(lm, AdaInferLM) and isinstance(lm.stopper, RandomExits):
                         lm.stopper.restart()
                     lm.generate_until(asked, disable_tqdm=True)
 
+                if isinstance(lm, AdaInferLM):
+                    stack.enter_context(lm.identified())  # once, as in a run
                 return act
 
             def ours(common: dict = common, **arguments: object) -> AdaInferLM:
@@ -170,4 +174,5 @@ def measure(model: LlamaForCausalLM, lengths: list[int], batch_sizes: list[int],
                     ),
                 }
             )
+            stack.close()
             yield row

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 
 from benchmarks import __main__ as command
-from benchmarks import memory, shared, texts
+from benchmarks import memory, screens, shared, texts
 from benchmarks.models import alternately, make_model, make_tokenizer, over
 from benchmarks.prefill import SpreadExits, requests, run_needed
 from lm_eval_adainfer.harness.model import AdaInferLM
@@ -78,3 +79,17 @@ def test_spread_exits_leave_where_they_say_and_the_needed_blocks_run_just_these_
     assert lm.engine.head_rows == 2 * documents  # scores, twice; no check needs the head
     for hook in hooks:
         hook.remove()
+
+
+def test_screens_count_every_check_and_the_whole_vocabulary_misses_nothing(monkeypatch):
+    monkeypatch.setattr(screens, "SIZES", (5, 4096))
+    monkeypatch.setattr(screens, "THRESHOLDS", (0.0001, 0.001))
+    monkeypatch.setattr(screens, "NEW", 6)
+    found = Counter()
+    screens.counted(make_model("tiny", torch.float32, "cpu"), torch.tensor([[7, 9, 4000]]), [2, 5], found)
+    for threshold in (0.0001, 0.001):
+        for own in (True, False):
+            whole, few = ({w: found[threshold, n, own, w] for w in ("checks", "stops", "missed", "vain")} for n in (4096, 5))
+            assert whole["checks"] == few["checks"] == 12 and whole["stops"] == few["stops"] <= 12
+            assert whole["missed"] == whole["vain"] == 0
+    assert found[0.0001, 5, False, "vain"] + found[0.0001, 5, False, "stops"] > 6  # among five tokens gaps are large

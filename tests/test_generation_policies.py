@@ -19,6 +19,7 @@ from helpers.tasks import instance
 
 from lm_eval_adainfer.counting import FlopCounter
 from lm_eval_adainfer.errors import AdaInferError
+from lm_eval_adainfer.generation import layouts
 from lm_eval_adainfer.generation.decoded import record_of
 from lm_eval_adainfer.generation.policies import KV_POLICIES, KVPolicy
 from lm_eval_adainfer.generation.probes import prepare
@@ -58,6 +59,26 @@ def test_both_layouts_give_the_logits_of_the_whole_prefix(family, layout, rows):
     )
     assert_exact(model, decoder, prompts, logits)
     assert len({layer for result in decoder.results for layer in result.layers}) >= 3
+
+
+@pytest.mark.parametrize("copied", [0, 10**9])
+@pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2"])
+def test_rows_that_adjoin_are_groups_of_their_own_or_picked_out(family, copied, monkeypatch):
+    """Keys and values of rows in between are passed by, whether or not a call for every stretch takes less time."""
+    calls, grouped = [], layouts.Packed._grouped
+    monkeypatch.setattr(layouts, "_CALL_BYTES", copied)
+
+    def counting(self, *args):
+        found = grouped(self, *args)
+        calls.extend(isinstance(rows, slice) for rows, _, _ in found)
+        return found
+
+    monkeypatch.setattr(layouts.Packed, "_grouped", counting)
+    model, anatomy, windows = prepared(family)
+    prompts = prompts_of(7, seed=5)
+    decoder, logits = decode_greedily(anatomy, windows, Dice(seed=6), prompts, STEPS, finishes_in_turn)
+    assert_exact(model, decoder, prompts, logits)
+    assert calls and all(calls) == (not copied)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "mistral", "gemma3", "falcon", "bloom"])
@@ -168,6 +189,49 @@ def test_propagate_gives_the_logits_of_a_forward_in_which_states_are_copied(fami
                 far = max(far, (row[n] - exact).abs().max().item())
         assert sum(sum(result.stored_tokens) for result in decoder.results) > 0
         assert far > 1e-3  # it is approximate: this reference is another one than recompute's
+
+
+class ListedParts(Listed):
+    """Exits by a list; what it was shown of the blocks' parts is kept."""
+
+    features = ("cos_attn", "cos_mlp", "cos_hidden")
+
+    def __init__(self, exits):
+        super().__init__(exits)
+        self.seen = []
+
+    def margin(self, block, values, memory=None):
+        self.seen.append((block, values.clone()))
+        return super().margin(block, values)
+
+
+@pytest.mark.parametrize("family", ["llama", "opt", "gptj"])
+@pytest.mark.parametrize("policy", ["recompute", "propagate"])
+def test_parts_of_blocks_are_seen_beside_tokens_that_are_only_stored(family, policy):
+    """In a batch, row by row, what is seen of a row that is decoded alone."""
+    _, anatomy, windows = prepared(family)
+    prompts = prompts_of(3, seed=9)
+    exits = [[5, 5, 5], [1, 2, 3], [2, 1, 1], [1, 3, 2], [5, 1, 4], [3, 5, 5], [5, 5, 5]]
+    for layout in layouts_of(family):
+        together = ListedParts(exits)
+        decode_greedily(anatomy, windows, together, prompts, len(exits), layout=layout, kv_policy=policy)
+        alone = []
+        for row, prompt in enumerate(prompts):
+            alone.append(ListedParts([[step[row]] for step in exits]))
+            decode_greedily(anatomy, windows, alone[-1], [prompt], len(exits), layout=layout, kv_policy=policy)
+        seen = iter(together.seen)
+        of_row = [iter(one.seen) for one in alone]
+        for step in exits:
+            for k in range(1, 5):
+                rows = [row for row, exit_block in enumerate(step) if exit_block >= k]
+                if not rows:
+                    continue
+                block, values = next(seen)
+                for n, row in enumerate(rows):
+                    expected_block, expected = next(of_row[row])
+                    assert block == expected_block == k
+                    torch.testing.assert_close(values[n], expected[0], atol=1e-4, rtol=0)
+        assert next(seen, None) is None and all(next(one, None) is None for one in of_row)
 
 
 @pytest.mark.parametrize("layout", ["packed", "padded"])
@@ -304,13 +368,14 @@ def test_a_shortlist_computes_less_than_the_exact_check_and_exact_screens_nothin
 @pytest.mark.parametrize(
     ("value", "found"),
     [("short", "'short'"), ("shortlist:1", "'shortlist:1'"), ("shortlist:x", "'shortlist:x'"), ("exact:3", "'exact:3'"),
-     ("shortlist:", "'shortlist:'"), ("", "''"), (3, "3")],
+     ("shortlist:", "'shortlist:'"), ("screen:1", "'screen:1'"), ("screen:", "'screen:'"), ("", "''"), (3, "3")],
 )  # fmt: skip
 def test_wrong_head_checks_are_refused_in_one_sentence(value, found, tokenizer):
     with pytest.raises(AdaInferError) as caught:
         AdaInferLM(pretrained=make_model("llama", vocab_size=257), tokenizer=tokenizer, head_check=value)
     assert str(caught.value) == (
-        f"head_check: {found} is neither exact nor shortlist nor shortlist:N with N candidates, 2 or more"
+        f"head_check: {found} is none of exact, shortlist, shortlist:N with N candidates, screen, and screen:N with the "
+        "N first token ids, 2 or more"
     )
 
 
@@ -354,7 +419,7 @@ def test_wrong_kv_policies_are_refused_in_one_sentence(tokenizer):
         AdaInferLM(pretrained=make_model("llama", vocab_size=257), tokenizer=tokenizer, kv_policy="copy")
 
 
-def test_a_head_that_is_no_plain_linear_map_is_refused_for_a_shortlist_alone(tokenizer):
+def test_a_head_that_is_no_plain_linear_map_is_refused_for_few_tokens_alone(tokenizer):
     """A head of another kind of module, whose weights can't be read for some tokens."""
 
     class Doubled(torch.nn.Linear):
@@ -366,15 +431,16 @@ def test_a_head_that_is_no_plain_linear_map_is_refused_for_a_shortlist_alone(tok
     head.weight = model.lm_head.weight
     model.lm_head = head
     AdaInferLM(pretrained=model, tokenizer=tokenizer, stopper="gap")
-    with pytest.raises(AdaInferError, match=r"^head_check: .*use head_check=exact$"):
-        AdaInferLM(pretrained=model, tokenizer=tokenizer, stopper="gap", head_check="shortlist")
+    for check in ("shortlist", "screen"):
+        with pytest.raises(AdaInferError, match=r"^head_check: .*use head_check=exact$"):
+            AdaInferLM(pretrained=model, tokenizer=tokenizer, stopper="gap", head_check=check)
 
 
 # ------------------------------------------------------------------------------------------------ neighbours
 
 
 @pytest.mark.parametrize("options", [{"kv_policy": "propagate"}, {"head_check": "shortlist:8"},
-                                     {"kv_policy": "propagate", "head_check": "shortlist:8"}], ids=str)  # fmt: skip
+                                     {"kv_policy": "propagate", "head_check": "screen:50"}], ids=str)  # fmt: skip
 @pytest.mark.parametrize("family", ["llama", "falcon"])
 def test_a_text_does_not_depend_on_its_neighbours_under_any_policy(options, family, tokenizer):
     model = make_model(family, vocab_size=257)

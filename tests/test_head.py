@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from lm_eval_adainfer.structure import anatomy
 from lm_eval_adainfer.structure.anatomy import Anatomy
-from lm_eval_adainfer.structure.head import few_rows_linear
+from lm_eval_adainfer.structure.few_rows import few_rows_linear
 
 
 @given(st.integers(1, 70), st.sampled_from([1, 5, 511, 512, 513, 1300]), st.integers(1, 40), st.booleans())

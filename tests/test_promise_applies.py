@@ -156,6 +156,8 @@ def test_generated_text_needs_the_exact_cache_and_the_exact_head(model, tokenize
     assert record["promise_differences"] == [
         "kv_policy propagate instead of recompute", "head_check shortlist instead of exact",
     ]  # fmt: skip
+    record, _ = run(model, tokenizer, stopper, caplog, texts(), head_check="screen:9")
+    assert record["promise_differences"] == ["head_check screen instead of exact"]
 
 
 def test_a_promise_about_a_finite_set_is_not_about_a_part_of_it(model, tokenizer, calibrated, caplog):

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from lm_eval_adainfer.generation.screen import Screen, side_by_side
 from lm_eval_adainfer.generation.state import DecoderState
 from lm_eval_adainfer.strategies import features
 from lm_eval_adainfer.strategies.asking import ask
@@ -30,14 +31,15 @@ class Decisions:
 
     def __init__(self, decoder: DecoderState, places: Sequence[int]):
         self.decoder, self.anatomy = decoder, decoder.anatomy
-        self.n_rows = len(places)
+        self.n_rows, self.places = len(places), places
         self.results = [decoder.results[decoder.rows[place]] for place in places]
         self.flow = list(range(self.n_rows))
         self.before: Tensor | None = None
         self.parts: dict[str, Tensor] = {}
         self.parts_before: dict[str, Tensor] = {}
         self.carried_over: Tensor | None = None  # [n_rows, carries], what the stopper keeps from block to block
-        self._candidates: Tensor | None = None  # [n_rows, C]
+        self._candidates: Tensor | None = None  # [n_rows, C], of ``shortlist``
+        self._own: tuple[Tensor, Tensor | None, list[int]] | None = None  # of ``screen``, per row: ids, fill, how many
         self._logits: list[Tensor | None] = [None] * self.n_rows
         self._left: dict[int, Tensor] = {}  # row -> [h] where it left, if no check has computed its logits
 
@@ -142,19 +144,35 @@ class Decisions:
         return [n for n, stop in enumerate(stops) if stop]
 
     def _screened(self, k: int, newest: Tensor, read: Tensor, rows: list[int]) -> list[int]:
-        """The rows that the full vocabulary has to decide: all, or those that the candidates speak for.
+        """The rows that the full vocabulary has to decide: all, or those that a few tokens speak for.
 
-        A row's candidates are the top tokens of the last full head that it computed for this token. Among them alone
-        ``gap`` and ``top_prob`` are at least as large as over the full vocabulary wherever the top token is a
-        candidate; where it is not, a stop can be missed at this block, but none is made that the full vocabulary
-        does not confirm.
+        With ``shortlist`` these are the top tokens of the last full head that was computed for the row's newest token,
+        with ``screen`` the same ones at every check (:class:`Screen`). Among them alone ``gap`` and ``top_prob`` are at
+        least as large as over the full vocabulary wherever the top token is one of them; where it is not, a stop can be
+        missed at this block, but none is made that the full vocabulary does not confirm.
         """
+        if self.decoder.screen is not None:
+            return self._stopping(k, newest, rows, self._screen_logits(self.decoder.screen, read))
         if not self.decoder.shortlist or self._candidates is None:
             return rows
         mine = self._candidates[self.flow].to(newest.device)
         for i in rows:
             self.results[self.flow[i]].screened += mine.shape[1]
         return self._stopping(k, newest, rows, self.anatomy.logits(read, mine))
+
+    def _screen_logits(self, screen: Screen, read: Tensor) -> Tensor:
+        """[flow, first + C] logits of the first token ids and of the rows' own tokens, -inf where a row has fewer."""
+        decoder = self.decoder
+        if self._own is None:
+            own = [screen.own(decoder.rows[place], decoder.text(place)) for place in self.places]
+            self._own = *side_by_side(own, read.device), [len(ids) for ids in own]
+        candidates, fill, counts = self._own
+        logits = self.anatomy.logits(read, candidates[self.flow].to(read.device), screen.first)
+        if fill is not None:
+            logits[:, screen.first :].masked_fill_(fill[self.flow].to(read.device), -torch.inf)
+        for row in self.flow:
+            self.results[row].screened += screen.first + counts[row]
+        return logits
 
     def _note_candidates(self, rows: list[int], logits: Tensor) -> None:
         top = logits.topk(self.decoder.shortlist, dim=-1).indices

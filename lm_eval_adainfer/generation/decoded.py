@@ -21,7 +21,7 @@ class Decoded:
         pairs: Per block, the query-key pairs of its attention.
         stored_tokens: Per block, of how many tokens it computed keys and values only.
         head_rows: Head rows computed, for checks and for choices of tokens.
-        screened: Logits computed of candidates alone.
+        screened: Logits computed of candidates alone, and of the first token ids.
         decisions: How often the stopper was asked.
         prompt_exit: The block after which the prompt left, where that was decided on its own (``prompts``).
         reads: (block, tokens of the prompt, positions read) of every time that the prompt was read after a block.

@@ -24,6 +24,7 @@ from lm_eval_adainfer.prefill.prefixes import Prefix
 from lm_eval_adainfer.strategies.base import Schedule, Stopper
 from lm_eval_adainfer.structure.anatomy import Anatomy
 from lm_eval_adainfer.structure.calls import hooked
+from lm_eval_adainfer.structure.few_rows import quick
 from lm_eval_adainfer.structure.windows import Windows
 
 SLACK = 64  # slots beyond a row's own, so that rows need not be moved at every step
@@ -41,7 +42,7 @@ class Decoder:
         max_new_tokens: Room to make behind the longest of these; without prompts, for whole rows.
         places: Rows at once, at most; None for these.
         prompt_exits: What decides how deep prompts go; None where the first new token's decision does.
-        options: ``kv_policy``, ``shortlist`` and ``reader`` as :class:`DecoderState`'s.
+        options: ``kv_policy``, ``shortlist``, ``screen`` and ``reader`` as :class:`DecoderState`'s.
     """
 
     def __init__(
@@ -78,9 +79,7 @@ class Decoder:
     def texts(self) -> list[Tensor]:
         """[n] token ids of each row that is stepped, prompt and new tokens."""
         state = self.state
-        places = state.joined or range(len(state.rows))
-        end = state.length - bool(state.joined)
-        return [state.slots[place, state.pad[place] : end] for place in places]
+        return [state.text(place) for place in state.joined or range(len(state.rows))]
 
     def join(self, prompts: Sequence[Sequence[int]], prefix: Prefix | None = None) -> list[int]:
         """As :meth:`DecoderState.join`; the next step runs these prompts, and nothing else."""
@@ -88,8 +87,8 @@ class Decoder:
 
     @contextmanager
     def attached(self) -> Iterator[None]:
-        """Keep the hooks on the model from step to step."""
-        with hooked(self.anatomy, self, self.state.parts):
+        """Keep the hooks on the model from step to step, and have its linear maps compute few rows quickly."""
+        with quick(self.anatomy.blocks), hooked(self.anatomy, self, self.state.parts):
             self._attached = True
             try:
                 yield

@@ -19,6 +19,8 @@ from lm_eval_adainfer.generation.cache import Call, PackedCall, PaddedCall
 from lm_eval_adainfer.generation.tokens import Tokens
 from lm_eval_adainfer.structure.windows import Windows
 
+_CALL_BYTES = 2**18  # of keys and values, whose copying takes about as long as another call of attention
+
 Kept = Callable[[Tokens, torch.device], Tensor]
 
 
@@ -36,13 +38,13 @@ class _Layout:
         self.base = 0
         self.paused = False  # while blocks are called for what is no part of the step
         self.shaped: Tensor = torch.empty(0)  # the current block's input, for the shape of its parts
-        self._cuts: dict[tuple[Any, ...], tuple[Tensor, Any]] = {}
-        self._cut_for: Tokens | None = None
+        # for what is run, and for what is only stored: the tokens, and what was cut for them
+        self._cuts: list[tuple[Tokens, dict[tuple[Any, ...], tuple[Tensor, Any]]]] = []
 
     def covers(self, base: int) -> None:
         """A forward over the slots from ``base`` on begins."""
         self.base = base
-        self._cut_for = None
+        self._cuts = []
 
     @contextmanager
     def active(self) -> Iterator[None]:
@@ -51,19 +53,20 @@ class _Layout:
 
     def cutter(self, k: int, tokens: Tokens, original: Tensor, hidden: Tensor) -> Callable[[str, Tensor], Tensor]:
         """Cuts an argument of block k to what these tokens need; the hidden states are given."""
-        if tokens is not self._cut_for:
-            self._cut_for = tokens
-            self._cuts.clear()
+        cuts = next((found for some, found in self._cuts if some is tokens), None)
+        if cuts is None:
+            cuts = {}
+            self._cuts = [*self._cuts[-1:], (tokens, cuts)]
 
         def cut(path: str, value: Tensor) -> Tensor:
             if value is original:
                 return hidden
             dims, factor = self.windows.queries.get((k, path), ()), self.windows.rows.factors.get((k, path), -1)
             key = (id(value), dims, factor)
-            if key not in self._cuts:  # blocks share most arguments: cut each once, until the tokens change
+            if key not in cuts:  # blocks share most arguments: cut each once, until the tokens change
                 # the whole is kept too, so that its id stays its own
-                self._cuts[key] = (value, self._cut(k, path, value, dims, factor, tokens))
-            return self._cuts[key][1]
+                cuts[key] = (value, self._cut(k, path, value, dims, factor, tokens))
+            return cuts[key][1]
 
         return cut
 
@@ -77,7 +80,7 @@ class Packed(_Layout):
     def __init__(self, windows: Windows, n_rows: int, length: int):
         super().__init__(windows, n_rows, length)
         self._tokens: Tokens | None = None
-        self._groups: list[tuple[Tensor | None, Tensor, Tensor | None]] = []
+        self._groups: list[tuple[slice | Tensor, Tensor, Tensor | None]] = []
         self._masks: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
 
     def covers(self, base: int) -> None:
@@ -92,7 +95,7 @@ class Packed(_Layout):
 
     def call(self, tokens: Tokens, store_only: bool = False) -> Call:
         """What the cache has to write."""
-        if tokens is not self._tokens:
+        if tokens is not self._tokens and not store_only:  # a block that only stores is left before its attention
             self._tokens = tokens
             self._groups, self._masks = [], {}
         return PackedCall(self.n_rows, self.length - store_only, store_only, tokens.row, tokens.slot)
@@ -164,32 +167,38 @@ class Packed(_Layout):
         """Packed queries [1, heads, n, d] against the rows' keys [rows, heads, slots, d]."""
         assert self._tokens is not None
         if not self._groups:
-            self._groups = self._grouped(self._tokens, query.device)
+            self._groups = self._grouped(self._tokens, query.device, 2 * key[:1].nbytes)
         flat = query[0].transpose(0, 1)
         parts = []
         for number, (rows, index, keep) in enumerate(self._groups):
             q = flat[index].transpose(1, 2)
-            k, v = (x if rows is None else x[rows] for x in (key, value))
-            out, _ = real(module, q, k, v, self._mask(mask, number), **more)
+            out, _ = real(module, q, key[rows], value[rows], self._mask(mask, number), **more)
             parts.append(out.flatten(0, 1) if keep is None else out[keep])
         out = parts[0]
         if len(parts) > 1:
             out = torch.cat(parts)[self._order.to(out.device)]
         return out[None], None
 
-    def _grouped(self, tokens: Tokens, device: torch.device) -> list[tuple[Tensor | None, Tensor, Tensor | None]]:
-        """(rows or None for all, [rows, width] token indices, which of these are no padding or None for all).
+    def _grouped(
+        self, tokens: Tokens, device: torch.device, row_bytes: int
+    ) -> list[tuple[slice | Tensor, Tensor, Tensor | None]]:
+        """(rows, [rows, width] token indices, which of these are no padding or None for all).
 
-        Rows with one token are a group, and those with more another, right-aligned.
+        Rows with one token are a group, and those with more another, right-aligned; neighbours among them are groups of
+        their own where a call for each takes less time than to pick their keys and values out of the others'.
         """
         begins = [0]
         for count in tokens.counts:
             begins.append(begins[-1] + count)
-        groups, order, self._group_tokens = [], [], []
+        groups: list[tuple[slice | Tensor, Tensor, Tensor | None]] = []
+        order, self._group_tokens = list[int](), []
+        found = []
         for wide in (False, True):
             some = [i for i, count in enumerate(tokens.counts) if (count > 1) == wide]
-            if not some:
-                continue
+            if some:
+                runs = _neighbours(some, tokens.rows)
+                found += runs if (len(runs) - 1) * _CALL_BYTES <= len(some) * row_bytes else [some]
+        for some in found:
             width = max(tokens.counts[i] for i in some)
             index = torch.tensor([[max(begins[i], begins[i + 1] - width + j) for j in range(width)] for i in some])
             keep = None
@@ -197,8 +206,9 @@ class Packed(_Layout):
                 lengths = torch.tensor([tokens.counts[i] for i in some])
                 keep = (torch.arange(width)[None] >= width - lengths[:, None]).to(device)
             rows = torch.tensor([tokens.rows[i] for i in some])
-            every = [tokens.rows[i] for i in some] == list(range(self.n_rows))
-            groups.append((None if every else rows.to(device), index.to(device), keep))
+            first, last = tokens.rows[some[0]], tokens.rows[some[-1]]
+            adjoining = last - first == len(some) - 1
+            groups.append((slice(first, last + 1) if adjoining else rows.to(device), index.to(device), keep))
             self._group_tokens.append((rows, tokens.slot[index] - self.base))
             order += [x for i in some for x in range(begins[i], begins[i + 1])]
         self._order = torch.tensor(order).argsort()
@@ -214,6 +224,17 @@ class Packed(_Layout):
             rows = rows if mask.shape[0] > 1 else torch.zeros_like(rows)
             self._masks[key] = (mask, mask[rows[:, None], :, slots].transpose(1, 2))
         return self._masks[key][1]
+
+
+def _neighbours(some: Sequence[int], rows: Sequence[int]) -> list[list[int]]:
+    """Indices into ``rows`` (which ascend), those of adjoining rows together."""
+    found: list[list[int]] = []
+    for i in some:
+        if found and rows[i] == rows[found[-1][-1]] + 1:
+            found[-1].append(i)
+        else:
+            found.append([i])
+    return found
 
 
 class Padded(_Layout):

@@ -115,6 +115,7 @@ class Generator:
         tokenizer: For stop strings.
         kv_policy: As ``DecoderState``'s.
         shortlist: As ``DecoderState``'s.
+        screen: As ``DecoderState``'s.
         reader: As ``DecoderState``'s.
         prompt_exits: What decides how deep prompts go; None where the first new token's decision does.
         rule: How the blocks' arguments follow the batch where rows continue a prefix; None: all prompts run whole.
@@ -129,6 +130,7 @@ class Generator:
     tokenizer: Any
     kv_policy: str = "recompute"
     shortlist: int = 0
+    screen: int = 0
     reader: Reader = HEAD
     prompt_exits: PromptExits | None = None
     rule: BatchRule | None = None
@@ -188,7 +190,7 @@ class Generator:
         size = min(size, len(numbers))
         decoder = Decoder(
             self.anatomy, self.stopper, self.schedule, self.windows, [], longest, size, self.prompt_exits,
-            kv_policy=self.kv_policy, shortlist=self.shortlist, reader=self.reader,
+            kv_policy=self.kv_policy, shortlist=self.shortlist, screen=self.screen, reader=self.reader,
         )  # fmt: skip
         rows: dict[int, _Row] = {}
         with decoder.attached():

@@ -15,6 +15,7 @@ from torch import Tensor
 from lm_eval_adainfer.generation.cache import SlotCache
 from lm_eval_adainfer.generation.decoded import Decoded
 from lm_eval_adainfer.generation.policies import KV_POLICIES
+from lm_eval_adainfer.generation.screen import Screen
 from lm_eval_adainfer.generation.tokens import Tokens
 from lm_eval_adainfer.prefill.prefixes import Prefix
 from lm_eval_adainfer.readers.base import HEAD, Reader
@@ -35,8 +36,9 @@ class DecoderState:
         places: Rows at once, at most.
         capacity: Slots: at least a row's prompt and text together.
         kv_policy: A key of ``policies.KV_POLICIES``.
-        shortlist: Candidates per token for screening (``head_check=shortlist``); 0 reads the full vocabulary at
-            every check.
+        shortlist: Candidates per token for screening (``head_check=shortlist``); 0 for none.
+        screen: First token ids for screening (``head_check=screen``); 0 for none. Without either the full vocabulary is
+            read at every check.
         reader: How blocks are read at the newest tokens, each on its own; the cache holds states as they are.
 
     Attributes:
@@ -53,6 +55,7 @@ class DecoderState:
         joined: The places of the rows that have joined and have no token yet.
         pending: [places, capacity, h], of every token the output of its deepest block; None until one leaves early.
         results: What was decoded, for every row that ever joined.
+        screen: What screens read of the head; None where nothing is screened so.
         copied: Tokens x blocks of prefixes that were copied.
     """
 
@@ -66,12 +69,15 @@ class DecoderState:
         capacity: int,
         kv_policy: str = "recompute",
         shortlist: int = 0,
+        screen: int = 0,
         reader: Reader = HEAD,
     ):
         self.anatomy, self.stopper, self.checked = anatomy, stopper, frozenset(schedule.blocks)
         self.reader = reader
         self.windows, self.policy = windows, KV_POLICIES[kv_policy]()
-        self.shortlist = min(shortlist, anatomy.vocab_size) if features.needs_head(stopper.features) else 0
+        reads_head = features.needs_head(stopper.features)
+        self.shortlist = min(shortlist, anatomy.vocab_size) if reads_head else 0
+        self.screen = Screen(screen) if reads_head and 0 < screen < anatomy.vocab_size else None
         self.parts = features.needed_parts(stopper.features) if self.checked else []
         # a strategy that asks nothing stops every token at its one block; deeper ones are never needed
         self.deepest = schedule.blocks[0] if schedule.blocks and not stopper.features else anatomy.n_blocks
@@ -100,6 +106,10 @@ class DecoderState:
         """The first slot of a row behind its prefix."""
         prefix = self.prefixes[place]
         return self.pad[place] + (0 if prefix is None else prefix.width)
+
+    def text(self, place: int) -> Tensor:
+        """[n] token ids of a row that is stepped, prompt and new tokens."""
+        return self.slots[place, self.pad[place] : self.length - bool(self.joined)]
 
     # ------------------------------------------------------------------ rows come and go
 
@@ -152,6 +162,8 @@ class DecoderState:
     def _leave(self, place: int) -> None:
         """The row in the last place takes over this one."""
         last = len(self.rows) - 1
+        if self.screen is not None:
+            self.screen.forget(self.rows[place])
         by_place: list[list] = [self.rows, self.pad, self.prompt_end, self.prefixes, *self.known]
         for values in by_place:
             values[place] = values[last]

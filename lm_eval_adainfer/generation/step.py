@@ -46,6 +46,9 @@ class Step:
         self.decisions = Decisions(decoder, range(len(decoder.rows)))
         self.layout = LAYOUTS[decoder.windows.layout](decoder.windows, len(decoder.rows), self.length)
         self.tokens: Tokens | None = None
+        # of the last block: the rows in flow, what each misses, and what comes of it
+        self._last_split: tuple[list[int], list[int], tuple[Tokens, Tokens | None]] | None = None
+        self._stored: tuple[Tokens, Tensor] | None = None  # what the last block stored, and that laid out
         self.first, self.end = 1, 0
         self._carried: Tensor | None = None  # hidden states on their way from one forward to the next
         self._aside = False  # while a block is called for something else: its keys and values alone, or a prefix
@@ -111,13 +114,10 @@ class Step:
         if lacking := decoder.without_prefix(k, decisions.flow):
             with self._doing_else():
                 decoder.take_prefix(k, lacking)
-        missing = [decoder.known[k - 1][row] for row in decisions.flow]
-        # the last prompt token is the first that decides: what lies behind it may have left, what lies before can't
-        first_exits = [decoder.prompt_end[row] - 1 for row in decisions.flow]
-        tokens, stored = decoder.policy.split(decisions.flow, missing, first_exits, self.length - 1)
+        tokens, stored = self._split(k)
         if stored is not None:
             self._store(k, stored, args, kwargs, original)
-        if self.tokens is None or tokens != self.tokens:
+        if self.tokens is None or (tokens is not self.tokens and tokens != self.tokens):
             hidden = layout.assemble(hidden, self.tokens, tokens, decoder.kept)
             self.tokens = tokens
         tokens = self.tokens
@@ -129,10 +129,26 @@ class Step:
         new_args, new_kwargs = walk([list(args), kwargs], layout.cutter(k, tokens, original, hidden))
         return tuple(new_args), new_kwargs
 
+    def _split(self, k: int) -> tuple[Tokens, Tokens | None]:
+        """What block k runs and what it only stores; blocks that miss the same get the same objects."""
+        decoder, flow, known = self.decoder, self.decisions.flow, self.decoder.known[k - 1]
+        missing = [known[row] for row in flow]
+        if self._last_split is None or self._last_split[:2] != (flow, missing):
+            # the last prompt token is the first that decides: what lies behind it may have left, what lies before can't
+            first_exits = [decoder.prompt_end[row] - 1 for row in flow]
+            found = decoder.policy.split(flow, missing, first_exits, self.length - 1)
+            self._last_split = (flow, missing, found)
+        return self._last_split[2]
+
     def _store(self, k: int, stored: Tokens, args: tuple, kwargs: dict, original: Tensor) -> None:
         """Project the kept states of these tokens into block k's keys and values, and leave the block there."""
         decoder, layout = self.decoder, self.layout
-        hidden = layout.laid_out(stored, decoder.kept(stored, original.device))
+        shaped = layout.shaped
+        if self._stored is not None and stored is self._stored[0] and self._stored[1].device == original.device:
+            hidden = self._stored[1]  # the same states in one block after the other
+        else:
+            hidden = layout.laid_out(stored, decoder.kept(stored, original.device))
+            self._stored = stored, hidden
         decoder.cache.call = layout.call(stored, store_only=True)
         new_args, new_kwargs = walk([list(args), kwargs], layout.cutter(k, stored, original, hidden))
         self._aside = True  # this call's hooks are other people's alone
@@ -143,7 +159,7 @@ class Step:
         else:
             raise RuntimeError("a block ran on after its keys and values were stored")
         finally:
-            self._aside = False
+            self._aside, layout.shaped = False, shaped
         count_stored(self.decisions.results, k, stored)
 
     @contextmanager

@@ -59,6 +59,7 @@ def fingerprint(lm: Any) -> str:
             {
                 "kv_policy": lm.options.kv_policy,
                 "shortlist": lm.options.shortlist,
+                **({"screen": lm.options.screen} if lm.options.screen else {}),
                 **({"token_stopper": lm.token_stopper.describe()} if lm.reader.runs_tokens else {}),
                 **({"token_reader": lm.token_reader.name} if lm.reader.runs_tokens else {}),
             }

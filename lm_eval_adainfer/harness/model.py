@@ -127,7 +127,8 @@ class AdaInferLM(HFLM):
             is ``propagate``, for the prompt as well.
         head_check: How ``generate_until`` asks the stopper: ``exact`` (default): from the full vocabulary at every
             checked block; ``shortlist`` (or ``shortlist:64``, the number of candidates): from the top tokens of the
-            token's previous full check, confirmed by the full vocabulary before it leaves: never sooner than ``exact``.
+            token's previous full check, confirmed by the full vocabulary before it leaves: never sooner than ``exact``;
+            ``screen`` (or ``screen:4096``): likewise from the first 4,096 token ids and the row's own tokens.
         prefix_cache: Tokens of a prefix shared by documents (few-shot examples, a system prompt) that are run once and
             whose keys and values are kept while these documents are scored; 0 runs every prompt whole. Default 4096.
         pilot: How many documents of every task an evaluation answers dense, too, before it begins, to warn where early
@@ -313,7 +314,12 @@ class AdaInferLM(HFLM):
                 f"{self.token_stopper.kind} with {', '.join(self.token_stopper.features)} does not; use "
                 "head_check=exact"
             )
-        if self.options.shortlist:
+        if self.options.screen and features.needs_head(self.token_stopper.features) and not self.token_stopper.rises:
+            raise AdaInferError(
+                "head_check: screen needs a stopper that reads the head for gap or top_prob alone and stops where they "
+                f"are large, as gap and softmax do, and {self.token_stopper.kind} does not; use head_check=exact"
+            )
+        if self.options.shortlist or self.options.screen:
             self.anatomy.require_candidates()
         if features.needs_choices(strategy.features):
             with self._autocast():
@@ -907,7 +913,7 @@ class AdaInferLM(HFLM):
         shares = self.options.prefix_cache and len(requests) > 1 and self._prompt_exits is None
         generator = Generator(
             self.anatomy, self.token_stopper, self.token_schedule, self._windows, self.tokenizer,
-            self.options.kv_policy, self.options.shortlist, self.token_reader, self._prompt_exits,
+            self.options.kv_policy, self.options.shortlist, self.options.screen, self.token_reader, self._prompt_exits,
             self._sharing().rule if shares else None, self.options.prefix_cache,
         )  # fmt: skip
         is_quiet = disable_tqdm or self.rank != 0

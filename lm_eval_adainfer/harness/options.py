@@ -20,6 +20,7 @@ from lm_eval_adainfer.strategies import specs
 from lm_eval_adainfer.strategies.base import Stopper
 
 SHORTLIST = 64  # candidates of head_check=shortlist
+SCREEN = 4096  # first token ids of head_check=screen
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,8 @@ class Options:
         log_features: Whether samples hold features.
         generation: ``early`` or ``dense``.
         kv_policy: A key of ``KV_POLICIES``.
-        shortlist: Candidates per token of ``head_check=shortlist``; 0 for ``exact``.
+        shortlist: Candidates per token of ``head_check=shortlist``; else 0.
+        screen: First token ids of ``head_check=screen``; else 0.
         prefix_cache: Tokens of a prefix at most; 0 for none.
         pilot: Documents of a task that are also answered dense.
         reader: How blocks are read.
@@ -43,6 +45,7 @@ class Options:
     generation: str
     kv_policy: str
     shortlist: int
+    screen: int
     prefix_cache: int
     pilot: int
     reader: Reader
@@ -71,7 +74,7 @@ class Options:
             raise AdaInferError(f"generation: {generation!r} is neither dense nor early")
         if kv_policy is not None and kv_policy not in KV_POLICIES:
             raise AdaInferError(f"kv_policy: {kv_policy!r} is neither {' nor '.join(KV_POLICIES)}")
-        candidates = _shortlist(head_check)
+        candidates, screen = _head_check(head_check)
         if not str(prefix_cache).isdecimal():
             raise AdaInferError(f"prefix_cache: {prefix_cache!r} is no number of tokens; give 0 or more")
         if not str(pilot).isdecimal():
@@ -84,7 +87,7 @@ class Options:
                 f"reader={found.name} does not have; leave it out, or give propagate"
             )
         tokens = _token_stopper(token_stopper, found)
-        return cls(strategy, logs, generation, policy, candidates, int(prefix_cache), int(pilot), found, tokens)
+        return cls(strategy, logs, generation, policy, candidates, screen, int(prefix_cache), int(pilot), found, tokens)
 
 
 def check_stock(options: Mapping[str, Any]) -> None:
@@ -136,15 +139,19 @@ def _token_stopper(spec: Any, reader: Reader) -> Stopper:
     return found
 
 
-def _shortlist(head_check: Any) -> int:
-    """Candidates per token, 0 for ``exact``."""
+def _head_check(head_check: Any) -> tuple[int, int]:
+    """Candidates per token of ``shortlist``, first token ids of ``screen``; 0 where it is another one."""
     name, colon, number = str(head_check).strip().partition(":")
     if name == "exact" and not colon:
-        return 0
-    if name == "shortlist" and (not colon or (number.isdecimal() and int(number) >= 2)):
-        return int(number) if colon else SHORTLIST
+        return 0, 0
+    if not colon or (number.isdecimal() and int(number) >= 2):
+        if name == "shortlist":
+            return int(number) if colon else SHORTLIST, 0
+        if name == "screen":
+            return 0, int(number) if colon else SCREEN
     raise AdaInferError(
-        f"head_check: {head_check!r} is neither exact nor shortlist nor shortlist:N with N candidates, 2 or more"
+        f"head_check: {head_check!r} is none of exact, shortlist, shortlist:N with N candidates, screen, and screen:N "
+        "with the N first token ids, 2 or more"
     )
 
 

@@ -66,10 +66,10 @@ def differences(promise: Mapping[str, Any], lm: Any, tasks: Mapping[str, Any], h
         settings = promise.get("generation_kwargs")
         if settings is not None and settings != generation_of(tasks):
             found.append("other generation_kwargs")
-        screened = promise.get("shortlist") or 0
-        if lm.options.shortlist != screened:
-            mine, other = ("shortlist" if n else "exact" for n in (lm.options.shortlist, screened))
-            found.append(f"head_check {mine} instead of {other}")
+        for name in ("shortlist", "screen"):
+            mine, theirs = getattr(lm.options, name), promise.get(name) or 0
+            if mine != theirs:
+                found.append(f"head_check {name if mine else 'exact'} instead of {name if theirs else 'exact'}")
     if promise.get("test_size") is not None and (how.get("limit") or how.get("samples")):
         found.append(f"a part of the {promise['test_size']!s:.20} documents that it is about")
     return found + _of_asking(promise, lm, how)

@@ -24,11 +24,11 @@ def of(lm: Any, sharing: Sharing | None, windows: Windows | None) -> dict[str, A
     """
     totals = lm.run_totals or lm.totals()
     tokens, seconds = totals["generated_tokens_counted"], totals["seconds_generating_measured"]
-    policy, candidates = lm.options.kv_policy, lm.options.shortlist
+    policy, checks = lm.options.kv_policy, ((n, getattr(lm.options, n)) for n in ("shortlist", "screen"))
     how = {
         "kv_policy": policy + ("" if KV_POLICIES[policy].exact else " (approximate)"),
         **({"token_stopper": lm.token_stopper.describe()} if lm.reader.runs_tokens else {}),
-        "head_check": f"shortlist:{candidates}" if candidates else "exact",
+        "head_check": next((f"{name}:{tokens}" for name, tokens in checks if tokens), "exact"),
     }
     return {
         "stopper": lm.stopper.describe(),

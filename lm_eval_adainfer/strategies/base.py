@@ -31,6 +31,7 @@ class Stopper(ABC):
     kind: str
     features: tuple[str, ...] = ()
     memory: int = 0
+    rises: bool = False  # whether it reads the head for ``gap`` or ``top_prob`` alone, and its margin grows with them
     removes_blocks: bool = False  # whether ``dropped_blocks`` are to be taken out of the model
     dropped_blocks: tuple[int, ...] = ()  # blocks that no document ever runs, known after :meth:`bind`
     arrays: Mapping[str, np.ndarray] = {}

@@ -34,6 +34,7 @@ class GapStopper(Stopper):
 
     kind = "gap"
     features = ("gap",)
+    rises = True
 
     def __init__(self, threshold: float = 0.8):
         if not 0.0 <= threshold <= 1.0:
@@ -72,6 +73,7 @@ class SaturationStopper(GapStopper):
 
     kind = "saturation"
     features = ("cos_hidden",)
+    rises = False
 
     def margin(self, block: int, values: Tensor, memory: Tensor | None = None) -> Tensor:
         """The cosine minus threshold; rounding may put a cosine above 1, and a threshold of 1 never stops."""
@@ -126,6 +128,7 @@ class ChoiceGapStopper(GapStopper):
 
     kind = "choice_gap"
     features = ("choice_gap",)
+    rises = False
 
     def __init__(self, threshold: float = 0.5, blocks: int = 1):
         super().__init__(threshold)

@@ -24,7 +24,8 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from lm_eval_adainfer.errors import UnsupportedModelError
 from lm_eval_adainfer.structure import hashes, opaque, private
 from lm_eval_adainfer.structure.arguments import BatchRule, _tensors, batch_factors, hidden_of
-from lm_eval_adainfer.structure.head import _candidate_logits, _is_slow_with_few_rows, few_rows_linear
+from lm_eval_adainfer.structure.few_rows import few_rows_linear, wide_is_slow
+from lm_eval_adainfer.structure.head import _some_logits
 from lm_eval_adainfer.structure.hooks import _Call, _recorded, replaced_forward
 from lm_eval_adainfer.structure.rounding import (
     Rounding,
@@ -288,24 +289,25 @@ class Anatomy:
 
     # ------------------------------------------------------------------ use
     @torch.no_grad()
-    def logits(self, hidden: Tensor, candidates: Tensor | None = None) -> Tensor:
+    def logits(self, hidden: Tensor, candidates: Tensor | None = None, first: int = 0) -> Tensor:
         """Final norm and output head, by the model's own code (soft-caps, scales and biases included).
 
         Args:
             hidden: [n, block width], outputs of any block at n positions.
             candidates: [n, C] token ids; only their logits are computed (see :meth:`require_candidates`).
+            first: Only the logits of so many first token ids are computed, and then those of the candidates; 0: none.
 
         Returns:
-            [n, V] (or [n, C]) logits in the model's dtype.
+            [n, V] (or [n, first + C]) logits in the model's dtype.
         """
-        return self._read(hidden, candidates)
+        return self._read(hidden, candidates, first)
 
     def differentiable_logits(self, hidden: Tensor) -> Tensor:
         """As :meth:`logits`, on the way of which gradients reach ``hidden``."""
         with torch.enable_grad():
             return self._read(hidden, None)
 
-    def _read(self, hidden: Tensor, candidates: Tensor | None) -> Tensor:
+    def _read(self, hidden: Tensor, candidates: Tensor | None, first: int = 0) -> Tensor:
         x = hidden.unsqueeze(1)
         for module in self.tail:
             x = module(x)
@@ -314,10 +316,12 @@ class Anatomy:
         with ExitStack() as stack:
             stack.enter_context(replaced_forward(self._base, lambda *args, **kwargs: stub))
             head = self.model.get_output_embeddings()
-            if candidates is not None:
-                stack.enter_context(replaced_forward(head, lambda y: _candidate_logits(head, y, candidates)))
-            elif not torch.is_grad_enabled() and _is_slow_with_few_rows(head, len(x)):
-                stack.enter_context(replaced_forward(head, lambda y: few_rows_linear(y, head.weight, head.bias)))
+            slow = not torch.is_grad_enabled() and wide_is_slow(head, len(x))
+            linear: Any = few_rows_linear if slow else nn.functional.linear
+            if candidates is not None or first:
+                stack.enter_context(replaced_forward(head, lambda y: _some_logits(head, y, candidates, first, linear)))
+            elif slow:
+                stack.enter_context(replaced_forward(head, lambda y: linear(y, head.weight, head.bias)))
             return self.model(input_ids=ids, use_cache=False).logits[:, -1, :]
 
     def keep_head_loaded(self) -> None:
@@ -351,8 +355,9 @@ class Anatomy:
 
         def probe() -> float:
             states = x.to(self.model.get_input_embeddings().weight.dtype)
-            whole = self.logits(states).gather(1, some)
-            return logits_distance(self.logits(states, some), whole)
+            whole, first = self.logits(states), min(5, self.vocab_size)
+            expected = torch.cat([whole[:, :first], whole.gather(1, some)], dim=1)
+            return logits_distance(self.logits(states, some, first), expected)
 
         try:
             good = probed(self, "logits", probe).is_rounding
@@ -360,8 +365,8 @@ class Anatomy:
             good = False
         if not good:
             raise UnsupportedModelError(
-                f"head_check: the output head of {self.name} can't be read for a few tokens alone, so shortlist does "
-                "not work with it; use head_check=exact"
+                f"head_check: the output head of {self.name} can't be read for a few tokens alone, so shortlist and "
+                "screen do not work with it; use head_check=exact"
             )
 
     def head_hash(self) -> str:

@@ -110,6 +110,7 @@ def promise(
         "real_runs": True,
         "kv_policy": candidate.kv_policy,
         "shortlist": lm.options.shortlist,
+        "screen": lm.options.screen,
         "generation_kwargs": generation_of({of.name: of.task for of in all_of}),
         "reader": candidate.reader.name,
         "min_layer": 1,
