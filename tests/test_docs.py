@@ -28,6 +28,7 @@ DOCS = ROOT / "docs"
 MOST = {"README.md": 100, "quickstart.md": 10, "your-model.md": 4, "your-stopper.md": 20, "comparing.md": 30,
         "strategies.md": 10, "guarantee.md": 10, "extending.md": 1,
         "tune.md": 150, "demo-model.md": 30}  # --limit, --documents
+PRETRAINED = "real-model.md"
 GUIDE = sorted(p.name for p in DOCS.glob("*.md"))
 _BLOCK = re.compile(r"(?:<!-- (?P<mark>[^>]*?) -->\n)?```(?P<language>\w*)\n(?P<text>.*?)```", re.DOTALL)
 _NUMBER = re.compile(r"[+-]?\d[\d,.]*(?:e[+-]\d+)?%?|N/A")
@@ -262,9 +263,24 @@ def test_measured_errors_are_compared_by_their_format():
     assert not printed_so(line.format("1.9e-05"), line.format("2.6e-06").replace("24", "23"))
 
 
+@pytest.mark.slow
+def test_the_commands_and_figures_of_the_page_on_a_pretrained_model(
+    shared, tmp_path, monkeypatch, capsys, only_our_tasks
+):
+    """A quarter of an hour on two cores; without the file, which the page downloads, there is nothing to run."""
+    folder = shared / "models" / "smollm2-135m-instruct"
+    if not folder.is_dir():
+        pytest.skip("no SmolLM2 here")
+    pytest.importorskip("gguf")
+    (tmp_path / "smollm2").symlink_to(folder)
+    monkeypatch.setenv("ADAINFER_DATA", str(shared / "hf" / "function_vectors"))
+    monkeypatch.chdir(tmp_path)
+    assert run_page(PRETRAINED, None, monkeypatch, capsys) == 0
+
+
 def test_no_page_with_commands_is_left_out():
     with_commands = {p for p in ["README.md", *GUIDE] if any(b["mark"].startswith("runs") for b in blocks_of(p))}
-    assert with_commands == {*MOST, "ci.md"}
+    assert with_commands == {*MOST, "ci.md", PRETRAINED}
 
 
 def test_the_workflow(tmp_path, monkeypatch, capsys, only_our_tasks):
