@@ -150,7 +150,8 @@ def test_check_and_report_select_too_and_the_config_file_knows_the_keys(tmp_path
 def test_the_tasks_that_run_are_those_compared_with_a_baseline_that_holds_more(tmp_path, capsys, monkeypatch):
     a, b = make(tmp_path / "a", flexible=1), make(tmp_path / "b", flexible=0, drop=("arc", "sst2"))
     monkeypatch.setattr(running, "run_both", lambda *args, baseline=None, **options: running.Made(baseline or str(b), str(b)))
-    knows = {"__init__": lambda self, **options: None, "match_tasks": lambda self, names: names, "all_tasks": []}
+    knows = {"__init__": lambda self, **options: None, "match_tasks": lambda self, names: names,
+             "all_tasks": ["a_tag_of_lm_eval", "gsm8k"]}  # fmt: skip
     knowing_all = type("Manager", (), knows)
     monkeypatch.setattr("lm_eval.tasks.TaskManager", knowing_all)
     run = ["check", "--run", "--model_args", "pretrained=m", "--max-drop", "0.2", "--format", "json"]
