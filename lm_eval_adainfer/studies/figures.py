@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -77,5 +78,6 @@ def _picture(study: str, name: str, title: str, traces: Sequence[TracedDocuments
             figure = figures.accuracy(per_block.accuracy_panels(traces, figures.PANELS))
         else:
             figure = figures.features(per_block.feature_lines(traces))
-        figure.suptitle(f"{title} ({tables.LABEL})", fontsize=9)
+        width = int(12 * figure.get_figwidth())  # characters of this size; what is longer would be cut off
+        figure.suptitle("\n".join(textwrap.wrap(f"{title} ({tables.LABEL})", width)), fontsize=9)
         return figures.files(figure, name)[f"{name}.png"]

@@ -143,7 +143,7 @@ def run(
     """
     output = Path(output)
     test = load(tracer(recipe.shots, "test"))
-    about = f"{test[0].meta['model']}, {test[0].n_blocks} blocks"
+    about = f"{Path(test[0].meta['model']).name}, {test[0].n_blocks} blocks"
     if recipe.study != "table":
         return figures.write(recipe.study, recipe.name, f"{recipe.title}: {about}", test, output)
     fits = [how for how in recipe.stoppers.values() if isinstance(how, dict) and how.get("train") != "other_model"]
