@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import ExitStack
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 
 import torch
 from lm_eval.api.instance import Instance
@@ -116,6 +116,16 @@ def allowed(model: LlamaForCausalLM, lm: AdaInferLM, asked: list[Instance], keys
     return sum(interpolated(one, n) * count for n, count in calls.items()) + head * (new - 1)
 
 
+@contextmanager
+def identified(models: Iterable[HFLM]) -> Iterator[None]:
+    """Derive what identifies each of our models once for all its calls, as in a run."""
+    with ExitStack() as stack:
+        for lm in models:
+            if isinstance(lm, AdaInferLM):
+                stack.enter_context(lm.identified())
+        yield
+
+
 def measure(model: LlamaForCausalLM, lengths: list[int], batch_sizes: list[int], repeats: int) -> Iterator[dict]:
     """A row of ratios for every prompt length and batch size; times are of whole calls, prefill included."""
     model.generation_config.eos_token_id = None
@@ -134,8 +144,7 @@ def measure(model: LlamaForCausalLM, lengths: list[int], batch_sizes: list[int],
                         lm.stopper.restart()
                     lm.generate_until(asked, disable_tqdm=True)
 
-                if isinstance(lm, AdaInferLM):
-                    stack.enter_context(lm.identified())  # once, as in a run
+                stack.enter_context(identified([lm]))
                 return act
 
             def ours(common: dict = common, **arguments: object) -> AdaInferLM:

@@ -7,7 +7,6 @@ The stopper is asked after every sixth block, from the whole head (``exact``) or
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack
 from functools import partial
 
 import torch
@@ -15,7 +14,7 @@ from lm_eval.models.huggingface import HFLM
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
-from benchmarks.decoding import requests
+from benchmarks.decoding import identified, requests
 from benchmarks.models import alternately, make_tokenizer, over
 from lm_eval_adainfer.harness.model import AdaInferLM
 from lm_eval_adainfer.strategies.rules import GapStopper
@@ -55,10 +54,7 @@ def measure(model: LlamaForCausalLM, lengths: list[int], batch_sizes: list[int],
                 "half": AdaInferLM(**common, **there),
                 "half, screen": AdaInferLM(**common, **there, head_check="screen"),
             }
-            with ExitStack() as stack:
-                for lm in sides.values():
-                    if isinstance(lm, AdaInferLM):
-                        stack.enter_context(lm.identified())  # once, as in a run
+            with identified(sides.values()):
                 acts = {name: partial(lm.generate_until, asked, disable_tqdm=True) for name, lm in sides.items()}
                 rounds = alternately(acts, repeats)
             yield {

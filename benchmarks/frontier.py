@@ -59,42 +59,46 @@ def points(folder: Path, tasks: Sequence[str] | None = None) -> dict[str, Any]:
     n_blocks = traces[0].n_blocks
     readers = {"head": tuple(range(1, n_blocks)), chosen["reader"]: tuple(chosen["check_layers"])}
     stopper = stopper_files.load(folder / STOPPER)
-    lines = {reader: _line(traces, reader, blocks) for reader, blocks in readers.items()}
+    lines = {reader: _points(traces, reader, GapStopper(0.5), blocks) for reader, blocks in readers.items()}
     return {
         "simulated": "from traces of the test documents",
         "tasks": [trace.meta["task"] for trace in traces],
         "documents": sum(len(trace.doc_ids) for trace in traces),
         "blocks": {reader: list(blocks) for reader, blocks in readers.items()},
-        "dense": _at(traces, "head", GapStopper(1.0), (), 1.0),
+        "dense": _points(traces, "head", GapStopper(1.0), (), [1.0])[0],
         "lines": lines,
         "recommended": {
             "name": f"recommended: {chosen['reader']}, {chosen['stopper']}",
-            **_at(traces, chosen["reader"], stopper, tuple(chosen["check_layers"]), chosen["threshold"]),
+            **_points(traces, chosen["reader"], stopper, readers[chosen["reader"]], [chosen["threshold"]])[0],
         },
     }
 
 
-def _line(traces: Sequence[TracedDocuments], reader: str, blocks: tuple[int, ...]) -> list[dict[str, float]]:
-    rule = GapStopper(0.5)
-    rule.reader = parse(reader)
-    at = [k - 1 for k in blocks]
-    gaps = np.concatenate([scores(rule, trace.under(reader))[:, at].ravel() for trace in traces])
-    thresholds = np.unique(np.quantile(gaps, np.linspace(0, 1, QUANTILES)))
-    return [_at(traces, reader, rule, blocks, float(threshold)) for threshold in thresholds]
-
-
-def _at(
-    traces: Sequence[TracedDocuments], reader: str, stopper: Stopper, blocks: tuple[int, ...], threshold: float
-) -> dict[str, float]:
+def _points(
+    traces: Sequence[TracedDocuments],
+    reader: str,
+    stopper: Stopper,
+    blocks: tuple[int, ...],
+    thresholds: Sequence[float] | None = None,
+) -> list[dict[str, float]]:
+    """A point per threshold; by default at quantiles of what the stopper says after these blocks."""
     views = [trace.under(reader) for trace in traces]
-    exits = [left(scores(stopper, view), blocks, threshold) for view in views]
-    right = np.concatenate([at_exit(view.right, exit_layer) for view, exit_layer in zip(views, exits, strict=True)])
+    said, right = (np.concatenate(found) for found in ([scores(stopper, v) for v in views], [v.right for v in views]))
     work = Work.of(views, parse(reader), stopper)
-    low, high = wilson_interval(np.array(right.mean()), len(right))
+    if thresholds is None:
+        thresholds = np.unique(np.quantile(said[:, [k - 1 for k in blocks]], np.linspace(0, 1, QUANTILES))).tolist()
+    return [_point(threshold, left(said, blocks, threshold), right, work, blocks) for threshold in thresholds]
+
+
+def _point(
+    threshold: float, exit_layer: np.ndarray, right: np.ndarray, work: Work, blocks: tuple[int, ...]
+) -> dict[str, float]:
+    got = at_exit(right, exit_layer)
+    low, high = wilson_interval(np.array(got.mean()), len(got))
     return {
         "threshold": threshold,
-        "work": work.ratio(np.concatenate(exits), blocks),
-        "acc": float(right.mean()),
+        "work": work.ratio(exit_layer, blocks),
+        "acc": float(got.mean()),
         "acc_low": float(low),
         "acc_high": float(high),
     }

@@ -7,13 +7,12 @@ blocks on average. Texts are longer than their prompts, so that decoding is what
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack
 
 from lm_eval.models.huggingface import HFLM
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
-from benchmarks.decoding import RandomExits, requests
+from benchmarks.decoding import RandomExits, identified, requests
 from benchmarks.models import alternately, make_tokenizer, over
 from lm_eval_adainfer.harness.model import AdaInferLM
 
@@ -57,10 +56,7 @@ def measure(model: LlamaForCausalLM, lengths: list[int], batch_sizes: list[int],
                 if name == "recompute":
                     depth[:] = [answer.exit_record.exit_layer for answer in answers]
 
-            with ExitStack() as stack:
-                for lm in sides.values():
-                    if isinstance(lm, AdaInferLM):
-                        stack.enter_context(lm.identified())  # once, as in a run
+            with identified(sides.values()):
                 rounds = alternately({name: lambda name=name: run(name) for name in sides}, repeats)
             yield {
                 "prompt tokens": tokens,

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from lm_eval_adainfer.structure.hooks import replaced_forward
 
 _WIDE_ROWS = 64  # rows of a product with the head that MKL is slow for
+_WIDE_NARROW = 4  # rows up to which the weight goes first in such a product
 _WIDE_PIECE = 512  # rows of the head's weight in one piece of such a product
 _ROWS = {False: 4, True: 16}  # rows of a product with a block's weight that MKL is slow for: one thread, or several
 _PIECE = 64  # rows of such a weight in one piece
@@ -59,14 +60,19 @@ def few_rows_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     pieces = weight[:whole].view(count, _WIDE_PIECE, h)
     found = rows.new_empty(n, width)
     into = found[:, :whole].view(n, count, _WIDE_PIECE)
-    if n <= 4:
-        into.copy_(torch.bmm(pieces, rows.T.expand(count, h, n)).permute(2, 0, 1))
-    else:
-        into.copy_(torch.bmm(rows.expand(count, n, h), pieces.transpose(1, 2)).transpose(0, 1))
+    into.copy_(_batched(rows, pieces, _WIDE_NARROW))
     found[:, whole:] = nn.functional.linear(rows, weight[whole:])
     if bias is not None:
         found += bias
     return found.view(*x.shape[:-1], width)
+
+
+def _batched(rows: Tensor, pieces: Tensor, narrow: int) -> Tensor:
+    """[n, count, width], rows [n, h] times pieces [count, width, h]; up to ``narrow`` rows the weight goes first."""
+    (n, h), count = rows.shape, len(pieces)
+    if n <= narrow:
+        return torch.bmm(pieces, rows.T.expand(count, h, n)).permute(2, 0, 1)
+    return torch.bmm(rows.expand(count, n, h), pieces.transpose(1, 2)).transpose(0, 1)
 
 
 @contextmanager
@@ -90,18 +96,13 @@ def _in_pieces(linear: nn.Linear, most: int) -> Callable[[Tensor], Tensor]:
     width, size = linear.weight.shape
     count = width // _PIECE
     pieces, bias = linear.weight.detach().view(count, _PIECE, size), linear.bias
-    turned = pieces.transpose(1, 2)
 
     def forward(x: Tensor) -> Tensor:
         n = x.numel() // size
         if not 0 < n <= most or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
             return nn.functional.linear(x, linear.weight, bias)
         rows = x.reshape(n, size)
-        if n <= _NARROW:
-            found = torch.bmm(pieces, rows.T.expand(count, size, n)).permute(2, 0, 1)
-        else:
-            found = torch.bmm(rows.expand(count, n, size), turned).transpose(0, 1)
-        found = found.reshape(n, width)
+        found = _batched(rows, pieces, _NARROW).reshape(n, width)
         return (found if bias is None else found + bias).view(*x.shape[:-1], width)
 
     return forward

@@ -68,18 +68,23 @@ def table(
         raise AdaInferError(f"recipe: none of its strategies can be had; {notes[0]}")
     for task in [*tasks, "pooled"] if len(tasks) > 1 else tasks:
         for few in (False, True):
+            of = {
+                reader_name: [
+                    t for t in traces
+                    if task in ("pooled", t.meta["task"]) and not t.generated and (t.meta["num_fewshot"] > 0) == few
+                ]
+                for reader_name, traces in under.items()
+            }  # fmt: skip
+            first = of[readers[0].name]
+            if not first:
+                continue
+            shots = "/".join(map(str, sorted({t.meta["num_fewshot"] for t in first})))
+            constant = best_constant(first)
+            notes += _hopeless(task, shots, first, constant)
             for (name, reader_name), found in margins.items():
-                members = [t for t in under[reader_name] if task in ("pooled", t.meta["task"]) and not t.generated]
-                members = [t for t in members if (t.meta["num_fewshot"] > 0) == few]
-                if not members:
-                    continue
-                shots = "/".join(map(str, sorted({t.meta["num_fewshot"] for t in members})))
                 own = {"reader": reader_name} if len(readers) > 1 else {}
-                numbers = evaluate(members, [found[t.setting] for t in members], seed=seed)
-                constant = best_constant(members)
+                numbers = evaluate(of[reader_name], [found[t.setting] for t in of[reader_name]], seed=seed)
                 rows.append({"task": task, "shots": shots, "stopper": name, **own, **numbers, "constant": constant})
-                if (name, reader_name) == next(iter(margins)):
-                    notes += _hopeless(task, shots, members, constant)
     return rows, notes
 
 

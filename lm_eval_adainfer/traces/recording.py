@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 import shutil
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -46,7 +46,7 @@ def trace(
     output: str | Path,
     num_fewshot: int | Sequence[int] | None = None,
     split: str = "train",
-    limit: int | None = None,
+    limit: int | Mapping[str, int] | None = None,
     seed: int = 0,
     fewshot_seed: int = 1234,
     asked: Asking | None = None,
@@ -63,7 +63,7 @@ def trace(
         split: Of ``splits.SPLITS``. A fixed hash divides the task's training documents into ``train`` and
             ``calibrate``, and ``test`` are its evaluation documents; where it has no training split, the hash divides
             these into all three.
-        limit: At most so many documents, drawn with ``seed``.
+        limit: At most so many documents of each task, or of a task by its name, drawn with ``seed``.
         seed: Of that draw.
         fewshot_seed: Of the shots, as ``lm_eval``'s.
         asked: Chat template, system instruction and the like; by default none.
@@ -76,7 +76,8 @@ def trace(
     Raises:
         AdaInferError: On a task that can't be traced, or a file there that an unequal call made.
     """
-    check_arguments(split, limit, num_fewshot)
+    limits: Mapping[str, int | None] = limit if isinstance(limit, Mapping) else dict.fromkeys(tasks, limit)
+    check_arguments(split, min((n for n in limits.values() if n is not None), default=None), num_fewshot)
     for name, task in tasks.items():
         if task.OUTPUT_TYPE not in OUTPUT_TYPES:
             raise AdaInferError(f"tasks: {name} is a {task.OUTPUT_TYPE} task; traced are {', '.join(OUTPUT_TYPES)}")
@@ -96,7 +97,7 @@ def trace(
             files.append(path)
             if len(numbers) > 1:
                 _logger.info("%s: file %d of %d", path, len(files), len(numbers) * len(tasks))
-            with documents_of(task, name, split, limit, seed, shots) as doc_ids:
+            with documents_of(task, name, split, limits[name], seed, shots) as doc_ids:
                 task.set_fewshot_seed(seed=fewshot_seed)
                 asked.build_requests(lm, task)
                 instances = _traced_instances(task, name)
@@ -109,7 +110,7 @@ def trace(
                     "task_version": str(task.VERSION),
                     "num_fewshot": shots,
                     "split": split,
-                    "limit": limit,
+                    "limit": limits[name],
                     "seed": seed,
                     "fewshot_seed": fewshot_seed,
                     **asked.identity(lm, task.OUTPUT_TYPE),

@@ -215,22 +215,18 @@ class Tuning:
         self, split: str, wanted: Sequence[tuple[Reader, tuple[int, ...]]], count: int, place: Path | None = None
     ) -> list[Path]:
         """Of the probe (``place``), so many documents of each task; else so many of all tasks in their mix."""
-        numbers = self._numbers(split, count) if place is None else dict.fromkeys(self.tasks, count)
-        files = []
-        for name, task in self.tasks.items():
-            files += recording.trace(
-                self.lm,
-                {name: task},
-                place or self.folder / "traces",
-                num_fewshot=self.settings.num_fewshot,
-                split=split,
-                limit=numbers[name],
-                seed=self.settings.seed,
-                fewshot_seed=self.settings.fewshot_seed,
-                asked=self.asked,
-                plan=Plan(self.lm.anatomy, tuple(wanted)),
-            )
-        return files
+        return recording.trace(
+            self.lm,
+            self.tasks,
+            place or self.folder / "traces",
+            num_fewshot=self.settings.num_fewshot,
+            split=split,
+            limit=self._numbers(split, count) if place is None else count,
+            seed=self.settings.seed,
+            fewshot_seed=self.settings.fewshot_seed,
+            asked=self.asked,
+            plan=Plan(self.lm.anatomy, tuple(wanted)),
+        )
 
     def _held(self, split: str) -> dict[str, int]:
         """How many documents every task's split holds."""
