@@ -16,12 +16,11 @@ from torch import Tensor, nn
 
 from lm_eval_adainfer.structure.hooks import replaced_forward
 
-_WIDE_ROWS = 64  # rows of a product with the head that MKL is slow for
-_WIDE_NARROW = 4  # rows up to which the weight goes first in such a product
+_WIDE_ROWS = 128  # rows of a product with the head that MKL is slow for
 _WIDE_PIECE = 512  # rows of the head's weight in one piece of such a product
-_ROWS = {False: 4, True: 16}  # rows of a product with a block's weight that MKL is slow for: one thread, or several
+_ROWS = {False: 4, True: 192}  # rows of a product with a block's weight that MKL is slow for: one thread, or several
 _PIECE = 64  # rows of such a weight in one piece
-_NARROW = 8  # rows up to which the weight goes first in such a product
+_ROWS_FIRST = range(7, 56)  # numbers of rows for which these go first, and not the weight
 _WORTH = 2**16  # numbers in a weight; with fewer, calls are what takes the time
 
 
@@ -60,19 +59,19 @@ def few_rows_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     pieces = weight[:whole].view(count, _WIDE_PIECE, h)
     found = rows.new_empty(n, width)
     into = found[:, :whole].view(n, count, _WIDE_PIECE)
-    into.copy_(_batched(rows, pieces, _WIDE_NARROW))
+    into.copy_(_batched(rows, pieces))
     found[:, whole:] = nn.functional.linear(rows, weight[whole:])
     if bias is not None:
         found += bias
     return found.view(*x.shape[:-1], width)
 
 
-def _batched(rows: Tensor, pieces: Tensor, narrow: int) -> Tensor:
-    """[n, count, width], rows [n, h] times pieces [count, width, h]; up to ``narrow`` rows the weight goes first."""
+def _batched(rows: Tensor, pieces: Tensor) -> Tensor:
+    """[n, count, width], rows [n, h] times pieces [count, width, h]."""
     (n, h), count = rows.shape, len(pieces)
-    if n <= narrow:
-        return torch.bmm(pieces, rows.T.expand(count, h, n)).permute(2, 0, 1)
-    return torch.bmm(rows.expand(count, n, h), pieces.transpose(1, 2)).transpose(0, 1)
+    if n in _ROWS_FIRST:
+        return torch.bmm(rows.expand(count, n, h), pieces.transpose(1, 2)).transpose(0, 1)
+    return torch.bmm(pieces, rows.T.expand(count, h, n)).permute(2, 0, 1)
 
 
 @contextmanager
@@ -102,7 +101,7 @@ def _in_pieces(linear: nn.Linear, most: int) -> Callable[[Tensor], Tensor]:
         if not 0 < n <= most or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
             return nn.functional.linear(x, linear.weight, bias)
         rows = x.reshape(n, size)
-        found = _batched(rows, pieces, _NARROW).reshape(n, width)
+        found = _batched(rows, pieces).reshape(n, width)
         return (found if bias is None else found + bias).view(*x.shape[:-1], width)
 
     return forward
