@@ -28,6 +28,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--stopper", default="gap:0.8", help="of the early run")
+    parser.add_argument("--sides", default="none,unshared,early", help="which are timed beside stock hf (%(default)s)")
     parser.add_argument("--repeats", type=int, default=3)
     options = parser.parse_args()
 
@@ -39,12 +40,13 @@ def main() -> None:
         requests += task.instances
     given = {"pretrained": options.pretrained, "dtype": options.dtype, "device": options.device,
              "batch_size": options.batch_size}  # fmt: skip
-    models = {
-        "stock hf": HFLM(**given),
-        "stopper=none": AdaInferLM(**given),
-        "stopper=none,prefix_cache=0": AdaInferLM(**given, prefix_cache=0),
-        f"stopper={options.stopper}": AdaInferLM(**given, stopper=options.stopper),
-    }
+    sides = {"none": {}, "unshared": {"prefix_cache": 0}, "early": {"stopper": options.stopper}}
+    if unknown := [name for name in options.sides.split(",") if name not in sides]:
+        parser.error(f"sides: {unknown[0]!r} is none of {', '.join(sides)}")
+    models = {"stock hf": HFLM(**given)}
+    for name in options.sides.split(","):
+        shown = ",".join(f"{key}={value}" for key, value in {"stopper": "none", **sides[name]}.items())
+        models[shown] = AdaInferLM(**given, **sides[name])
     answers: dict[str, list] = {}
 
     def side(name: str):
@@ -54,7 +56,7 @@ def main() -> None:
         return act
 
     found = alternately({name: side(name) for name in models}, options.repeats)
-    lm = models["stopper=none"]
+    lm = list(models.values())[1]
     whole, ran = lm.engine.tokens * lm.n_blocks, lm.engine.block_tokens
     stock = answers["stock hf"]
     threads = torch.get_num_threads()
@@ -67,7 +69,7 @@ def main() -> None:
         apart = max(abs(a[0] - b[0]) for a, b in zip(stock, answers[name], strict=True))
         flags = sum(a[1] != b[1] for a, b in zip(stock, answers[name], strict=True))
         print(f"| {name} | {seconds:.1f} | {ratio} | {apart:.1e} | {flags} |")
-    print(f"\nstopper=none ran {ran / whole:.3f} of the tokens x blocks of whole prompts (counted)")
+    print(f"\n{list(models)[1]} ran {ran / whole:.3f} of the tokens x blocks of whole prompts (counted)")
 
 
 if __name__ == "__main__":
