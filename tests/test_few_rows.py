@@ -16,7 +16,7 @@ from lm_eval_adainfer.structure.few_rows import quick
 
 @settings(max_examples=60, deadline=None)
 @given(
-    rows=st.lists(st.integers(1, 16), min_size=0, max_size=2),
+    rows=st.lists(st.integers(1, 12), min_size=0, max_size=2),
     pieces=st.integers(1, 4),
     size=st.integers(1, 30),
     biased=st.booleans(),
@@ -27,7 +27,7 @@ def test_pieces_give_the_linear_map(rows, pieces, size, biased, several):
     linear = nn.Linear(size, 64 * pieces, bias=biased)
     x = torch.randn(*rows, size, generator=make)
     calls, product = [], torch.bmm
-    most = 192 if several else 4
+    most = 128 if several else 4
     with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
         expected = linear(x)
         patch.setattr(few_rows, "_WORTH", 0)
@@ -35,7 +35,7 @@ def test_pieces_give_the_linear_map(rows, pieces, size, biased, several):
         patch.setattr(torch, "bmm", lambda *args: calls.append(1) or product(*args))
         with quick([nn.Sequential(linear)]):
             found = linear(x)
-    assert found.shape == expected.shape
+    assert found.shape == expected.shape and found.stride() == expected.stride()
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
     assert bool(calls) == (x.numel() // size <= most and torch.backends.mkl.is_available())
     assert "forward" not in vars(linear)

@@ -18,9 +18,9 @@ from lm_eval_adainfer.structure.arguments import hidden_of
 NEW = 5
 
 
-def questions(n=7, new=NEW):
+def questions(n=7, new=NEW, start=""):
     rng = random.Random(3)
-    texts = ["".join(rng.choice("abcdef ") for _ in range(rng.randint(1, 25))) + "q" for _ in range(n)]
+    texts = [start + "".join(rng.choice("abcdef ") for _ in range(rng.randint(1, 25))) + "q" for _ in range(n)]
     return [instance(t, {"until": [], "max_gen_toks": new}, i, kind="generate_until") for i, t in enumerate(texts)]
 
 
@@ -60,16 +60,23 @@ def slow_logits(model, blocks, reader, prompt, new, k):
     return logits
 
 
-@pytest.mark.parametrize("batch_size", [1, 3])
-@pytest.mark.parametrize("reader", ["copy:1", "copy:4", "sim:1", "sim:4"])
+SHARED = "some words that all of them have "  # 33 tokens
+
+
+@pytest.mark.parametrize(
+    ("reader", "batch_size", "start"),
+    [(reader, size, "") for reader in ("copy:1", "copy:4", "sim:1", "sim:4") for size in (1, 3)]
+    # windows that begin behind what all prompts share, in it, and before it
+    + [(reader, 3, SHARED) for reader in ("copy:1", "copy:20", "copy:99", "sim:4", "sim:20", "sim:99")],
+)
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2", "mistral", "opt"])
-def test_texts_are_those_of_whole_prefixes(family, reader, batch_size, tokenizer, monkeypatch):
+def test_texts_are_those_of_whole_prefixes(family, reader, batch_size, start, tokenizer, monkeypatch):
     model = make_model(family, vocab_size=257)
     lm = lm_of(
         model, tokenizer, stopper=ScriptedByState(), reader=reader, check_layers="all", batch_size=batch_size
     )
     exits = set()
-    for row, prompt in generated(lm, questions(), monkeypatch):
+    for row, prompt in generated(lm, questions(start=start), monkeypatch):
         k, new = row.prompt_exit, row.tokens
         exits.add(k)
         assert row.layers == [k, *[lm.n_blocks] * (len(new) - 1)]
@@ -78,6 +85,24 @@ def test_texts_are_those_of_whole_prefixes(family, reader, batch_size, tokenizer
             best = logits.topk(2)
             assert best.indices[0] == new[n] or best.values[0] - best.values[1] < 1e-3
     assert len(exits) > 1
+
+
+@pytest.mark.parametrize("reader", ["copy:2", "copy:20", "sim:2"])
+def test_what_prompts_share_is_run_and_copied_once(reader, tokenizer, monkeypatch):
+    """Texts, exits and records are those without sharing; what was really run is less by what is shared."""
+    model, found = make_model("llama", vocab_size=257), []
+    for share in (0, 4096):
+        lm = lm_of(
+            model, tokenizer, stopper=ScriptedByState(), reader=reader, check_layers="all", batch_size=3,
+            prefix_cache=share, token_stopper=Scripted(),
+        )  # fmt: skip
+        answers = lm.generate_until(questions(start=SHARED), True)
+        found.append((lm.engine, list(answers), [answer.exit_record for answer in answers]))
+    (alone, *expected), (together, *shared) = found
+    assert shared == expected
+    depths = [record.prompt_exit_layer for record in expected[1]]
+    assert alone.block_tokens - together.block_tokens == len(SHARED) * (sum(depths) - max(depths))
+    assert together.copied_tokens < alone.copied_tokens or reader.startswith("sim")
 
 
 @pytest.mark.parametrize("reader", ["copy:2", "sim:2"])

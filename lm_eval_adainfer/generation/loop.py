@@ -168,13 +168,13 @@ class Generator:
         def longest_first(n: int) -> tuple[int, list[int]]:
             return -len(asked[n].prompt), list(asked[n].prompt)
 
-        if self.rule is None or not self.budget or len(numbers) < 2 or self.prompt_exits is not None:
+        if self.rule is None or not self.budget or len(numbers) < 2:
             return [(sorted(numbers, key=longest_first), None)]
         documents = {Document([Row(list(asked[n].prompt), 1)], []): n for n in numbers}
-        found = []
+        found, asked_after = [], () if self.prompt_exits is None else self.prompt_exits.checked
         for members, shared in groups(list(documents), size, self.budget):
             queue = sorted((documents[d] for d in members), key=longest_first)
-            prefix = Prefix(self.anatomy, [shared], self.rule) if shared else None
+            prefix = Prefix(self.anatomy, [shared], self.rule, asked=asked_after) if shared else None
             found.append((queue, prefix))
         return sorted(found, key=lambda one: longest_first(one[0][0]))
 

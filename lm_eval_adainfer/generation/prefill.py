@@ -14,8 +14,8 @@ from torch import Tensor
 
 from lm_eval_adainfer.generation.decisions import Decisions
 from lm_eval_adainfer.generation.state import DecoderState
-from lm_eval_adainfer.prefill.forward import Forward, padded
-from lm_eval_adainfer.prefill.prefixes import Continued, ContinuedCache, Pair
+from lm_eval_adainfer.prefill.forward import padded
+from lm_eval_adainfer.prefill.prefixes import Pair, begun
 from lm_eval_adainfer.structure.state import BlockState
 
 
@@ -51,14 +51,7 @@ class _Prompts:
         ids = padded(self.anatomy, [
             state.slots[p, s : s + n].tolist() for p, s, n in zip(self.places, self.starts, self.lengths, strict=True)
         ])  # fmt: skip
-        prefix = state.prefixes[self.places[0]]
-        if prefix is None:
-            given = self.anatomy.with_cache(ContinuedCache(None, store=own))
-            forward = Forward(self.anatomy, ids, state.parts, given=given)
-        else:
-            continued = Continued(prefix, [0] * len(self.places))
-            continued.cache.own = own
-            forward = Forward(self.anatomy, ids, state.parts, prefix=continued)
+        forward, _ = begun(self.anatomy, ids, state.parts, state.prefixes[self.places[0]], own)
         flow = self.decisions.flow
         while flow:
             after = forward.advance()

@@ -2,7 +2,7 @@
 
 Where a prompt leaves after a block, later blocks keep the keys and values that the reader has made there: copies of
 what its tokens are (CALM's state copy, for the prompt), and those of the tokens that ran on. New tokens find these in
-their cache, which is therefore not the dense model's.
+their cache, which is therefore not the dense model's. What prompts share is run once, and copied once where they leave.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from torch import Tensor
 
 from lm_eval_adainfer.generation.state import DecoderState
 from lm_eval_adainfer.prefill.documents import Row
-from lm_eval_adainfer.prefill.forward import Forward, padded
-from lm_eval_adainfer.prefill.prefixes import ContinuedCache, Pair
+from lm_eval_adainfer.prefill.forward import padded
+from lm_eval_adainfer.prefill.prefixes import Continued, Pair, begun
 from lm_eval_adainfer.prefill.reading import Reading, Spot, copies, tokens_that_run
 from lm_eval_adainfer.strategies import features
 from lm_eval_adainfer.strategies.asking import Carried, ask
@@ -32,6 +32,9 @@ class PromptExits:
         schedule: After which blocks it is asked.
         reading: The reader, made ready for the model.
         storing: What blocks have to compute for their keys and values.
+
+    Attributes:
+        checked: Blocks after which prompts may leave.
     """
 
     def __init__(self, stopper: Stopper, schedule: Schedule, reading: Reading, storing: Storing):
@@ -42,7 +45,7 @@ class PromptExits:
         """Run the prompts of the rows that have joined, each as deep as it goes, and fill the cache.
 
         Args:
-            state: The decoder's.
+            state: The decoder's. These rows have the same prefix, which keeps its states after ``checked``, or none.
 
         Returns:
             [rows, V] float32 logits of each row's first new token.
@@ -55,6 +58,7 @@ class _Run:
 
     Attributes:
         places: The rows' places.
+        skip: Tokens of every row that a prefix runs.
         flow: The rows that have not left.
         found: Per row that has left, its logits [V]; or, where no check has computed these, its state [h] for the head.
     """
@@ -63,6 +67,9 @@ class _Run:
         self.exits, self.state, self.places = exits, state, list(state.joined)
         prompts = [state.slots[place, state.pad[place] : state.prompt_end[place]].tolist() for place in self.places]
         self.rows = [Row(prompt, 1) for prompt in prompts]
+        self.prefix = state.prefixes[self.places[0]]
+        self.skip = 0 if self.prefix is None else self.prefix.width
+        self.continued: Continued | None = None
         self.results = [state.results[state.rows[place]] for place in self.places]
         self.anatomy, self.stopper = state.anatomy, exits.stopper
         self.needs_head = features.needs_head(self.stopper.features)
@@ -73,26 +80,26 @@ class _Run:
 
     def logits(self) -> Tensor:
         """Run them all; [rows, V] float32 logits where each has left."""
-        stored: dict[int, Pair] = {}
-        given = self.anatomy.with_cache(ContinuedCache(None, store=stored))
+        own: dict[int, Pair] = {}
+        ids = padded(self.anatomy, [row.tokens[self.skip :] for row in self.rows])
         parts = features.needed_parts(self.stopper.features)
-        forward = Forward(self.anatomy, padded(self.anatomy, [row.tokens for row in self.rows]), parts, given=given)
+        forward, self.continued = begun(self.anatomy, ids, parts, self.prefix, own)
         while self.flow:
             after = forward.advance()
+            places = [self.places[r] for r in self.flow]
+            self.state.take_prefix(after.block, self.state.without_prefix(after.block, places))
             for r in self.flow:
                 self._count(r, after.block)
-            lengths = [len(self.rows[r].tokens) for r in self.flow]
-            self._write(stored, self.flow, range(len(self.flow)), [range(n) for n in lengths], [0] * len(lengths))
-            stored.clear()
+            tokens = [range(self.skip, len(self.rows[r].tokens)) for r in self.flow]
+            self._write(own, self.flow, range(len(tokens)), tokens, [0] * len(tokens))
+            own.clear()
             leaving = self._leaving(after)
             stay = [n for n in range(len(self.flow)) if n not in leaving]
             if stay and leaving:
                 forward.keep(torch.tensor(stay, dtype=torch.long))
             self.flow = [self.flow[n] for n in stay]
         state, device = self.state, self.state.device
-        for known in state.known:
-            for place in self.places:
-                known[place] = state.prompt_end[place]
+        state.fill(self.places)
         if self.states:  # the head's weights are read once for all of them
             read = self.anatomy.logits(torch.stack([x.to(device) for x in self.states.values()]))
             self.known.update(zip(self.states, read, strict=True))
@@ -101,13 +108,13 @@ class _Run:
         return torch.stack([self.known[r].to(device) for r in range(len(self.rows))]).float()
 
     def _count(self, r: int, k: int) -> None:
-        n, result = len(self.rows[r].tokens), self.results[r]
+        n, result = len(self.rows[r].tokens) - self.skip, self.results[r]
         result.block_tokens[k - 1] += n
-        result.pairs[k - 1] += n * (n + 1) // 2
+        result.pairs[k - 1] += n * self.skip + n * (n + 1) // 2
 
     def _leaving(self, after: BlockState) -> set[int]:
         """The rows in flow that leave after a block, by their places; what they say is kept and the cache filled."""
-        k, last = after.block, [self.rows[r].decision for r in self.flow]
+        k, last = after.block, [self.rows[r].decision - self.skip for r in self.flow]
         if k == self.anatomy.n_blocks:
             for n, r in enumerate(self.flow):
                 self._leave(r, k, state=after.hidden[n, last[n]])
@@ -153,10 +160,10 @@ class _Run:
         for n in places:
             r = self.flow[n]
             self.results[r].reads.append((after.block, len(self.rows[r].tokens), 1))
-        return self.exits.reading.read(after.block, after.hidden, None, self._spots(places), store)
+        return self.exits.reading.read(after.block, after.hidden, self.continued, self._spots(places), store)
 
     def _spots(self, places: Sequence[int]) -> list[Spot]:
-        return [Spot(n, self.rows[self.flow[n]], 0) for n in places]
+        return [Spot(n, self.rows[self.flow[n]], self.skip) for n in places]
 
     def _fill(
         self, after: BlockState, leaving: Sequence[int], asked: Sequence[int], places: Sequence[int], store: dict
@@ -177,7 +184,8 @@ class _Run:
             self._write(store, gone, places, whole, [max(away) - away[i] for i in places])
             return
         # what did not run on has no keys and values in later blocks but copies
-        for copied in copies(self.anatomy, self.exits.storing, after.block, after.hidden, self._spots(leaving)):
+        spots = self._spots(leaving)
+        for copied in copies(self.anatomy, self.exits.storing, after.block, after.hidden, self.continued, spots):
             starts = [max(map(len, whole)) - len(tokens) for tokens in whole]
             self._write(copied, gone, range(len(gone)), whole, starts)
         self._write(store, gone, places, [tokens_that_run(reader, self.rows[r]) for r in gone], [0] * len(gone))

@@ -213,6 +213,13 @@ class DecoderState:
             result.block_tokens[k - 1] += prefix.width
             result.pairs[k - 1] += prefix.width * (prefix.width + 1) // 2
 
+    def fill(self, places: Sequence[int]) -> None:
+        """All blocks have keys and values of these places' prompts now, whatever has put them there."""
+        for known, without in zip(self.known, self._without_prefix, strict=True):
+            for place in places:
+                known[place] = self.prompt_end[place]
+                without.discard(place)
+
     def keep(self, tokens: Tokens, hidden: Tensor) -> None:
         """Remember the states ([n, h]) of tokens that leave, for deeper blocks to fill in later."""
         self.keep_at(tokens.row, tokens.slot, hidden)

@@ -910,7 +910,7 @@ class AdaInferLM(HFLM):
         """Generate with the engine; every text is noted, and kept in the response cache, as soon as it is finished."""
         assert self._windows is not None
         size = self._detect_batch_size() if self.batch_size == "auto" else int(self.batch_size)
-        shares = self.options.prefix_cache and len(requests) > 1 and self._prompt_exits is None
+        shares = self.options.prefix_cache and len(requests) > 1
         generator = Generator(
             self.anatomy, self.token_stopper, self.token_schedule, self._windows, self.tokenizer,
             self.options.kv_policy, self.options.shortlist, self.options.screen, self.token_reader, self._prompt_exits,
@@ -924,6 +924,7 @@ class AdaInferLM(HFLM):
                 progress.update(1)
         progress.close()
         self.engine.block_tokens -= generator.spared
+        self.engine.count_reading()
 
     def _asked(self, requests: Sequence[Instance]) -> list[Asked]:
         """What requests ask for, as HFLM's ``generate_until`` reads them at batch size 1."""

@@ -173,12 +173,17 @@ def merged(
     groups = key.shape[1]
     per = heads // groups
     asking = query.reshape(n, groups, per, length, d).transpose(0, 1).reshape(1, groups, n * per * length, d)
-    far, far_sum = CPU_ATTENTION(asking, prefix_key, prefix_value, scale=scale)
+    far, far_sum = _attention(asking, prefix_key, prefix_value, scale=scale)
     far = far.reshape(groups, n, per, length, d).transpose(0, 1).reshape(n, heads, length, d)
     far_sum = far_sum.reshape(groups, n, per, length).transpose(0, 1).reshape(n, heads, length)
     if per > 1:
         key, value = key.repeat_interleave(per, dim=1), value.repeat_interleave(per, dim=1)
     own: dict[str, Any] = {"is_causal": True} if mask is None else {"attn_mask": mask.to(query.dtype)}
-    near, near_sum = CPU_ATTENTION(query, key, value, **own, scale=scale)
+    near, near_sum = _attention(query, key, value, **own, scale=scale)
     weight = torch.sigmoid(far_sum - near_sum)[..., None]
     return torch.lerp(near.float(), far.float(), weight).to(query.dtype)
+
+
+def _attention(*given: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
+    """The kernel, which takes numbers of a head for neighbours in memory and reads others where they are not."""
+    return CPU_ATTENTION(*(x if x.stride(-1) == 1 else x.contiguous() for x in given), **options)

@@ -375,11 +375,16 @@ class Engine:
         reading, found = self.reading, []
         for n, some in spots.items():
             found.append(reading.read(k, batches[n].state.hidden, batches[n].continued, some))
-        self.block_tokens += reading.block_tokens
-        self.block_calls += reading.block_calls
-        self.copied_tokens += reading.copied_tokens
-        reading.block_tokens = reading.block_calls = reading.copied_tokens = 0
+        self.count_reading()
         return torch.cat(found)
+
+    def count_reading(self) -> None:
+        """Count what the reader has run since this was last done."""
+        if (reading := self.reading) is not None:
+            self.block_tokens += reading.block_tokens
+            self.block_calls += reading.block_calls
+            self.copied_tokens += reading.copied_tokens
+            reading.block_tokens = reading.block_calls = reading.copied_tokens = 0
 
     @torch.no_grad()
     def _decide_in_parts(self, document: Document, batch_size: int) -> None:

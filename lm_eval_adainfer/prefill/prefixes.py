@@ -322,3 +322,23 @@ class Continued:
             self.prefix.keep(used.tolist())
 
 
+def begun(
+    anatomy: Anatomy, ids: Tensor, parts: Sequence[str], prefix: Prefix | None, own: dict[int, Pair]
+) -> tuple[Forward, Continued | None]:
+    """Rows before the first block that continue the one row of a prefix, or nothing, and say what they store.
+
+    Args:
+        anatomy: The model.
+        ids: [n, S], what follows the prefix, right-padded.
+        parts: Which parts' outputs to keep.
+        prefix: The prefix.
+        own: Where blocks put the rows' own keys and values, by layer.
+
+    Returns:
+        The rows' forward, and how they continue the prefix.
+    """
+    if prefix is None:
+        return Forward(anatomy, ids, parts, given=anatomy.with_cache(ContinuedCache(None, store=own))), None
+    continued = Continued(prefix, [0] * len(ids))
+    continued.cache.own = own
+    return Forward(anatomy, ids, parts, prefix=continued), continued

@@ -157,7 +157,9 @@ class Reading:
         store: dict[int, Pair] | None,
     ) -> tuple[Forward, _Copied]:
         """The forward of the tokens that run on, behind the copies that they see."""
-        past = _Copied(self, k, hidden, continued, spots, [some[0] for some in run], ids.shape[1])
+        # what is read apart from a window's own is not stored with it
+        new = ids.shape[1] if store is None else 0
+        past = _Copied(self, k, hidden, continued, spots, [some[0] for some in run], new)
         cache = ContinuedCache(past.source if past.source.width else None, store=store)
         cache.apart = past.apart
         given = self.anatomy.with_cache(cache)
@@ -267,7 +269,7 @@ class _Copied:
 
 
 def copies(
-    anatomy: Anatomy, storing: Storing, k: int, hidden: Tensor, spots: Sequence[Spot]
+    anatomy: Anatomy, storing: Storing, k: int, hidden: Tensor, continued: Continued | None, spots: Sequence[Spot]
 ) -> Iterator[dict[int, Pair]]:
     """What later blocks store of whole prompts that go no further than block k, by layer, padding in front.
 
@@ -276,10 +278,11 @@ def copies(
         storing: What blocks have to compute for that.
         k: The block.
         hidden: [rows, S, h], the states of the rows in flow after it.
+        continued: What the rows continue; its prefix has kept its states after block k.
         spots: The rows.
     """
     lengths = [spot.row.decision + 1 for spot in spots]
-    whole = _Copied(Reading(anatomy, Reader("copy", 1), storing), k, hidden, None, spots, lengths)
+    whole = _Copied(Reading(anatomy, Reader("copy", 1), storing), k, hidden, continued, spots, lengths)
     for j in range(k + 1, anatomy.n_blocks + 1):
         whole.provide(j)
         (layer,) = whole.store

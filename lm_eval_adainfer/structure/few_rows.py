@@ -18,9 +18,9 @@ from lm_eval_adainfer.structure.hooks import replaced_forward
 
 _WIDE_ROWS = 128  # rows of a product with the head that MKL is slow for
 _WIDE_PIECE = 512  # rows of the head's weight in one piece of such a product
-_ROWS = {False: 4, True: 192}  # rows of a product with a block's weight that MKL is slow for: one thread, or several
+_ROWS = {False: 4, True: 128}  # rows of a product with a block's weight that MKL is slow for: one thread, or several
 _PIECE = 64  # rows of such a weight in one piece
-_ROWS_FIRST = range(7, 56)  # numbers of rows for which these go first, and not the weight
+_NARROW = 6  # rows up to which the weight goes first
 _WORTH = 2**16  # numbers in a weight; with fewer, calls are what takes the time
 
 
@@ -69,9 +69,9 @@ def few_rows_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 def _batched(rows: Tensor, pieces: Tensor) -> Tensor:
     """[n, count, width], rows [n, h] times pieces [count, width, h]."""
     (n, h), count = rows.shape, len(pieces)
-    if n in _ROWS_FIRST:
-        return torch.bmm(rows.expand(count, n, h), pieces.transpose(1, 2)).transpose(0, 1)
-    return torch.bmm(pieces, rows.T.expand(count, h, n)).permute(2, 0, 1)
+    if n <= _NARROW:
+        return torch.bmm(pieces, rows.T.expand(count, h, n)).permute(2, 0, 1)
+    return torch.bmm(rows.expand(count, n, h), pieces.transpose(1, 2)).transpose(0, 1)
 
 
 @contextmanager
@@ -101,7 +101,8 @@ def _in_pieces(linear: nn.Linear, most: int) -> Callable[[Tensor], Tensor]:
         if not 0 < n <= most or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
             return nn.functional.linear(x, linear.weight, bias)
         rows = x.reshape(n, size)
-        found = _batched(rows, pieces).reshape(n, width)
+        # contiguous as a linear map's: there are kernels that don't look at strides
+        found = _batched(rows, pieces).contiguous().view(n, width)
         return (found if bias is None else found + bias).view(*x.shape[:-1], width)
 
     return forward
