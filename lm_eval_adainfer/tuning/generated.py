@@ -22,7 +22,7 @@ import numpy as np
 from lm_eval_adainfer import container
 from lm_eval_adainfer._version import __version__
 from lm_eval_adainfer.errors import AdaInferError
-from lm_eval_adainfer.harness import auto
+from lm_eval_adainfer.harness import asides, auto
 from lm_eval_adainfer.harness.asking import generation_of
 from lm_eval_adainfer.readers import specs as readers
 from lm_eval_adainfer.readers.base import HEAD, Reader
@@ -175,7 +175,7 @@ class TextTuning(Tuning):
             options = replace(
                 self.lm.options, stopper=GapStopper(1.0), reader=reader, kv_policy=policy, generation="early"
             )
-            with self.lm.using(options, [self.lm.n_blocks - 1]):
+            with asides.using(self.lm, options, [self.lm.n_blocks - 1]):
                 self.lm.generate_until([instance], disable_tqdm=True)
                 counter = self.lm.token_counter
                 if reader.runs_tokens:
