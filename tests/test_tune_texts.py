@@ -31,6 +31,7 @@ from lm_eval_adainfer.strategies.rules import GapStopper
 from lm_eval_adainfer.traces import recording
 from lm_eval_adainfer.traces.documents import TracedDocuments, read
 from lm_eval_adainfer.traces.plan import Plan
+from lm_eval_adainfer.traces.splits import documents_of
 from lm_eval_adainfer.traces.texts import PROMPTS as PROMPT_TRACE
 from lm_eval_adainfer.traces.texts import TOKENS as TOKEN_TRACE
 from lm_eval_adainfer.traces.texts import trace_texts
@@ -304,6 +305,30 @@ def test_losses_between_0_and_1_are_bounded_by_gaffke():
 
 
 # ------------------------------------------------------------------------------------------------ one folder
+
+
+def test_the_time_that_is_left_is_that_of_the_documents_that_there_are(tmp_path):
+    """However many were asked for: about twelve dense passes over a document, two of them over test documents."""
+    made, said = tuning(tmp_path, replace(TOKENS, documents=10**6)), []
+
+    def stopped_at_once(step, what, seconds=0.0):
+        said.append(what)
+        raise KeyboardInterrupt
+
+    made._say = stopped_at_once
+    with pytest.raises(KeyboardInterrupt):
+        made.run()
+    plan = tmp_path / "plan.json"
+    plan.write_text(json.dumps(json.loads(plan.read_text()) | {"seconds": 6.0}))
+    with pytest.raises(KeyboardInterrupt):
+        made.run()
+    held = {}
+    for split in ("train", "calibrate", "test"):
+        with documents_of(made.tasks[TASK], TASK, split, None, 0, 0) as doc_ids:
+            held[split] = len(doc_ids)
+    assert max(held.values()) < 10**5 and len(set(held.values())) > 1
+    minutes = (2 * held["train"] + 8 * held["calibrate"] + 2 * held["test"]) / 10
+    assert said[1].endswith(f"at most about {minutes:.1f} minutes more")
 
 
 @pytest.mark.parametrize("moment", [0.6])
