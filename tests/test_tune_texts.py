@@ -394,6 +394,23 @@ def test_texts_that_are_drawn_are_refused(config, words, tiny, tokenizer, tmp_pa
     assert words in refused(lambda: runs.run("train", {"toy": 4}))
 
 
+def test_weights_are_read_once_for_a_run_and_again_for_the_next(tiny, tokenizer, tmp_path, monkeypatch):
+    """However many parts it is kept in; a model that was changed in between is another one."""
+    lm, read = lm_of(make_model("llama", vocab_size=257, max_position_embeddings=512), tokenizer, max_length=200), []
+    monkeypatch.setattr(recording, "PART_DOCUMENTS", 1)
+    whole = type(lm.anatomy).weights_hash
+    monkeypatch.setattr(lm.anatomy, "weights_hash", lambda *given: read.append(1) or whole(lm.anatomy, *given))
+
+    def texts():
+        return Runs(lm, {"toy": generating()}, tmp_path, TOKENS, Asking()).run("train", {"toy": 4})[0].texts
+
+    first = texts()
+    assert len(read) == 1 and len(list(tmp_path.glob("*/*.json"))) == 4
+    lm.model.get_output_embeddings().weight.data.neg_()
+    second = texts()
+    assert len(read) == 2 and len(list(tmp_path.glob("*/*.json"))) == 8 and first != second
+
+
 @pytest.fixture(scope="module")
 def tiny():
     return make_model("llama", vocab_size=257, max_position_embeddings=512)

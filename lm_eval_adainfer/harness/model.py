@@ -255,6 +255,10 @@ class AdaInferLM(HFLM):
     def identified(self) -> Iterator[None]:
         """Derive the fingerprint once for all answers that are given inside, and hold the cache to it.
 
+        Each call outside reads all weights, since nothing else tells for certain that they are what they were (changes
+        of ``weight.data``, as PEFT makes them, pass torch's counters). A script that makes many small calls, and does
+        not change the model between them, makes them inside.
+
         Raises:
             AdaInferError: Where the model is no longer the one whose answers the cache holds.
         """

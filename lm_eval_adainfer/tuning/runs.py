@@ -143,7 +143,7 @@ class Runs:
             exits: How to exit early; None runs dense and keeps the tokens.
         """
         documents = self.documents(split, numbers)
-        with self._with(exits):
+        with self._with(exits), self.lm.identified():  # the weights are read once, and not for every part
             who = self.lm.fingerprint
             return [self._ran(of, who, keep_tokens=exits is None) for of in documents]
 
