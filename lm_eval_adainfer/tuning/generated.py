@@ -327,12 +327,13 @@ class TextTuning(Tuning):
                     "stops": last is not None,
                     "documents": sum(len(ran.texts) for ran in dense),
                     "losses": last["losses"] if last else None,
+                    "saved_on_calibration": last["saved"] if last else None,
                     "needed": None if last or not rungs else rungs[0]["needed"],
                     "confidence": confidence,
                     "rungs": rungs,
                 }
             )
-            if last is not None and last["saved"] >= WORTH / 2:
+            if last is not None and last["saved"] >= WORTH:
                 stopper = real.at(bare, candidate, last["threshold"])
                 stopper.info["promise"] = real.promise(
                     candidate, rungs, last, confidence, dense, self.settings, self.lm, self.asked

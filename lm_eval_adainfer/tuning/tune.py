@@ -1,9 +1,10 @@
 """From a model and tasks to a recommendation: probe readers, fit, choose, calibrate, and report on fresh documents.
 
 Reader, stopper and blocks are chosen on fitting documents alone (``contestants``). Calibration documents move the
-thresholds of at most three candidates, among which the error is divided, and nothing else; which of those that pass is
-taken is decided by what they save on fitting documents at these thresholds. Test documents are looked at once, at the
-end. Everything about early exits is *simulated* from traces; ``docs/tune.md`` has the whole story.
+thresholds of at most three candidates, among which the error is divided, and say whether these save anything worth
+having; which of those that pass is taken is decided by what they save on fitting documents at these thresholds. Test
+documents are looked at once, at the end. Everything about early exits is *simulated* from traces; ``docs/tune.md`` has
+the whole story.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from lm_eval_adainfer.traces.plan import Plan
 from lm_eval_adainfer.traces.splits import SPLITS, documents_of
 from lm_eval_adainfer.tuning import probe
 from lm_eval_adainfer.tuning.allowance import documents_for
-from lm_eval_adainfer.tuning.choosing import Calibrated, allowed, calibrated, candidates
+from lm_eval_adainfer.tuning.choosing import WORTH, Calibrated, allowed, calibrated, candidates
 from lm_eval_adainfer.tuning.contestants import Contestant, Fitter, losses, scores
 from lm_eval_adainfer.tuning.mix import mixed
 from lm_eval_adainfer.tuning.probe import Probed
@@ -339,7 +340,7 @@ class Tuning:
         at = f"{self.settings.max_drop:.2%} at {self.settings.confidence:.0%}"
         most = f"{at} needs {needed[0]} calibration documents without a loss, {needed[1]} with one"
         if not candidates:
-            why = "no stopper saves anything within the drop, not even on fitting documents"
+            why = f"nothing is expected to save {WORTH:.0%} of the dense work within the drop, so use the dense model"
             more, helps = "more documents would hardly help", False
         elif allowed < 0:
             why, helps = f"{waiting} calibration documents can't carry the promise", True
@@ -350,9 +351,16 @@ class Tuning:
             more_needed = [c["needed"] for c in result.get("candidates", ()) if not c["stops"]]
             known = [n for n in more_needed if n is not None]
             helps = bool(known)
-            why = "no candidate's threshold passed on the calibration documents, or what passed saves nothing"
+            why = "no candidate's threshold passed on the calibration documents"
             more = f"about {min(known)} calibration documents might do" if known else "more documents would hardly help"
             more = f"{more} ({most})"
+            if passed := [c for c in result["candidates"] if c["stops"]]:
+                saved, name = max((c["saved_on_calibration"], c["name"]) for c in passed)
+                why = (
+                    f"nothing saves {WORTH:.0%} of the dense work ({name} saves {saved:.2%} on calibration documents, "
+                    "at its calibrated threshold), so use the dense model"
+                )
+                more, helps = f"more documents, or a greater --max-drop, may allow a looser threshold ({most})", True
         result["nothing"] = {"why": why, "more_documents_would_help": helps, "more": more}
 
 
