@@ -16,6 +16,7 @@ from transformers import DynamicCache, LlamaForCausalLM
 from benchmarks.models import cut, make_tokenizer, ratio, seconds, summary
 from lm_eval_adainfer.generation.step import Step
 from lm_eval_adainfer.harness.model import AdaInferLM
+from lm_eval_adainfer.releases import request
 from lm_eval_adainfer.strategies.base import Stopper
 
 
@@ -48,9 +49,7 @@ def requests(rows: int, tokens: int, new: int) -> list[Instance]:
     found = []
     for doc in range(rows):
         context = " ".join(f"w{rng.randrange(1000)}" for _ in range(tokens))
-        found.append(
-            Instance("generate_until", {}, (context, {"until": [], "max_gen_toks": new}), 0, ("bench", doc, 1))
-        )
+        found.append(request("generate_until", {}, (context, {"until": [], "max_gen_toks": new}), 0, "bench", doc))
     return found
 
 

@@ -13,6 +13,7 @@ from transformers import LlamaForCausalLM
 
 from benchmarks.models import alternately, asking, cut, over
 from lm_eval_adainfer.harness.model import AdaInferLM
+from lm_eval_adainfer.releases import request
 from lm_eval_adainfer.strategies.base import Stopper
 from lm_eval_adainfer.structure.arguments import hidden_of
 
@@ -67,7 +68,7 @@ def requests(documents: int, tokens: int) -> list[Instance]:
     found = []
     for doc in range(documents):
         context = " ".join(f"w{rng.randrange(1000)}" for _ in range(tokens))
-        found += [Instance("loglikelihood", {}, (context, f" w{c}"), c, ("bench", doc, 1)) for c in (0, 1)]
+        found += [request("loglikelihood", {}, (context, f" w{c}"), c, "bench", doc) for c in (0, 1)]
     return found
 
 

@@ -15,6 +15,7 @@ from transformers import LlamaForCausalLM
 
 from benchmarks.models import alternately, asking, over
 from lm_eval_adainfer.harness.model import AdaInferLM
+from lm_eval_adainfer.releases import request
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ def requests(case: Case) -> list[Instance]:
         context = " ".join([*beginnings[task], *text(case.own)])
         for n in range(case.choices):
             choice = " " + " ".join([f"w{n}", *text(case.choice_tokens - 1)])
-            found.append(Instance("loglikelihood", {}, (context, choice), n, (f"bench {task}", doc, 1)))
+            found.append(request("loglikelihood", {}, (context, choice), n, f"bench {task}", doc))
     return found
 
 

@@ -12,11 +12,11 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 
 from benchmarks.models import alternately, make_tokenizer, over
 from lm_eval_adainfer.harness.model import AdaInferLM
+from lm_eval_adainfer.releases import request
 
 WHAT = (
     "*measured* ratios of wall-clock times of whole `generate_until` runs, taken alternately; `same` *counts* the "
@@ -70,7 +70,7 @@ def measure(
     for shots in (8, 0):
         prompts, until = texts(shots)
         asked = [
-            Instance("generate_until", {}, (prompt, {"until": until, "max_gen_toks": NEW}), n, ("bench", n, 1))
+            request("generate_until", {}, (prompt, {"until": until, "max_gen_toks": NEW}), n, "bench", n)
             for n, prompt in enumerate(prompts)
         ]
         for batch in batch_sizes:

@@ -362,7 +362,7 @@ class _Verifier:
         """
         asked = [request for document in documents for request in document]
         requests: list[Any] = [(None, list(a.context), list(a.continuation)) for a in asked]
-        with _quiet("lm_eval_adainfer.harness.model"):  # what such short prompts cost says nothing of real ones
+        with _quiet("lm_eval_adainfer.harness"):  # what such short prompts cost says nothing of real ones
             answers = lm._loglikelihood_tokens(requests, disable_tqdm=True, override_bs=_BATCH)
         exits = [int(answer.exit_record.exit_layer) for answer in answers]
         reads = lm.reader.kind != "head"
@@ -441,7 +441,7 @@ class _Verifier:
         asked = [request for document in documents for request in document]
         whole = sum({a.row: k * len(a.row) for a, k in zip(asked, exits, strict=True)}.values())
         if ran >= whole:
-            missed = lm._found_sharing.missed if lm._found_sharing is not None else ""
+            missed = lm.found_sharing.missed if lm.found_sharing is not None else ""
             why = f" ({missed})" if missed else ""
             return tally.finding("prefix", f"not used, every prompt is run whole{why}", NOT_SUPPORTED)
         missed = lm._sharing().missed
@@ -516,7 +516,7 @@ class _Verifier:
             exits += self.compare(tally, self.with_stopper(drawn, 0, reader), self.documents(8))
             sharing = self.with_stopper(drawn, 4096, reader)
             exits += self.compare(tally, sharing, self.behind_a_beginning())
-        how = "run whole" if sharing._found_sharing is None or sharing._found_sharing.rule is None else "read once"
+        how = "run whole" if sharing.found_sharing is None or sharing.found_sharing.rule is None else "read once"
         return tally.finding(
             "reader",
             f"{reader.name} reads rows of one batch after blocks {_listed(exits)} as alone, what prompts share {how}",

@@ -17,6 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lm_eval_adainfer.fitting import calibration, check_layers, fit
+from lm_eval_adainfer.harness import scoring
 from lm_eval_adainfer.prefill.documents import Answer, Document, Row
 from lm_eval_adainfer.readers import specs as readers
 from lm_eval_adainfer.strategies import features, specs
@@ -236,7 +237,7 @@ def test_only_the_rows_of_the_choices_are_read_until_something_is_scored(model, 
     keys = [r.doc_id for r in asked]
     requests = [(None, *lm._encode_pair(*r.args)) for r in asked]
     found = lm.documents(requests, keys)
-    for batches in lm._batches(found, None):
+    for batches in scoring.batches(lm, found, None):
         lm.engine.run(batches)
     assert [(d.choice_rows, d.head_rows, d.decisions) for d in found] == [(20, 1, 4), (12, 1, 4)]
 

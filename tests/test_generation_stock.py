@@ -93,7 +93,7 @@ def test_a_rule_that_never_fires_generates_what_stock_does(family, batch_size, t
             pretrained=model, tokenizer=tokenizer, batch_size=batch_size, max_length=700, stopper="gap:1", **options
         )
         assert ours.generate_until(requests, True) == stock.generate_until(requests, True)
-        assert ours.generation == "early" and ours._windows is not None
+        assert ours.generation == "early" and ours.texts.windows is not None
         if family != "llama" or batch_size != 5:
             break
 

@@ -406,6 +406,6 @@ def test_a_forward_that_breaks_when_rows_leave_is_one_sentence(tokenizer, monkey
     def broken(anatomy):
         raise RuntimeError("mat1 and mat2 shapes cannot be multiplied\nmore")
 
-    monkeypatch.setattr("lm_eval_adainfer.harness.model.verify", broken)
+    monkeypatch.setattr("lm_eval_adainfer.harness.setup.verify", broken)
     with pytest.raises(AdaInferError, match=r"^pretrained: .* can't exit early: .*multiplied\)$"):
         lm_of(make_model("llama", vocab_size=257), tokenizer)

@@ -18,6 +18,7 @@ from lm_eval_adainfer.cli.main import main
 from lm_eval_adainfer.comparison import adding, running
 from lm_eval_adainfer.comparison import runs as comparison_runs
 from lm_eval_adainfer.errors import AdaInferError
+from lm_eval_adainfer.harness import asides
 from lm_eval_adainfer.harness.one_pass import OnePass, dense_args, hindered
 from lm_eval_adainfer.strategies import files as stopper_files
 from lm_eval_adainfer.strategies.crf import CRFStopper
@@ -138,7 +139,7 @@ def test_an_early_side_is_itself_again_where_it_is_not_watched(tokenizer):
     model, requests = make_model("llama", vocab_size=257), asked()
     lm = lm_of(model, tokenizer, stopper=ScriptedByState(), max_length=128)
     passes = OnePass(lm)
-    with lm.dense_aside():
+    with asides.dense(lm):
         lm.loglikelihood(requests, True)
     assert passes.answers(requests[:1], [("t", 0)]) == [None] and lm.one_pass is passes
     lm.one_pass = None
@@ -154,7 +155,7 @@ def test_a_stopper_that_is_found_later_is_the_early_sides_alone(tokenizer):
     passes = OnePass(lm)
     early = lm_of(model, tokenizer, stopper=ScriptedByState(), reader="copy:3", **given)
     lm.options = early.options
-    lm._use(1, "all")
+    lm.use(1, "all")
     same(lm.loglikelihood(requests, True), early.loglikelihood(requests, True))
     same(passes.dense.loglikelihood(requests, True), lm_of(model, tokenizer, **given).loglikelihood(requests, True))
 

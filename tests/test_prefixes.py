@@ -49,7 +49,7 @@ def test_answers_and_exits_are_those_of_whole_prompts(family, stopper, tokenizer
         context, continuation = once._encode_pair(*request.args)
         slow = score(model, once.anatomy.blocks, context, continuation, int(answer.exit_record.exit_layer), 128)
         assert answer[0] == pytest.approx(slow[0], abs=2e-4)
-    if once._found_sharing.rule:
+    if once.found_sharing.rule:
         assert once.engine.block_tokens < 0.6 * whole.engine.block_tokens
         assert once.engine.tokens == whole.engine.tokens
     else:

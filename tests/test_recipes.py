@@ -293,7 +293,9 @@ def test_strategies_are_fitted_and_replayed_under_every_reader(tmp_path):
     assert all(len({rows[name, r.name]["exit_layer"] for r in readers}) == 2 for name in ("gap", "oracle", "logistic"))
 
 
-def test_a_task_on_which_the_dense_model_is_no_better_than_one_answer_for_all_is_named(tmp_path):
+@pytest.mark.parametrize("stoppers", [{"whole": "none"}, {"half": "fixed:2"}, {"half": "fixed:2", "whole": "none"}])
+def test_a_task_on_which_the_dense_model_is_no_better_than_one_answer_for_all_is_named(tmp_path, stoppers):
+    """Whether or not the dense model is among the strategies."""
     rng = np.random.default_rng(0)
     for task, right in (("guesses", 0.5), ("knows", 0.95)):
         gold = (np.arange(200) % 10 >= 6).astype(int)  # 60% are choice 0
@@ -303,7 +305,8 @@ def test_a_task_on_which_the_dense_model_is_no_better_than_one_answer_for_all_is
         write(tmp_path / f"{task}_5shot_test.trace", rng.uniform(size=(200, 4, 2)), np.zeros((200, 4), int),
               scores=scores, gold=gold, task=task, num_fewshot=5, split="test")  # fmt: skip
     files = [tmp_path / f"{task}_5shot_test.trace" for task in ("guesses", "knows")]
-    written = recipes.run(a_recipe(shots=[5], train_shots=[5]), lambda *_: files, tmp_path / "out")
+    recipe = a_recipe(shots=[5], train_shots=[5], stoppers=stoppers)
+    written = recipes.run(recipe, lambda *_: files, tmp_path / "out")
     rows = {r["task"]: r for r in csv.DictReader(written[1].read_text().splitlines())}
     assert {float(r["constant"]) for r in rows.values()} == {0.6}
     notes = [line for line in written[0].read_text().splitlines() if "best constant answer gets" in line]

@@ -18,6 +18,7 @@ from sklearn.svm import SVC
 
 from lm_eval_adainfer import container
 from lm_eval_adainfer.fitting import fit
+from lm_eval_adainfer.harness import identity
 from lm_eval_adainfer.strategies.features import RECORDED
 from lm_eval_adainfer.strategies.svm import SVMStopper
 from lm_eval_adainfer.traces import recording, splits
@@ -293,6 +294,16 @@ def test_an_equal_call_keeps_the_file_and_runs_nothing(lm, tmp_path, monkeypatch
     monkeypatch.setattr(lm, "loglikelihood", lambda *_: pytest.fail("the model was run again"))
     again, _, _ = traced(lm, make_task(), tmp_path, limit=3)
     assert again == path and (path.read_bytes(), path.stat().st_mtime_ns) == before
+
+
+def test_weights_are_read_as_often_for_many_parts_as_for_one(lm, tmp_path, monkeypatch):
+    derived, derive = [], identity.fingerprint
+    monkeypatch.setattr(identity, "fingerprint", lambda lm: derived.append(derive(lm)) or derived[-1])
+    for in_a_part in (1, 4):
+        derived.clear()
+        monkeypatch.setattr(recording, "PART_DOCUMENTS", in_a_part)
+        traced(lm, make_task(), tmp_path / str(in_a_part), limit=4)
+        assert len(derived) == 1, in_a_part
 
 
 @pytest.mark.parametrize("change", [{"limit": 4}, {"limit": None}, {"seed": 1}, {"fewshot_seed": 1}])

@@ -266,6 +266,46 @@ def test_where_no_early_answer_is_right_nothing_is_recommended(again):
     assert not (again / STOPPER).exists(), "the file of an earlier recommendation is gone"
 
 
+def test_what_candidates_save_on_calibration_documents_is_what_leaves_there(finished):
+    folder, found, _ = finished
+    for one in found["candidates"]:
+        if not one["stops"]:
+            assert one["saved_on_calibration"] is None
+            continue
+        reader, kind = parse(one["name"].split()[0]), one["name"].split()[1]
+        (view,) = read(sorted((folder / "traces").glob("*_calibrate.trace")), reader.name)
+        blocks = list(map(int, one["check_layers"].split("+")))
+        assert kind == "gap", "what follows is a gap rule's"
+        gap = view.arrays["features"][:, :, view.meta["features"].index("gap")]
+        leave = [[k for k in blocks if gap[d, k - 1] > one["threshold"]] for d in range(len(gap))]
+        exits = np.array([stops[0] if stops else view.n_blocks for stops in leave])
+        saved = 1 - Work.of([view], reader, GapStopper(0.5)).ratio(exits, blocks)
+        assert one["saved_on_calibration"] == pytest.approx(saved) and saved > choosing.WORTH
+
+
+def test_what_saves_next_to_nothing_is_not_recommended(finished, again):
+    """A threshold that only one document passes, a short one, keeps any promise, but is not worth its checks."""
+
+    def spoil(arrays):
+        for said in early(arrays, "features"):
+            said[1:] = 0.0
+        for said in early(arrays, "greedy"):
+            said[1:] = 0
+        for said in early(arrays, "right"):
+            said[1:] = 0
+
+    change(again, "calibrate", spoil)
+    found = tune(again)
+    assert "chosen" not in found and not (again / STOPPER).exists() and "test" not in found
+    assert any(one["stops"] for one in found["candidates"])
+    best = max(one["saved_on_calibration"] for one in found["candidates"] if one["stops"])
+    assert best < 0.01
+    lines = told.lines(found, again, "run", None)
+    (line,) = [line for line in lines if line.startswith("recommended: stopper=none; nothing saves 1% of the dense work")]
+    assert f"saves {best:.2%} on calibration documents" in line and line.endswith("so use the dense model")
+    assert found["nothing"]["more_documents_would_help"] and "--max-drop" in found["nothing"]["more"]
+
+
 # ------------------------------------------------------------------------------------------------ parts
 
 

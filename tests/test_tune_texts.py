@@ -31,6 +31,7 @@ from lm_eval_adainfer.strategies.rules import GapStopper
 from lm_eval_adainfer.traces import recording
 from lm_eval_adainfer.traces.documents import TracedDocuments, read
 from lm_eval_adainfer.traces.plan import Plan
+from lm_eval_adainfer.traces.splits import documents_of
 from lm_eval_adainfer.traces.texts import PROMPTS as PROMPT_TRACE
 from lm_eval_adainfer.traces.texts import TOKENS as TOKEN_TRACE
 from lm_eval_adainfer.traces.texts import trace_texts
@@ -306,6 +307,30 @@ def test_losses_between_0_and_1_are_bounded_by_gaffke():
 # ------------------------------------------------------------------------------------------------ one folder
 
 
+def test_the_time_that_is_left_is_that_of_the_documents_that_there_are(tmp_path):
+    """However many were asked for: about twelve dense passes over a document, two of them over test documents."""
+    made, said = tuning(tmp_path, replace(TOKENS, documents=10**6)), []
+
+    def stopped_at_once(step, what, seconds=0.0):
+        said.append(what)
+        raise KeyboardInterrupt
+
+    made._say = stopped_at_once
+    with pytest.raises(KeyboardInterrupt):
+        made.run()
+    plan = tmp_path / "plan.json"
+    plan.write_text(json.dumps(json.loads(plan.read_text()) | {"seconds": 6.0}))
+    with pytest.raises(KeyboardInterrupt):
+        made.run()
+    held = {}
+    for split in ("train", "calibrate", "test"):
+        with documents_of(made.tasks[TASK], TASK, split, None, 0, 0) as doc_ids:
+            held[split] = len(doc_ids)
+    assert max(held.values()) < 10**5 and len(set(held.values())) > 1
+    minutes = (2 * held["train"] + 8 * held["calibrate"] + 2 * held["test"]) / 10
+    assert said[1].endswith(f"at most about {minutes:.1f} minutes more")
+
+
 @pytest.mark.parametrize("moment", [0.6])
 def test_an_interrupted_command_goes_on_to_the_same_recommendation(of_prompts, tmp_path, moment):
     interrupt = InterruptAt(round(moment * of_prompts[3]))
@@ -367,6 +392,23 @@ def test_tasks_of_both_kinds_are_refused_together():
 def test_texts_that_are_drawn_are_refused(config, words, tiny, tokenizer, tmp_path):
     runs = Runs(lm_of(tiny, tokenizer, max_length=200), {"toy": generating(**config)}, tmp_path, TOKENS, Asking())
     assert words in refused(lambda: runs.run("train", {"toy": 4}))
+
+
+def test_weights_are_read_once_for_a_run_and_again_for_the_next(tiny, tokenizer, tmp_path, monkeypatch):
+    """However many parts it is kept in; a model that was changed in between is another one."""
+    lm, read = lm_of(make_model("llama", vocab_size=257, max_position_embeddings=512), tokenizer, max_length=200), []
+    monkeypatch.setattr(recording, "PART_DOCUMENTS", 1)
+    whole = type(lm.anatomy).weights_hash
+    monkeypatch.setattr(lm.anatomy, "weights_hash", lambda *given: read.append(1) or whole(lm.anatomy, *given))
+
+    def texts():
+        return Runs(lm, {"toy": generating()}, tmp_path, TOKENS, Asking()).run("train", {"toy": 4})[0].texts
+
+    first = texts()
+    assert len(read) == 1 and len(list(tmp_path.glob("*/*.json"))) == 4
+    lm.model.get_output_embeddings().weight.data.neg_()
+    second = texts()
+    assert len(read) == 2 and len(list(tmp_path.glob("*/*.json"))) == 8 and first != second
 
 
 @pytest.fixture(scope="module")

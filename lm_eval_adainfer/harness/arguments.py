@@ -1,9 +1,13 @@
-"""Arguments that nobody would miss: HFLM swallows misspelt ones, and those that a model object has no use for."""
+"""What is wrong with the arguments of the model type, each in one sentence, before and after HFLM loads the model.
+
+Nobody else would miss some: HFLM swallows misspelt ones, and those that a model object has no use for.
+"""
 
 from __future__ import annotations
 
 import inspect
 import logging
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,8 +15,11 @@ import torch
 from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils_hf import get_dtype
 
+from lm_eval_adainfer import paths
 from lm_eval_adainfer.errors import AdaInferError, nearest
+from lm_eval_adainfer.structure import unwrapping
 
+DEMO = "adainfer-demo"
 _logger = logging.getLogger(__name__)
 
 # HFLM's arguments (lm-eval 0.4.13) that only act while a model is loaded by its name, and what to do instead
@@ -80,6 +87,46 @@ def check_beside_object(model: Any, options: Mapping[str, Any], unknown: Mapping
     for name in ("revision", "subfolder"):
         if options.get(name) not in (None, "", _default(name)):
             _logger.warning("%s: %r is the tokenizer's alone, the model object stays as it is", name, options[name])
+
+
+def pretrained_of(pretrained: Any, options: Mapping[str, Any], *classes: type) -> tuple[Any, dict[str, str | None]]:
+    """What HFLM is to load, and the options that are no argument of these classes (:func:`further`).
+
+    Args:
+        pretrained: As the model's argument.
+        options: What is given beside it.
+        *classes: Whose constructors take options.
+
+    Raises:
+        AdaInferError: On an option that does nothing to a model object, and where the demo model is missing.
+    """
+    if isinstance(pretrained, os.PathLike):  # which HFLM would take for a model object
+        pretrained = os.fspath(pretrained)
+    unknown = further(options, *classes)
+    if not isinstance(pretrained, str):
+        check_beside_object(pretrained, options, unknown)
+    if pretrained == DEMO:
+        if not paths.demo_model().is_dir():
+            raise AdaInferError(f"pretrained: {DEMO} is not in this installation; install the package from its wheel")
+        pretrained = str(paths.demo_model())
+    return unwrapping.uncompiled(pretrained), unknown
+
+
+def check_built(lm: Any) -> None:
+    """Refuse what only shows in a model that HFLM has built: that it takes it for another kind, or can't begin a text.
+
+    Raises:
+        AdaInferError: On either.
+    """
+    if lm.backend == "seq2seq":  # a model object of a type that has an encoder, too
+        raise AdaInferError(
+            f"pretrained: lm-eval takes {type(lm.model).__name__} for an encoder-decoder model; if it is a "
+            "decoder, pass backend=causal"
+        )
+    if lm.prefix_token_id is None:
+        raise AdaInferError(
+            "tokenizer: it has neither a BOS nor an EOS token to begin a text with; give prefix_token_id=0, say"
+        )
 
 
 def _default(name: str) -> Any:

@@ -8,7 +8,6 @@ and rolling requests it answers by itself.
 from __future__ import annotations
 
 import copy
-from collections import defaultdict, deque
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -16,7 +15,9 @@ from typing import Any
 from lm_eval.api.model import CacheHook, hash_args
 
 from lm_eval_adainfer.harness.answers import LogLikelihood
+from lm_eval_adainfer.harness.caveats import Caveats
 from lm_eval_adainfer.harness.options import Options
+from lm_eval_adainfer.harness.texts import Texts
 from lm_eval_adainfer.prefill.dense_too import DenseToo
 from lm_eval_adainfer.prefill.documents import Document
 from lm_eval_adainfer.prefill.exit_records import record_of_document
@@ -89,7 +90,7 @@ class OnePass:
         for count, value in vars(own).items():
             setattr(dense.engine, count, getattr(dense.engine, count) + value)
             setattr(own, count, 0)
-        dense._found_sharing, dense.batch_sizes = self._early._found_sharing, dict(self._early.batch_sizes)
+        dense.found_sharing, dense.batch_sizes = self._early.found_sharing, dict(self._early.batch_sizes)
         return found
 
     def forget(self) -> None:
@@ -111,13 +112,11 @@ def _twin(lm: Any) -> Any:
     *others, _ = lm.arguments_read  # without the token stopper
     twin.options = Options.read("none", *others)
     twin.stopper_name, twin._auto, twin.auto_record = "none", None, None
-    twin._use(*lm.asked_after)
+    twin.use(*lm.asked_after)
     twin.seconds = twin.generating_seconds = 0.0
     twin.generated_tokens = 0
-    twin._generated, twin._exit_records, twin._generated_tokens = defaultdict(deque), deque(), deque()
     twin._document_keys, twin.run_totals = [], {}
     twin.pilot_record = twin.promise_record = None
-    twin._warned_without_choices = set()
-    twin._found_sharing, twin._windows, twin._prompt_exits = None, None, None
+    twin.caveats, twin.texts, twin.found_sharing = Caveats(twin), Texts(twin, lm.texts.known_windows), None
     twin.set_cache_hook(CacheHook(None))
     return twin

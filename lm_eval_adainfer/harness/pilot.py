@@ -21,7 +21,7 @@ from lm_eval.utils import handle_non_serializable
 from scipy import stats
 
 from lm_eval_adainfer import releases
-from lm_eval_adainfer.harness import private
+from lm_eval_adainfer.harness import asides, private
 from lm_eval_adainfer.tasks.qa import stable_hash
 
 if TYPE_CHECKING:
@@ -91,7 +91,7 @@ class Pilot:
             if kinds <= set(_KINDS) and (self.model.generation == "early" or "generate_until" not in kinds):
                 self._drawn[name] = drawn(task.instances, self._share)
         asked = [i for documents in self._drawn.values() for document in documents for i in document]
-        with self.model.dense_aside() as self._cost:
+        with asides.dense(self.model) as self._cost:
             for kind in _KINDS:
                 repeated = [i for i in asked if i.request_type == kind for _ in range(i.repeats or 1)]
                 if repeated:

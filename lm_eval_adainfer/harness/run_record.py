@@ -60,5 +60,28 @@ def of(lm: Any, sharing: Sharing | None, windows: Windows | None) -> dict[str, A
     }
 
 
+def totals(lm: Any) -> dict[str, Any]:
+    """A process's totals since its model was built: measured seconds, counted tokens, head rows and block calls.
+
+    The record of a run holds what one evaluation added to them (``metrics``). Of a pass that gave two sides' answers
+    neither side has seconds of its own.
+
+    Args:
+        lm: The ``AdaInferLM``.
+    """
+    engine = lm.engine
+    return {
+        **({} if lm.one_pass or lm.answered else {"seconds_in_model_measured": lm.seconds}),
+        **({} if lm.one_pass is None else lm.one_pass.totals()),
+        "tokens_counted": engine.tokens,
+        "block_tokens_counted": engine.block_tokens,
+        "block_calls_counted": engine.block_calls,
+        "head_rows_counted": engine.head_rows,
+        **({"copied_tokens_counted": engine.copied_tokens} if lm.reader.kind == "copy" else {}),
+        "generated_tokens_counted": lm.generated_tokens,
+        "seconds_generating_measured": lm.generating_seconds,
+    }
+
+
 def _with_reason(how: str, missed: str) -> str:
     return f"{how} ({missed})" if missed else how

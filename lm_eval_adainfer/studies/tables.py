@@ -80,11 +80,15 @@ def table(
                 continue
             shots = "/".join(map(str, sorted({t.meta["num_fewshot"] for t in first})))
             constant = best_constant(first)
-            notes += _hopeless(task, shots, first, constant)
+            dense: dict[str, Any] | None = None
             for (name, reader_name), found in margins.items():
                 own = {"reader": reader_name} if len(readers) > 1 else {}
                 numbers = evaluate(of[reader_name], [found[t.setting] for t in of[reader_name]], seed=seed)
                 rows.append({"task": task, "shots": shots, "stopper": name, **own, **numbers, "constant": constant})
+                dense = numbers if stoppers[name] == "none" else dense
+            if dense is None:  # a recipe without it
+                dense = evaluate(first, [document_margins("none", t) for t in first])
+            notes += _hopeless(task, shots, dense, constant)
     return rows, notes
 
 
@@ -103,9 +107,8 @@ def best_constant(traces: Sequence[TracedDocuments]) -> float | None:
     return sum(best) / sum(len(of) for of in gold.values()) if best else None
 
 
-def _hopeless(task: str, shots: str, traces: Sequence[TracedDocuments], constant: float | None) -> list[str]:
-    """A sentence where the dense model is not better than a constant answer, with 95% confidence."""
-    dense = evaluate(traces, [document_margins("none", t) for t in traces])
+def _hopeless(task: str, shots: str, dense: Mapping[str, Any], constant: float | None) -> list[str]:
+    """A sentence where the dense model, as it was evaluated, is not better than a constant answer, at 95%."""
     measure = "acc" if dense["acc"] is not None else "top1_acc"
     if constant is None or dense[f"{measure}_low"] is None or dense[f"{measure}_low"] > constant:
         return []

@@ -205,7 +205,8 @@ def _in_parts(
     order = list(by_document)
     parts: list[dict[str, np.ndarray]] = []
     warned = False
-    with tqdm(total=len(order), desc=f"Tracing {path.stem}", unit="doc", disable=lm.rank != 0) as progress:
+    bar = tqdm(total=len(order), desc=f"Tracing {path.stem}", unit="doc", disable=lm.rank != 0)
+    with bar as progress, lm.identified():  # the weights are read once, and not for every part
         for start in range(0, len(order), PART_DOCUMENTS):
             chosen = order[start : start + PART_DOCUMENTS]
             file = _parts_folder(path) / f"{start:08d}.part"

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -68,16 +69,19 @@ def trace_texts(
         if all(found.get(key) == value for key, value in identity.items()):
             return path
     parts, folder = [], path.with_name(f"{path.name}.parts")
-    for start in range(0, len(instances), recording.PART_DOCUMENTS):
-        some = slice(start, start + recording.PART_DOCUMENTS)
-        pairs = [(i, t) for i, t in zip(instances[some], texts[some], strict=True) if t[1]]
-        file, mine = folder / f"{start:08d}.part", {**identity, "documents": [i.doc_id for i, _ in pairs]}
-        arrays = recording.read_part(file, mine)
-        if arrays is None and pairs:
-            arrays = _of_tokens(lm, plan, pairs, doc_ids) if what == TOKENS else _of_prompts(lm, plan, pairs, doc_ids)
-            container.write(file, "part", VERSION, mine, arrays)
-        if arrays is not None:
-            parts.append(arrays)
+    recorded = _of_tokens if what == TOKENS else _of_prompts
+    # prompts are scored: the weights are read once for that, and not for every part
+    with lm.identified() if what == PROMPTS else nullcontext():
+        for start in range(0, len(instances), recording.PART_DOCUMENTS):
+            some = slice(start, start + recording.PART_DOCUMENTS)
+            pairs = [(i, t) for i, t in zip(instances[some], texts[some], strict=True) if t[1]]
+            file, mine = folder / f"{start:08d}.part", {**identity, "documents": [i.doc_id for i, _ in pairs]}
+            arrays = recording.read_part(file, mine)
+            if arrays is None and pairs:
+                arrays = recorded(lm, plan, pairs, doc_ids)
+                container.write(file, "part", VERSION, mine, arrays)
+            if arrays is not None:
+                parts.append(arrays)
     if not parts:
         raise AdaInferError(f"tasks: {identity['task']} generated no token, so there is no decision to trace")
     whole = {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}

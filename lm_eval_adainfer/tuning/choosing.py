@@ -1,7 +1,8 @@
 """From fitting and calibration documents to one calibrated stopper: the choice that ``adainfer tune``'s promise covers.
 
 How many may be lost, which contestants become candidates, what calibrating them comes to, and which of those that
-passed is taken. Nothing here traces or looks at test documents, so ``python -m benchmarks.promises`` can repeat it.
+passed is taken, if it is worth it: what saves next to nothing is not. Nothing here traces or looks at test documents,
+so ``python -m benchmarks.promises`` can repeat it.
 """
 
 from __future__ import annotations
@@ -11,21 +12,26 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from lm_eval_adainfer.errors import AdaInferError
 from lm_eval_adainfer.fitting.calibration import Calibration, calibrate
 from lm_eval_adainfer.readers.base import Reader
 from lm_eval_adainfer.strategies.base import Stopper
+from lm_eval_adainfer.traces import documents
+from lm_eval_adainfer.traces.documents import TracedDocuments
 from lm_eval_adainfer.tuning.allowance import Allowance
-from lm_eval_adainfer.tuning.contestants import Contestant, Fitter, contestants
+from lm_eval_adainfer.tuning.contestants import Contestant, Fitter, contestants, scores
 from lm_eval_adainfer.tuning.search import left
 from lm_eval_adainfer.tuning.settings import Settings
+from lm_eval_adainfer.tuning.work import Work
 
-WORTH = 0.01  # of the dense work: what a candidate must save
+WORTH = 0.01  # of the dense work: what a candidate must be expected to save, and save on calibration documents
 
 
-def allowed(documents: int, settings: Settings) -> Allowance:
+def allowed(count: int, settings: Settings) -> Allowance:
     """What so many calibration documents will allow."""
-    return Allowance.divided(documents, settings.max_drop, settings.confidence, settings.loss)
+    return Allowance.divided(count, settings.max_drop, settings.confidence, settings.loss)
 
 
 @dataclass(frozen=True)
@@ -62,7 +68,10 @@ def candidates(
 def calibrated(
     chosen: Sequence[Contestant], files: Sequence[Path], allowance: Allowance, settings: Settings
 ) -> tuple[Calibrated | None, list[dict[str, Any]]]:
-    """Of the candidates whose threshold passed the one that saves most on fitting documents, and all that was found.
+    """Of the candidates that passed the one that saves most on fitting documents, and all that was found.
+
+    One that saves less than ``WORTH`` of the calibration documents' work is not taken. Which is taken may depend on
+    these documents, since the error is divided among the candidates.
 
     Args:
         chosen: The candidates.
@@ -72,6 +81,7 @@ def calibrated(
     """
     found: list[tuple[float, int, Calibrated]] = []
     told = []
+    views = documents.read(files)
     for candidate in chosen:
         blocks = "+".join(map(str, candidate.choice.blocks))
         assert candidate.stopper is not None, "candidates() fits them"
@@ -87,6 +97,7 @@ def calibrated(
         stopper.info["promise"]["together_confidence"] = settings.confidence
         exit_layer = left(candidate.scores, candidate.choice.blocks, came.threshold)
         cost = candidate.work.ratio(exit_layer, candidate.choice.blocks)
+        saved = _saved(candidate, stopper, came.threshold, views) if came.stops else None
         told.append(
             {
                 "name": candidate.name,
@@ -99,8 +110,16 @@ def calibrated(
                 "needed": came.needed,
                 "confidence": allowance.confidence,
                 "saved_on_fitting": 1 - cost,
+                "saved_on_calibration": saved,
             }
         )
-        if came.stops and cost < 1 - WORTH / 2:
+        if saved is not None and saved >= WORTH:
             found.append((cost, len(found), Calibrated(candidate, stopper, came)))
     return (min(found, key=lambda one: one[:2])[2] if found else None), told
+
+
+def _saved(candidate: Contestant, stopper: Stopper, threshold: float, views: Sequence[TracedDocuments]) -> float:
+    """The share of these documents' dense work that a calibrated candidate saves."""
+    seen, blocks = [view.under(candidate.reader.name) for view in views], candidate.choice.blocks
+    exits = np.concatenate([left(scores(stopper, view), blocks, threshold) for view in seen])
+    return 1 - Work.of(seen, candidate.reader, stopper).ratio(exits, blocks)

@@ -12,7 +12,7 @@ import json
 import logging
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ import numpy as np
 from lm_eval_adainfer import container
 from lm_eval_adainfer._version import __version__
 from lm_eval_adainfer.errors import AdaInferError
-from lm_eval_adainfer.harness import auto
+from lm_eval_adainfer.harness import asides, auto
 from lm_eval_adainfer.harness.asking import generation_of
 from lm_eval_adainfer.readers import specs as readers
 from lm_eval_adainfer.readers.base import HEAD, Reader
@@ -46,7 +46,7 @@ from lm_eval_adainfer.tuning.tune import RESULT, STOPPER, Tuned, Tuning
 from lm_eval_adainfer.tuning.work import Work
 
 CANDIDATES = 2  # that are calibrated, at most: every threshold of each is a run
-_PASSES = 12  # dense passes over a document, about, in all of the command
+_PASSES = {"train": 2, "calibrate": 8, "test": 2}  # dense passes over a split, about, in all of the command
 _FEWEST = 30  # documents of a split, whatever the budget
 _SECOND = 0.5  # of the first candidate's expected saving: what a second one must be expected to save
 _logger = logging.getLogger(__name__)
@@ -73,9 +73,9 @@ class TextTuning(Tuning):
             raise AdaInferError("generation: dense exits nowhere in texts, so there is nothing to tune; leave it out")
         self._runs = Runs(self.lm, self.tasks, self.folder / "runs", self.settings, self.asked)
         probed, documents_each, stored, seconds = self._probe()
-        numbers, self._seconds = self._numbers("train", documents_each), documents_each * seconds
+        self._pace = documents_each, seconds
         self._say(1, f"generating the fitting documents dense, and tracing them{self._about(_PASSES)}")
-        dense = self._runs.run("train", numbers)
+        dense = self._runs.run("train", self._numbers("train", documents_each))
         worth = self._worth(dense)
         prompt_readers = [o for o in probed if o.reader.runs_tokens and not o.hopeless]
         traced = self._traced(dense, [(o.reader, o.blocks) for o in prompt_readers], self.folder / "traces")
@@ -117,9 +117,11 @@ class TextTuning(Tuning):
         container.write_atomically(self.folder / RESULT, text.encode())
         return tuned
 
-    def _about(self, passes: int) -> str:
-        """How long it takes to generate a split's documents dense so many times."""
-        return f", at most about {passes * self._seconds / 60:.1f} minutes more"
+    def _about(self, passes: Mapping[str, int]) -> str:
+        """How long it takes to generate the documents that there are of each split dense so many times."""
+        documents_each, seconds = self._pace
+        count = sum(times * sum(self._numbers(split, documents_each).values()) for split, times in passes.items())
+        return f", at most about {count * seconds / 60:.1f} minutes more"
 
     # ------------------------------------------------------------------ the probe and traces
 
@@ -150,7 +152,7 @@ class TextTuning(Tuning):
         if not plan.exists():
             if self.settings.budget is not None:
                 seconds = 60 * self.settings.budget - (time.monotonic() - started)
-                affordable = int(seconds / (_PASSES * each))
+                affordable = int(seconds / (sum(_PASSES.values()) * each))
                 decided["documents"] = max(_FEWEST, min(self.settings.documents, affordable))
                 if decided["documents"] < self.settings.documents:
                     _logger.info("budget: it allows about %d documents of each split", decided["documents"])
@@ -175,7 +177,7 @@ class TextTuning(Tuning):
             options = replace(
                 self.lm.options, stopper=GapStopper(1.0), reader=reader, kv_policy=policy, generation="early"
             )
-            with self.lm.using(options, [self.lm.n_blocks - 1]):
+            with asides.using(self.lm, options, [self.lm.n_blocks - 1]):
                 self.lm.generate_until([instance], disable_tqdm=True)
                 counter = self.lm.token_counter
                 if reader.runs_tokens:
@@ -299,7 +301,7 @@ class TextTuning(Tuning):
     ) -> tuple[TextContestant, Stopper, Exits] | None:
         """The candidate that saves most at its loosest threshold that passed, with its stopper and how to run it."""
         numbers = self._numbers("calibrate", documents_each)
-        most = self._about(3 + len(candidates) * (len(RUNGS) + len(BEYOND)))
+        most = self._about({"calibrate": 1 + len(candidates) * (len(RUNGS) + len(BEYOND)), "test": 2})
         self._say(3, f"generating calibration documents dense, and with {', '.join(c.name for c in candidates)}{most}")
         dense = self._runs.run("calibrate", numbers)
         found: list[tuple[float, int, TextContestant, Stopper, Exits]] = []
@@ -325,12 +327,13 @@ class TextTuning(Tuning):
                     "stops": last is not None,
                     "documents": sum(len(ran.texts) for ran in dense),
                     "losses": last["losses"] if last else None,
+                    "saved_on_calibration": last["saved"] if last else None,
                     "needed": None if last or not rungs else rungs[0]["needed"],
                     "confidence": confidence,
                     "rungs": rungs,
                 }
             )
-            if last is not None and last["saved"] >= WORTH / 2:
+            if last is not None and last["saved"] >= WORTH:
                 stopper = real.at(bare, candidate, last["threshold"])
                 stopper.info["promise"] = real.promise(
                     candidate, rungs, last, confidence, dense, self.settings, self.lm, self.asked
@@ -354,7 +357,7 @@ class TextTuning(Tuning):
         self, chosen: TextContestant, stopper: Stopper, exits: Exits, documents_each: int, tuned: Tuned
     ) -> None:
         """Generate the test documents, once each way; note the recommendation, and write the stopper's file."""
-        self._say(4, f"generating test documents dense, and with {chosen.name}{self._about(2)}")
+        self._say(4, f"generating test documents dense, and with {chosen.name}{self._about({'test': 2})}")
         numbers = self._numbers("test", documents_each)
         dense, early = self._runs.run("test", numbers), self._runs.run("test", numbers, exits)
         blocks = list(exits.blocks)

@@ -16,15 +16,13 @@ import numpy as np
 from lm_eval_adainfer import bounded
 from lm_eval_adainfer.fitting.risk import NET, Risk
 from lm_eval_adainfer.harness.asking import Asking, generation_of
-from lm_eval_adainfer.statistics import wilson_interval
 from lm_eval_adainfer.strategies.base import Stopper
 from lm_eval_adainfer.traces import recording
 from lm_eval_adainfer.traces.file import ASKED
 from lm_eval_adainfer.tuning.runs import Ran, losses
+from lm_eval_adainfer.tuning.savings import losing, saving
 from lm_eval_adainfer.tuning.settings import Settings
 from lm_eval_adainfer.tuning.text_contestants import TextContestant
-
-_RESAMPLES = 1000
 
 
 def risk_of(lost: np.ndarray, max_drop: float, loss: str) -> Risk:
@@ -184,22 +182,15 @@ def row(name: str, dense: Sequence[Ran], early: Sequence[Ran]) -> dict[str, Any]
 def figures(dense: Sequence[Ran], early: Sequence[Ran], loss: str, seed: int, exits: str) -> dict[str, Any]:
     """What was really saved and lost, with 95% intervals over documents."""
     cost, whole = (np.concatenate([getattr(ran, name) for ran in early]) for name in ("flops", "flops_dense"))
-    lost, n = losses(dense, early, loss), len(cost)
-    draws = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), _RESAMPLES)
-    low, high = np.quantile(1 - (draws @ cost) / (draws @ whole), [0.025, 0.975])
+    lost = losses(dense, early, loss)
     if np.isin(lost, (0.0, 1.0)).all():
-        lost_low, lost_high = (float(x) for x in wilson_interval(np.array(lost.mean()), n))
+        share = losing(lost, "gold")
     else:
-        interval = bounded.gaffke_interval(lost, np.ones(n))
-        lost_low, lost_high = interval.lower, interval.upper
+        interval = bounded.gaffke_interval(lost, np.ones(len(lost)))
+        share = {"lost": float(lost.mean()), "lost_low": interval.lower, "lost_high": interval.upper}
     return {
-        "documents": n,
-        "saved": saved(early),
-        "saved_low": float(low),
-        "saved_high": float(high),
+        **saving(cost, whole, seed),
         "of_dense_run": float(cost.sum() / sum(ran.flops.sum() for ran in dense)),
-        "lost": float(lost.mean()),
-        "lost_low": lost_low,
-        "lost_high": lost_high,
+        **share,
         "exit_layer": float(np.mean(np.concatenate([left(ran, exits) for ran in early]))),
     }

@@ -21,7 +21,7 @@ from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval_adainfer import container
 from lm_eval_adainfer.errors import AdaInferError
 from lm_eval_adainfer.fitting.risk import NET
-from lm_eval_adainfer.harness import pilot
+from lm_eval_adainfer.harness import asides, pilot
 from lm_eval_adainfer.harness.asking import Asking
 from lm_eval_adainfer.readers.base import HEAD
 from lm_eval_adainfer.strategies.base import Stopper
@@ -143,7 +143,7 @@ class Runs:
             exits: How to exit early; None runs dense and keeps the tokens.
         """
         documents = self.documents(split, numbers)
-        with self._with(exits):
+        with self._with(exits), self.lm.identified():  # the weights are read once, and not for every part
             who = self.lm.fingerprint
             return [self._ran(of, who, keep_tokens=exits is None) for of in documents]
 
@@ -155,7 +155,7 @@ class Runs:
             self.lm.options, stopper=stopper, reader=stopper.reader or HEAD, kv_policy=exits.kv_policy,
             generation="early",
         )  # fmt: skip
-        return self.lm.using(options, list(exits.blocks))
+        return asides.using(self.lm, options, list(exits.blocks))
 
     def _built(self, name: str, task: Any, split: str, limit: int) -> Documents:
         number = self.settings.num_fewshot

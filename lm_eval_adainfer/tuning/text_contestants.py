@@ -18,10 +18,10 @@ import numpy as np
 
 from lm_eval_adainfer.errors import AdaInferError
 from lm_eval_adainfer.readers.base import Reader
-from lm_eval_adainfer.statistics import wilson_interval
 from lm_eval_adainfer.traces.documents import TracedDocuments
 from lm_eval_adainfer.tuning.allowance import Allowance
 from lm_eval_adainfer.tuning.contestants import Contestant, Fitter, contestants
+from lm_eval_adainfer.tuning.savings import losing, saving
 from lm_eval_adainfer.tuning.search import left, lost_by, search
 from lm_eval_adainfer.tuning.text_work import TokenWork, texts_of, with_new_tokens
 
@@ -30,7 +30,6 @@ PROPAGATE, RECOMPUTE = "propagate", "recompute"
 RUNGS = (0.25, 0.5, 0.75, 1.0)  # of the saving within the drop: the first thresholds that are run
 BEYOND = (2.0, 4.0)  # times the drop: the thresholds after these, which pass where less is lost than simulated
 _QUANTILES = 400
-_RESAMPLES = 1000
 
 Weighed = Mapping[tuple[str, int], float]  # task and document to something of it
 
@@ -59,12 +58,8 @@ class TextContestant(Contestant):
 
     def figures(self, seed: int) -> dict[str, Any]:
         """What its exits save and lose, with 95% intervals over documents, JSON-serialisable."""
-        cost, dense = self.by_document(self.work.at(self.choice.exit_layer, self.choice.blocks)), self.work.dense
-        dense, n = self.by_document(dense), len(cost)
-        draws = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), _RESAMPLES)
-        low, high = np.quantile(1 - (draws @ cost) / (draws @ dense), [0.025, 0.975])
-        share = float(lost_by(self.lost, self.choice.exit_layer, self.text).mean())
-        lost_low, lost_high = wilson_interval(np.array(share), n)
+        exit_layer = self.choice.exit_layer
+        cost, dense = self.work.at(exit_layer, self.choice.blocks), self.work.dense
         return {
             "name": self.name,
             "reader": self.reader.name,
@@ -74,14 +69,9 @@ class TextContestant(Contestant):
             "check_layers": list(self.choice.blocks),
             "threshold": self.choice.threshold if np.isfinite(self.choice.threshold) else None,
             "expected": self.expected,
-            "documents": n,
-            "saved": float(1 - cost.sum() / dense.sum()),
-            "saved_low": float(low),
-            "saved_high": float(high),
-            "lost": share,
-            "lost_low": float(lost_low),
-            "lost_high": float(lost_high),
-            "exit_layer": float(self.choice.exit_layer.mean()),
+            **saving(self.by_document(cost), self.by_document(dense), seed),
+            **losing(lost_by(self.lost, exit_layer, self.text), "agreement"),  # simulated texts never win
+            "exit_layer": float(exit_layer.mean()),
             "acc": None,
         }
 

@@ -1,9 +1,10 @@
 """From a model and tasks to a recommendation: probe readers, fit, choose, calibrate, and report on fresh documents.
 
 Reader, stopper and blocks are chosen on fitting documents alone (``contestants``). Calibration documents move the
-thresholds of at most three candidates, among which the error is divided, and nothing else; which of those that pass is
-taken is decided by what they save on fitting documents at these thresholds. Test documents are looked at once, at the
-end. Everything about early exits is *simulated* from traces; ``docs/tune.md`` has the whole story.
+thresholds of at most three candidates, among which the error is divided, and say whether these save anything worth
+having; which of those that pass is taken is decided by what they save on fitting documents at these thresholds. Test
+documents are looked at once, at the end. Everything about early exits is *simulated* from traces; ``docs/tune.md`` has
+the whole story.
 """
 
 from __future__ import annotations
@@ -22,12 +23,10 @@ import numpy as np
 from lm_eval_adainfer import container
 from lm_eval_adainfer._version import __version__
 from lm_eval_adainfer.errors import AdaInferError
-from lm_eval_adainfer.fitting.risk import NET
 from lm_eval_adainfer.harness import auto
 from lm_eval_adainfer.harness.asking import Asking
 from lm_eval_adainfer.readers import specs as readers
 from lm_eval_adainfer.readers.base import HEAD, Reader
-from lm_eval_adainfer.statistics import tango_interval, wilson_interval
 from lm_eval_adainfer.strategies import files as stopper_files
 from lm_eval_adainfer.strategies.rules import GapStopper
 from lm_eval_adainfer.traces import documents, recording, replay
@@ -36,10 +35,11 @@ from lm_eval_adainfer.traces.plan import Plan
 from lm_eval_adainfer.traces.splits import SPLITS, documents_of
 from lm_eval_adainfer.tuning import probe
 from lm_eval_adainfer.tuning.allowance import documents_for
-from lm_eval_adainfer.tuning.choosing import Calibrated, allowed, calibrated, candidates
+from lm_eval_adainfer.tuning.choosing import WORTH, Calibrated, allowed, calibrated, candidates
 from lm_eval_adainfer.tuning.contestants import Contestant, Fitter, losses, scores
 from lm_eval_adainfer.tuning.mix import mixed
 from lm_eval_adainfer.tuning.probe import Probed
+from lm_eval_adainfer.tuning.savings import losing, saving, wilson
 from lm_eval_adainfer.tuning.search import left, lost_by
 from lm_eval_adainfer.tuning.settings import Settings
 from lm_eval_adainfer.tuning.work import Work
@@ -49,7 +49,6 @@ if TYPE_CHECKING:
 
 STOPPER, RESULT = "tuned.stopper", "tune.json"
 _FEWEST = 30  # documents of a split, whatever the budget
-_RESAMPLES = 1000
 _logger = logging.getLogger(__name__)
 
 
@@ -341,7 +340,7 @@ class Tuning:
         at = f"{self.settings.max_drop:.2%} at {self.settings.confidence:.0%}"
         most = f"{at} needs {needed[0]} calibration documents without a loss, {needed[1]} with one"
         if not candidates:
-            why = "no stopper saves anything within the drop, not even on fitting documents"
+            why = f"nothing is expected to save {WORTH:.0%} of the dense work within the drop, so use the dense model"
             more, helps = "more documents would hardly help", False
         elif allowed < 0:
             why, helps = f"{waiting} calibration documents can't carry the promise", True
@@ -352,9 +351,16 @@ class Tuning:
             more_needed = [c["needed"] for c in result.get("candidates", ()) if not c["stops"]]
             known = [n for n in more_needed if n is not None]
             helps = bool(known)
-            why = "no candidate's threshold passed on the calibration documents, or what passed saves nothing"
+            why = "no candidate's threshold passed on the calibration documents"
             more = f"about {min(known)} calibration documents might do" if known else "more documents would hardly help"
             more = f"{more} ({most})"
+            if passed := [c for c in result["candidates"] if c["stops"]]:
+                saved, name = max((c["saved_on_calibration"], c["name"]) for c in passed)
+                why = (
+                    f"nothing saves {WORTH:.0%} of the dense work ({name} saves {saved:.2%} on calibration documents, "
+                    "at its calibrated threshold), so use the dense model"
+                )
+                more, helps = f"more documents, or a greater --max-drop, may allow a looser threshold ({most})", True
         result["nothing"] = {"why": why, "more_documents_would_help": helps, "more": more}
 
 
@@ -379,7 +385,7 @@ def _told(rival: Contestant, loss: str, seed: int) -> dict[str, Any]:
     known = ~np.isnan(right)
     n = int(known.sum())
     accuracy = float(right[known].mean()) if n else None
-    spread = _wilson(accuracy, n) if accuracy is not None else (None, None)
+    spread = wilson(accuracy, n) if accuracy is not None else (None, None)
     dense = rival.right[:, -1]
     return {
         "name": rival.name,
@@ -399,35 +405,12 @@ def _told(rival: Contestant, loss: str, seed: int) -> dict[str, Any]:
 def _figures(
     exit_layer: np.ndarray, blocks: Sequence[int], lost: np.ndarray, work: Work, loss: str, seed: int
 ) -> dict[str, Any]:
-    """What exits save and lose, with 95% intervals over documents.
-
-    Resampled for the saving, Tango's for what accuracy loses, Wilson's for other losses.
-    """
-    cost, dense, n = work.at(exit_layer, blocks), work.dense, len(exit_layer)
-    draws = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), _RESAMPLES)
-    low, high = np.quantile(1 - (draws @ cost) / (draws @ dense), [0.025, 0.975])
-    at = lost_by(lost, exit_layer)
-    share = float(at.mean())
-    if loss in NET:
-        interval = tango_interval(float((at > 0).sum()), float((at < 0).sum()), n)
-        lost_low, lost_high = interval.lower, interval.upper
-    else:
-        lost_low, lost_high = _wilson(share, n)
+    """What exits save and lose, with 95% intervals over documents."""
     return {
-        "documents": n,
-        "saved": float(1 - cost.sum() / dense.sum()),
-        "saved_low": float(low),
-        "saved_high": float(high),
-        "lost": share,
-        "lost_low": lost_low,
-        "lost_high": lost_high,
+        **saving(work.at(exit_layer, blocks), work.dense, seed),
+        **losing(lost_by(lost, exit_layer), loss),
         "exit_layer": float(exit_layer.mean()),
     }
-
-
-def _wilson(share: float, n: int) -> tuple[float, float]:
-    low, high = wilson_interval(np.array(share), n)
-    return float(low), float(high)
 
 
 def _checks(exit_layer: np.ndarray, blocks: Sequence[int], work: Work) -> list[dict[str, Any]]:
