@@ -71,3 +71,8 @@ def tiny_lm() -> AdaInferLM:
     """A model that another process can make again."""
     model = make_model("llama", vocab_size=257, max_position_embeddings=512)
     return lm_of(model, byte_tokenizer(), max_length=400)
+
+
+def cache_among(arguments: dict[str, Any]) -> Any:
+    """A module's key-value cache among its named arguments: transformers before 5.24 calls it past_key_values."""
+    return arguments.get("cache", arguments.get("past_key_values"))
