@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 
 from helpers.families import REFUSED, SUPPORTED
 from lm_eval_adainfer.harness.model import AdaInferLM
@@ -20,6 +21,11 @@ FAMILIES: dict[str, tuple[str, dict]] = {
         "gemma2", "gemma3", "phi3", "qwen3", "cohere", "granite", "mixtral", "qwen3_moe", "mamba",
     )
 }  # fmt: skip
+# those whose rows can't be packed: attention of their own (no interface to wrap; GPT-J's until transformers 5.24), or
+# masks that are no masks (alibi)
+PADDED = {"bloom", "mpt", "falcon"} | (
+    set() if transformers.GPTJPreTrainedModel._supports_attention_backend else {"gptj"}
+)
 
 
 def make_model(family: str, vocab_size: int = 101, seed: int = 0, **overrides):
