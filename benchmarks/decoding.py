@@ -18,6 +18,7 @@ from lm_eval_adainfer.generation.step import Step
 from lm_eval_adainfer.harness.model import AdaInferLM
 from lm_eval_adainfer.releases import request
 from lm_eval_adainfer.strategies.base import Stopper
+from lm_eval_adainfer.structure.anatomy import Anatomy
 
 
 class RandomExits(Stopper):
@@ -56,17 +57,16 @@ def requests(rows: int, tokens: int, new: int) -> list[Instance]:
 @torch.no_grad()
 def block_seconds(model: LlamaForCausalLM, keys: int, most: int, repeats: int) -> dict[int, float]:
     """Seconds of one block with n rows of one token after ``keys`` cached ones, n a power of two."""
-    found, n = {}, 1
+    found, n, anatomy = {}, 1, Anatomy(model)
     while True:
         times = []
         for _ in range(repeats + 1):
             cache = DynamicCache()
             ids = torch.ones(n, keys, dtype=torch.long, device=model.device)
-            model.model(input_ids=ids, past_key_values=cache, use_cache=True)
+            model.model(input_ids=ids, **anatomy.with_cache(cache))
             times.append(
                 seconds(lambda n=n, cache=cache: model.model(
-                    input_ids=torch.ones(n, 1, dtype=torch.long, device=model.device),
-                    past_key_values=cache, use_cache=True,
+                    input_ids=torch.ones(n, 1, dtype=torch.long, device=model.device), **anatomy.with_cache(cache),
                 ))
             )  # fmt: skip
         found[n] = min(times) / model.config.num_hidden_layers

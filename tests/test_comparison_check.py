@@ -359,12 +359,14 @@ def test_the_stock_baseline_gets_none_of_our_model_args(tmp_path, monkeypatch, o
 
 def test_all_of_our_arguments_are_ours_and_none_of_hfs_is(tmp_path, monkeypatch, only_our_tasks):
     """The reference: the arguments that the model's docstring explains, but the one that HFLM has too."""
+    import inspect
     import re
 
     from lm_eval_adainfer.comparison import running
     from lm_eval_adainfer.harness.model import AdaInferLM
 
-    explained = re.findall(r"^        (\w+): ", AdaInferLM.__doc__.split("Raises:")[0], re.MULTILINE)
+    # getdoc: Python 3.13 takes the indentation from a docstring, older ones leave it
+    explained = re.findall(r"^    (\w+): ", inspect.getdoc(AdaInferLM).split("Raises:")[0], re.MULTILINE)
     assert running._ours() == set(explained) - {"pretrained"} and "prefix_cache" in explained
     seen = []
     monkeypatch.setattr(running, "_evaluate", lambda model, args, *rest: seen.append((model, args)))

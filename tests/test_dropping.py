@@ -111,13 +111,14 @@ class Counts:
 def test_the_cache_gives_the_logits_of_the_whole_prefix(family):
     whole, small = built_without(family, (2, 4))
     cut = with_same_weights(whole)
-    removal.drop(Anatomy(cut), (2, 4))
+    anatomy = Anatomy(cut)
+    removal.drop(anatomy, (2, 4))
     texts, cache = torch.randint(1, 257, (2, 4), generator=torch.Generator().manual_seed(0)), None
     new = texts
     with torch.no_grad():
         for _ in range(8):
-            step = cut(input_ids=new, past_key_values=cache, use_cache=True)
-            cache, expected = step.past_key_values, small(input_ids=texts, use_cache=False).logits[:, -1]
+            step = cut(input_ids=new, **anatomy.with_cache(cache))
+            cache, expected = step[anatomy.cache_argument], small(input_ids=texts, use_cache=False).logits[:, -1]
             torch.testing.assert_close(step.logits[:, -1], expected, atol=1e-4, rtol=1e-5)
             new = expected.argmax(-1, keepdim=True)
             texts = torch.cat([texts, new], dim=1)

@@ -8,7 +8,7 @@ from collections import Counter
 
 import pytest
 import torch
-from helpers.models import FAMILIES, lm_of, make_model
+from helpers.models import FAMILIES, PADDED, lm_of, make_model
 from helpers.reference import logits_after_block
 from helpers.replay import generated, prepared
 from helpers.stoppers import Dice, Scripted
@@ -21,7 +21,6 @@ from lm_eval_adainfer.prefill.probes import sharing
 from lm_eval_adainfer.strategies.base import Schedule
 
 WITH_CACHE = [family for family in FAMILIES if family != "mamba"]
-PADDED = ["gptj", "bloom", "mpt", "falcon"]
 
 
 def decode_in_turn(anatomy, windows, stopper, queues, rule, places, longest, lengths, **options):

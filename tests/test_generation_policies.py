@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers.models import FAMILIES, make_model
+from helpers.models import FAMILIES, PADDED, make_model
 from helpers.reference import gap_after_block, logits_after_block
 from helpers.replay import (
     assert_exact,
@@ -29,8 +29,6 @@ from lm_eval_adainfer.strategies.rules import NoStopper
 from lm_eval_adainfer.strategies.specs import parse
 from lm_eval_adainfer.structure.anatomy import Anatomy
 
-# attention of their own (no interface to wrap), or masks that are no masks (alibi)
-PADDED = {"gptj", "bloom", "mpt", "falcon"}
 WITH_CACHE = [family for family in FAMILIES if family != "mamba"]
 PACKED = [family for family in WITH_CACHE if family not in PADDED]
 STEPS = 9

@@ -33,7 +33,7 @@ PRIVATE = [PACKAGE / "structure" / "private.py", PACKAGE / "harness" / "private.
 STANDARD_LIBRARY = {"_fields", "_actions", "_SubParsersAction"}  # of named tuples (documented) and argparse
 
 WRITTEN_FOR = {
-    "torch": "2.13.0", "transformers": "5.23.0", "accelerate": "1.15.0", "peft": "0.21.2", "scikit-learn": "1.9.1",
+    "torch": "2.13.0", "transformers": "5.24.0", "accelerate": "1.15.0", "peft": "0.21.2", "scikit-learn": "1.9.1",
     "lm_eval": "0.4.13",
 }  # fmt: skip
 

@@ -8,7 +8,7 @@ import logging
 import pytest
 import torch
 import transformers
-from helpers.models import make_model
+from helpers.models import cache_among, make_model
 from helpers.tasks import instance
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -121,7 +121,7 @@ def scaled(model):
     """One block computes with other weights once there is a cache."""
 
     def act(module, args, kwargs):
-        past = kwargs.get("past_key_values")
+        past = cache_among(kwargs)
         if past is not None and past.get_seq_length():
             return args, {**kwargs, "hidden_states": kwargs["hidden_states"] * 1.01}
         return None
@@ -133,7 +133,7 @@ def shifted(model):
     """One block's positions are one off once there is a cache."""
 
     def act(module, args, kwargs):
-        past = kwargs.get("past_key_values")
+        past = cache_among(kwargs)
         if past is not None and past.get_seq_length():
             cos, sin = (x.roll(1, dims=1) for x in kwargs["position_embeddings"])
             return args, {**kwargs, "position_embeddings": (cos, sin)}
@@ -149,7 +149,7 @@ def swapped(model):
         return output.roll(1, dims=0) if output.shape[0] > 1 and module.met else output
 
     def note(module, args, kwargs):
-        past = kwargs.get("past_key_values")
+        past = cache_among(kwargs)
         module.k_proj.met = past is not None and bool(past.get_seq_length())
 
     attention = model.model.layers[2].self_attn
@@ -191,7 +191,7 @@ def test_verify_finds_what_appears_behind_ten_tokens_in_every_dtype(dtype, token
     model = pretrained_like(dtype)
 
     def act(module, args, kwargs):
-        past = kwargs.get("past_key_values")
+        past = cache_among(kwargs)
         cached = 0 if past is None else past.get_seq_length()
         if cached > 10 and cached > kwargs["hidden_states"].shape[1]:  # a plain forward fills a cache, and reads none
             return args, {**kwargs, "hidden_states": kwargs["hidden_states"] * 1.5}

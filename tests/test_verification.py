@@ -9,7 +9,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from helpers.models import make_model
+from helpers.models import cache_among, make_model
 from transformers import T5Config, T5ForConditionalGeneration
 
 from lm_eval_adainfer.cli.main import main
@@ -162,7 +162,7 @@ def test_a_cache_that_is_wrong_once_it_is_long(tokenizer):
     model = make_model("llama", vocab_size=257)
 
     def forget(module, args, kwargs):
-        cache = kwargs.get("past_key_values")
+        cache = cache_among(kwargs)
         cached = 0 if cache is None else cache.get_seq_length()
         if cached > 10 and cached > kwargs["hidden_states"].shape[1]:  # a plain forward fills a cache, and reads none
             return args, {**kwargs, "hidden_states": 1.1 * kwargs["hidden_states"] + 0.1}

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 
 from helpers.families import REFUSED, SUPPORTED
 from lm_eval_adainfer.harness.model import AdaInferLM
@@ -20,6 +21,11 @@ FAMILIES: dict[str, tuple[str, dict]] = {
         "gemma2", "gemma3", "phi3", "qwen3", "cohere", "granite", "mixtral", "qwen3_moe", "mamba",
     )
 }  # fmt: skip
+# those whose rows can't be packed: attention of their own (no interface to wrap; GPT-J's until transformers 5.24), or
+# masks that are no masks (alibi)
+PADDED = {"bloom", "mpt", "falcon"} | (
+    set() if transformers.GPTJPreTrainedModel._supports_attention_backend else {"gptj"}
+)
 
 
 def make_model(family: str, vocab_size: int = 101, seed: int = 0, **overrides):
@@ -71,3 +77,8 @@ def tiny_lm() -> AdaInferLM:
     """A model that another process can make again."""
     model = make_model("llama", vocab_size=257, max_position_embeddings=512)
     return lm_of(model, byte_tokenizer(), max_length=400)
+
+
+def cache_among(arguments: dict[str, Any]) -> Any:
+    """A module's key-value cache among its named arguments: transformers before 5.24 calls it past_key_values."""
+    return arguments.get("cache", arguments.get("past_key_values"))
