@@ -8,7 +8,7 @@ import sys
 
 import numpy as np
 import pytest
-from helpers.traces import write
+from helpers.traces import add_reader, write
 
 from lm_eval_adainfer import container
 from lm_eval_adainfer.fitting import fit
@@ -95,10 +95,7 @@ def test_features_of_every_reader_are_told_after_the_blocks_where_it_reads(tmp_p
     random = np.random.default_rng(0)
     features, copied = random.uniform(size=(3, 4, 2)), random.uniform(size=(3, 1, 1)).astype(np.float32)
     path = write(tmp_path / "a.trace", features, np.ones((3, 4)), names=("gap", "cos_mlp"))
-    meta, arrays = recording.read(path)
-    alike = {f"copy:1/{name}": arrays[name][:, [1]] for name in ("top_token", "scores")}
-    meta |= {"readers": {"head": [1, 2, 3, 4], "copy:1": [2]}, "reader_features": ["gap"]}
-    container.write(path, "trace", recording.VERSION, meta, {**arrays, **alike, "copy:1/features": copied})
+    add_reader(path, "copy:1", [2], copied)
     traces = per_block.load(str(path))
     rows = {(row["reader"], row["feature"], row["block"]): row for row in per_block.feature_rows(traces)}
     assert {key for key in rows if key[0] == "copy:1"} == {("copy:1", "gap", 2), ("copy:1", "gap", 4)}
