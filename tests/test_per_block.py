@@ -8,7 +8,7 @@ import sys
 
 import numpy as np
 import pytest
-from helpers.traces import write
+from helpers.traces import add_reader, write
 
 from lm_eval_adainfer import container
 from lm_eval_adainfer.fitting import fit
@@ -88,3 +88,23 @@ def test_the_data_of_figures_needs_no_matplotlib(contexts):
     done = subprocess.run([sys.executable, "-c", WITHOUT_MATPLOTLIB, str(contexts)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == ["1 2 1.0", "3 6"]
+
+
+def test_features_of_every_reader_are_told_after_the_blocks_where_it_reads(tmp_path):
+    """Three documents, four blocks; ``copy:1`` reads after block 2. A cosine depends on no reader."""
+    random = np.random.default_rng(0)
+    features, copied = random.uniform(size=(3, 4, 2)), random.uniform(size=(3, 1, 1)).astype(np.float32)
+    path = write(tmp_path / "a.trace", features, np.ones((3, 4)), names=("gap", "cos_mlp"))
+    add_reader(path, "copy:1", [2], copied)
+    traces = per_block.load(str(path))
+    rows = {(row["reader"], row["feature"], row["block"]): row for row in per_block.feature_rows(traces)}
+    assert {key for key in rows if key[0] == "copy:1"} == {("copy:1", "gap", 2), ("copy:1", "gap", 4)}
+    assert {key[1:] for key in rows if key[0] == "head"} == {(f, k) for f in ("gap", "cos_mlp") for k in (1, 2, 3, 4)}
+    assert rows["copy:1", "gap", 2]["mean"] == pytest.approx(copied.mean())
+    assert rows["copy:1", "gap", 4]["median"] == pytest.approx(np.median(features[:, 3, 0]))
+    assert rows["head", "gap", 2]["mean"] == pytest.approx(features[:, 1, 0].mean())
+    lines = per_block.feature_lines(traces)
+    assert set(lines) == {"gap", "cos_mlp", "gap, copy:1"}
+    assert lines["gap, copy:1"][0].values == pytest.approx(
+        [np.nan, copied.mean(), np.nan, features[:, 3, 0].mean()], nan_ok=True
+    )

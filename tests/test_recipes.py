@@ -10,11 +10,12 @@ import pytest
 from helpers.models import tiny_lm
 from helpers.refusals import refused
 from helpers.tasks import documents, make_task
-from helpers.traces import write
+from helpers.traces import add_reader, write
 
 from lm_eval_adainfer.cli import main
 from lm_eval_adainfer.fitting import fit
 from lm_eval_adainfer.output import per_block
+from lm_eval_adainfer.readers.base import Reader
 from lm_eval_adainfer.studies import recipes
 from lm_eval_adainfer.traces import recording, replay
 from lm_eval_adainfer.traces.plan import Plan
@@ -122,6 +123,30 @@ def test_the_other_models_traces_are_its_training_ones(tracer, tmp_path, monkeyp
     stoppers = {"inter-model": {"fit": "svm", "train": "other_model"}}
     recipes.run(a_recipe(stoppers=stoppers), tracer, tmp_path / "out", other_model=tmp_path / "other")
     assert calls == [["x_3shot_train"]]
+
+
+def test_what_was_fitted_on_another_model_is_asked_after_the_blocks_recorded_here(tmp_path):
+    """Under ``copy:1``, which knows some blocks of each model alone: 4 and 5 of 7 there, 2 and 3 of 5 here."""
+    random = np.random.default_rng(0)
+
+    def a_trace(file, n_blocks, blocks, **meta):
+        gaps = random.uniform(size=(40, n_blocks, 2))
+        top = (random.uniform(size=(40, n_blocks)) > gaps[:, :, 0]).astype(int)
+        top[:, -1] = 0
+        path = write(tmp_path / file, gaps, top, **meta)
+        add_reader(path, "copy:1", blocks, gaps[:, [k - 1 for k in blocks]])
+        return path
+
+    a_trace("other/x_5shot_train.trace", 7, [4, 5], head_hash="y", split="train")
+    here = {split: a_trace(f"t_0shot_{split}.trace", 5, [2, 3], split=split) for split in ("train", "test")}
+    stoppers = {kind: {"fit": "logistic", "threshold": 0.5, "train": kind} for kind in ("all", "other_model")}
+    _, file = recipes.run(
+        a_recipe(stoppers=stoppers, tasks=["t"], shots=[0]), lambda shots, split: [here[split]], tmp_path / "out",
+        other_model=tmp_path / "other", readers=[Reader("copy", 1)],
+    )  # fmt: skip
+    rows = {row["stopper"]: row for row in csv.DictReader(file.read_text().splitlines())}
+    assert set(rows) == {"all", "other_model"}
+    assert 2 <= float(rows["other_model"]["exit_layer"]) < 5
 
 
 @pytest.mark.parametrize("kind", ["svm", "crf", "logistic", "mlp", "boosted"])

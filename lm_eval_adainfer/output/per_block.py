@@ -6,7 +6,7 @@ contexts (``TracedDocuments``); all of it is *simulated*.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -103,29 +103,39 @@ def _mean(values: np.ndarray) -> float | None:
 
 
 def feature_rows(traces: Sequence[TracedDocuments]) -> list[dict[str, Any]]:
-    """A row per trace, block and recorded feature: mean and quartiles over the decisions that have it."""
+    """A row per trace, block and recorded feature: mean and quartiles over the decisions that have it.
+
+    Where some trace has several readers, it is a row per reader, too, of the features that depend on the reader.
+    """
     rows = []
+    several = len(readers(traces)) > 1
     for trace in traces:
-        for k in range(1, trace.n_blocks + 1):
-            for i, name in enumerate(trace.meta["features"]):
-                values = trace.arrays["features"][:, k - 1, i].astype(float)
-                values = values[~without_choices(trace.arrays["features"][:, :, i : i + 1], [name])]
-                if not len(values):
-                    continue
-                low, middle, high = np.quantile(values, [0.25, 0.5, 0.75])
+        for view, name, values in _features(trace):
+            for k in view.blocks if len(values) else []:
+                low, middle, high = np.quantile(values[:, k - 1], [0.25, 0.5, 0.75])
                 rows.append(
                     {
                         "task": trace.meta["task"],
                         "shots": trace.meta["num_fewshot"],
+                        **({"reader": view.reader} if several else {}),
                         "block": k,
                         "feature": name,
-                        "mean": float(values.mean()),
+                        "mean": float(values[:, k - 1].mean()),
                         "quartile1": float(low),
                         "median": float(middle),
                         "quartile3": float(high),
                     }
                 )
     return rows
+
+
+def _features(trace: TracedDocuments) -> Iterator[tuple[TracedDocuments, str, np.ndarray]]:
+    """The trace under each reader, a feature that depends on it, and its values, [decisions that have it, L]."""
+    for reader in readers_of(trace.meta):
+        view = trace.under(reader)
+        for name in trace.meta["features" if reader == HEAD else "reader_features"]:
+            values = view.arrays["features"][:, :, view.meta["features"].index(name)].astype(float)
+            yield view, name, values[~without_choices(values[:, :, None], [name])]
 
 
 def accuracy_lines(traces: Sequence[TracedDocuments]) -> list[Line]:
@@ -174,17 +184,18 @@ def accuracy_panels(traces: Sequence[TracedDocuments], most: int) -> dict[str, l
 
 
 def feature_lines(traces: Sequence[TracedDocuments]) -> dict[str, list[Line]]:
-    """Mean of every feature after every block over the decisions that have it, per trace."""
+    """Mean of every feature after every block over the decisions that have it, per trace.
+
+    Other readers than the head have features of their own, under the feature's and the reader's name.
+    """
     found: dict[str, list[Line]] = {}
     for i, (trace, label) in enumerate(zip(traces, labels(traces), strict=True)):
-        for n, name in enumerate(trace.meta["features"]):
-            values = trace.arrays["features"][:, :, n]
-            values = values[~without_choices(values[:, :, None], [name])]
+        for view, name, values in _features(trace):
             if not len(values):
                 continue
-            mean = values.mean(axis=0, dtype=float)
-            spread = 1.96 * values.std(axis=0, dtype=float) / np.sqrt(len(values))
-            found.setdefault(name, []).append(Line(label, mean, mean - spread, mean + spread, False, i))
+            mean, spread = values.mean(axis=0), 1.96 * values.std(axis=0) / np.sqrt(len(values))
+            of = name if view.reader == HEAD else f"{name}, {view.reader}"
+            found.setdefault(of, []).append(Line(label, mean, mean - spread, mean + spread, False, i))
     return found
 
 

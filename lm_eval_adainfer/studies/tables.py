@@ -58,7 +58,9 @@ def table(
                 continue  # which is the same under all
             try:
                 margins[name, reader.name] = {
-                    t.setting: document_margins(fitted.stopper(how, t.meta["task"], t.n_blocks, reader), t)
+                    t.setting: document_margins(
+                        fitted.stopper(how, t.meta["task"], t.n_blocks, reader), t, check_layers=_asked(how, t)
+                    )
                     for t in under[reader.name]
                 }
             except AdaInferError as error:  # one strategy that can't be had does not spoil the others
@@ -90,6 +92,12 @@ def table(
                 dense = evaluate(first, [document_margins("none", t) for t in first])
             notes += _hopeless(task, shots, dense, constant)
     return rows, notes
+
+
+def _asked(how: Any, trace: TracedDocuments) -> list[int] | None:
+    """All recorded blocks for what was fitted on another model, whose blocks are others; else those it names."""
+    other = isinstance(how, Mapping) and how.get("train") == "other_model"
+    return trace.blocks if other and len(trace.blocks) < trace.n_blocks else None
 
 
 def best_constant(traces: Sequence[TracedDocuments]) -> float | None:

@@ -37,6 +37,20 @@ def write(path, features, top, document=None, scores=None, request=None, gold=No
     return path
 
 
+def add_reader(path, name, blocks, features):
+    """Note what another reader says after these blocks: the head's tokens and scores, and features [N, B, R] of its own,
+    the first R of the trace's."""
+    meta, arrays = recording.read(path)
+    at = [k - 1 for k in blocks]
+    said = {f"{name}/{array}": arrays[array][:, at] for array in ("top_token", "scores")}
+    said[f"{name}/features"] = np.array(features, dtype=np.float32)
+    meta |= {
+        "readers": {"head": list(range(1, meta["n_blocks"] + 1)), name: list(blocks)},
+        "reader_features": meta["features"][: np.shape(features)[-1]],
+    }
+    container.write(path, "trace", recording.VERSION, meta, {**arrays, **said})
+
+
 def write_labelled(path, top, gold_token, features=None, names=("gap", "top_prob"), **meta):
     """A trace by hand, of which only labels are read: top tokens [N, L] and gold tokens [N]."""
     top = np.array(top, dtype=np.int32)
