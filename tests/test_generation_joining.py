@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import random
+import weakref
 from collections import Counter
 
 import pytest
@@ -176,6 +178,39 @@ def test_what_prompts_share_is_run_once(tokenizer, monkeypatch):
     together = len(rows[0][1]) + 3 * 2
     assert len({len(prompt) for _, prompt in rows}) == 1
     assert ran == dict.fromkeys(range(1, lm.n_blocks + 1), together)
+
+
+@pytest.mark.parametrize("options", [{"reader": "head"}, {"reader": "copy:2"}, {"reader": "sim:2"}], ids=str)
+def test_a_beginning_goes_with_the_last_text_behind_it(options, tokenizer, monkeypatch):
+    """Six beginnings of three prompts each, two at a time: keys and values are held for two beginnings at most."""
+    model = make_model("llama", vocab_size=257, max_position_embeddings=512)
+    lm = lm_of(model, tokenizer, stopper="fixed:3", batch_size=2, max_length=200, **options)
+    requests = [
+        instance(start * 30 + end, {"until": [], "max_gen_toks": 4}, n, kind="generate_until")
+        for n, (start, end) in enumerate((start, end) for start in "abcdef" for end in ("x", "yx", "zyx"))
+    ]
+    alive, held, begin, append = weakref.WeakSet(), [], Prefix.__init__, Decoder.append
+
+    def beginning(self, *args, **given):
+        begin(self, *args, **given)
+        alive.add(self)
+
+    def counting(self, *args):
+        held.append(sum(bool(prefix.stored) for prefix in alive))
+        append(self, *args)
+
+    lm.generate_until(requests, True)  # which finds out how the model can be decoded
+    ran = lm.engine.block_tokens
+    with monkeypatch.context() as patch:
+        patch.setattr(Prefix, "__init__", beginning)
+        patch.setattr(Decoder, "append", counting)
+        gc.disable()
+        try:
+            lm.generate_until(requests, True)
+        finally:
+            gc.enable()
+    assert max(held) == 2
+    assert lm.engine.block_tokens == 2 * ran
 
 
 def test_a_finished_text_makes_room_at_once(tokenizer, monkeypatch):
