@@ -159,6 +159,21 @@ def test_a_text_depends_on_no_neighbour(tokenizer, monkeypatch, stopper):
     assert all(other == first for other in found.values())
 
 
+def test_samples_of_one_request_are_told_apart_whatever_the_batch(tokenizer):
+    """A prompt that is sampled twelve times: the n-th request has the n-th sample, whichever is finished first."""
+    model = make_model("llama", vocab_size=257, max_position_embeddings=512)
+    model.generation_config.eos_token_id = None
+    options = {"until": list("abcdefghijklmnopqrstuvwxyz"), "max_gen_toks": 25, "do_sample": True, "temperature": 2.0}
+    requests = [instance("some words", dict(options), n, kind="generate_until") for n in range(12)]
+    found = []
+    for size in (1, 5, 12):
+        lm = lm_of(model, tokenizer, stopper="gap:0.02", batch_size=size)
+        torch.manual_seed(0)
+        found.append([(str(answer), answer.exit_record.layers) for answer in lm.generate_until(requests, True)])
+    assert found[1:] == found[:1] * 2
+    assert len({len(layers) for _, layers in found[0]}) > 3
+
+
 def test_what_prompts_share_is_run_once(tokenizer, monkeypatch):
     """Tokens that blocks really run before the first new token: the beginning once, of each prompt what follows it."""
     model = make_model("llama", vocab_size=257, max_position_embeddings=512)
