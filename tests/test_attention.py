@@ -60,6 +60,11 @@ def test_bfloat16_stays_as_near_as_its_own_rounding():
     assert (found.double() - expected).abs().max() <= 2**-7 * expected.abs().max()
 
 
+def test_float64_stays_float64():
+    given_ = drawn(3, 2, 2, 40, 60, 16, torch.float64)
+    torch.testing.assert_close(merged(*given_, None), whole(*given_, None), atol=1e-12, rtol=0)
+
+
 class Attention(torch.nn.Module):
     """As a transformers attention module seems to the attention function."""
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import random
+import weakref
 from collections import Counter
 
 import pytest
@@ -156,6 +158,21 @@ def test_a_text_depends_on_no_neighbour(tokenizer, monkeypatch, stopper):
     assert all(other == first for other in found.values())
 
 
+def test_samples_of_one_request_are_told_apart_whatever_the_batch(tokenizer):
+    """A prompt that is sampled twelve times: the n-th request has the n-th sample, whichever is finished first."""
+    model = make_model("llama", vocab_size=257, max_position_embeddings=512)
+    model.generation_config.eos_token_id = None
+    options = {"until": list("abcdefghijklmnopqrstuvwxyz"), "max_gen_toks": 25, "do_sample": True, "temperature": 2.0}
+    requests = [instance("some words", dict(options), n, kind="generate_until") for n in range(12)]
+    found = []
+    for size in (1, 5, 12):
+        lm = lm_of(model, tokenizer, stopper="gap:0.02", batch_size=size)
+        torch.manual_seed(0)
+        found.append([(str(answer), answer.exit_record.layers) for answer in lm.generate_until(requests, True)])
+    assert found[1:] == found[:1] * 2
+    assert len({len(layers) for _, layers in found[0]}) > 3
+
+
 def test_what_prompts_share_is_run_once(tokenizer, monkeypatch):
     """Tokens that blocks really run before the first new token: the beginning once, of each prompt what follows it."""
     model = make_model("llama", vocab_size=257, max_position_embeddings=512)
@@ -175,6 +192,39 @@ def test_what_prompts_share_is_run_once(tokenizer, monkeypatch):
     together = len(rows[0][1]) + 3 * 2
     assert len({len(prompt) for _, prompt in rows}) == 1
     assert ran == dict.fromkeys(range(1, lm.n_blocks + 1), together)
+
+
+@pytest.mark.parametrize("options", [{"reader": "head"}, {"reader": "copy:2"}, {"reader": "sim:2"}], ids=str)
+def test_a_beginning_goes_with_the_last_text_behind_it(options, tokenizer, monkeypatch):
+    """Six beginnings of three prompts each, two at a time: keys and values are held for two beginnings at most."""
+    model = make_model("llama", vocab_size=257, max_position_embeddings=512)
+    lm = lm_of(model, tokenizer, stopper="fixed:3", batch_size=2, max_length=200, **options)
+    requests = [
+        instance(start * 30 + end, {"until": [], "max_gen_toks": 4}, n, kind="generate_until")
+        for n, (start, end) in enumerate((start, end) for start in "abcdef" for end in ("x", "yx", "zyx"))
+    ]
+    alive, held, begin, append = weakref.WeakSet(), [], Prefix.__init__, Decoder.append
+
+    def beginning(self, *args, **given):
+        begin(self, *args, **given)
+        alive.add(self)
+
+    def counting(self, *args):
+        held.append(sum(bool(prefix.stored) for prefix in alive))
+        append(self, *args)
+
+    lm.generate_until(requests, True)  # which finds out how the model can be decoded
+    ran = lm.engine.block_tokens
+    with monkeypatch.context() as patch:
+        patch.setattr(Prefix, "__init__", beginning)
+        patch.setattr(Decoder, "append", counting)
+        gc.disable()
+        try:
+            lm.generate_until(requests, True)
+        finally:
+            gc.enable()
+    assert max(held) == 2
+    assert lm.engine.block_tokens == 2 * ran
 
 
 def test_a_finished_text_makes_room_at_once(tokenizer, monkeypatch):

@@ -33,6 +33,21 @@ def test_logits_are_the_models(rows):
     assert torch.allclose(Anatomy(model).logits(hidden), expected, atol=1e-5)
 
 
+@pytest.mark.parametrize("family", ["llama", "gptj"])  # whose head has a bias
+def test_under_autocast_logits_are_the_models_for_any_number_of_rows(family):
+    model = make_model(family, vocab_size=1300)
+    if model.lm_head.bias is not None:
+        torch.nn.init.normal_(model.lm_head.bias)
+    hidden = torch.randn(130, 32, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        norm = Anatomy(model).tail
+        for rows in (1, 40, 130):
+            expected = hidden[:rows, None]
+            for module in norm:
+                expected = module(expected)
+            torch.testing.assert_close(Anatomy(model).logits(hidden[:rows]), model.lm_head(expected)[:, 0])
+
+
 def test_a_head_that_is_no_plain_float32_map_keeps_its_own_forward(monkeypatch):
     calls = []
     real = few_rows_linear

@@ -98,6 +98,7 @@ class _Row:
     processors: LogitsProcessorList
     generator: torch.Generator | None  # None: greedy
     until: float  # when its time is over
+    prefix: Prefix | None  # what its prompt continues
 
     def is_done(self, new: Sequence[int]) -> bool:
         return time.time() > self.until or len(new) >= self.limit or self.is_finished(new)
@@ -182,7 +183,7 @@ class Generator:
         self, asked: Sequence[Asked], queues: list[tuple[list[int], Prefix | None]], size: int, seeds: Seeds
     ) -> Iterator[tuple[int, Decoded]]:
         numbers = [n for queue, _ in queues for n in queue]
-        prefixes = [prefix for _, prefix in queues if prefix is not None]
+        behind = {prefix: len(queue) for queue, prefix in queues if prefix is not None}
         if not numbers:
             return
         longest = max(len(asked[n].prompt) + asked[n].limit for n in numbers)
@@ -208,8 +209,8 @@ class Generator:
                 decoder.append(chosen, done)
                 for row, is_done in zip(stepped, done, strict=True):
                     if is_done:
-                        yield rows.pop(row).number, decoder.results[row]
-        self.spared += decoder.state.copied - sum(prefix.executed for prefix in prefixes)
+                        yield self._finished(rows.pop(row), behind), decoder.results[row]
+        self.spared += decoder.state.copied
 
     def _join(
         self,
@@ -237,7 +238,23 @@ class Generator:
                 settings.processors(ids, one.limit),
                 seeds.generator(one.prompt, device) if settings.config.do_sample else None,
                 math.inf if seconds is None else time.time() + seconds,
+                prefix,
             )
+
+    def _finished(self, row: _Row, behind: dict[Prefix, int]) -> int:
+        """The number of a text that is finished.
+
+        Args:
+            row: It.
+            behind: The texts behind each prefix that are not finished; a prefix goes, with its keys and values, as soon
+                as there are none.
+        """
+        if row.prefix is not None:
+            behind[row.prefix] -= 1
+            if not behind[row.prefix]:
+                del behind[row.prefix]
+                self.spared -= row.prefix.executed
+        return row.number
 
     def _require_positions(self, longest: int) -> None:
         limit = self.anatomy.fixed_positions

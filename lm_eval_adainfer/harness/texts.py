@@ -96,16 +96,17 @@ class Texts:
         self._shown.clear()
         started = time.perf_counter()
         if requests and (early or asked is not None):
-            self._decode(requests, asked or self._asked(requests), quiet)
+            texts = self._decode(requests, asked or self._asked(requests), quiet)
         else:
             try:
                 for self._max_length, some in _by_max_length(requests).items():
                     stock(some, disable_tqdm=quiet)
             finally:
                 self._max_length = None
+            texts = [self._found[hash_args("generate_until", r.args)].popleft() for r in requests]
         seconds = time.perf_counter() - started
         lm.seconds, lm.generating_seconds = lm.seconds + seconds, lm.generating_seconds + seconds
-        return [self._found[hash_args("generate_until", r.args)].popleft() for r in requests]
+        return texts
 
     def note(self, arguments: Any, text: str) -> Text:
         """Pair a generated text with its exit record; HFLM finishes rows in the order in which they were generated."""
@@ -218,8 +219,12 @@ class Texts:
             _logger.warning(f"generation: tokens are laid out {found.layout} ({found.missed})")
         return found
 
-    def _decode(self, requests: Sequence[Instance], asked: Sequence[Asked], quiet: bool) -> None:
-        """Generate with the engine; every text is noted, and kept in the response cache, as soon as it is finished."""
+    def _decode(self, requests: Sequence[Instance], asked: Sequence[Asked], quiet: bool) -> list[Text]:
+        """Generate with the engine; every text is noted, and kept in the response cache, as soon as it is finished.
+
+        Returns:
+            Every request's own text: where several requests are the same one, they have different samples.
+        """
         assert self.windows is not None
         lm = self._lm
         size = lm._detect_batch_size() if lm.batch_size == "auto" else int(lm.batch_size)
@@ -230,13 +235,16 @@ class Texts:
             lm._sharing().rule if shares else None, lm.options.prefix_cache,
         )  # fmt: skip
         progress = tqdm(total=len(requests), disable=quiet or lm.rank != 0, desc="Running generate_until requests")
+        decoded: dict[int, Text] = {}
         with lm._autocast():
             for n, row in generator.run(asked, size, Seeds()):
                 self._note_decoded(requests[n], asked[n], row)
+                decoded[n] = self._found[hash_args("generate_until", requests[n].args)].pop()
                 progress.update(1)
         progress.close()
         lm.engine.block_tokens -= generator.spared
         lm.engine.count_reading()
+        return [decoded[n] for n in range(len(requests))]
 
     def _note_decoded(self, request: Instance, asked: Asked, row: Decoded) -> None:
         """Note a finished text with its exit record, processed as HFLM does."""

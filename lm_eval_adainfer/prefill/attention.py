@@ -180,8 +180,8 @@ def merged(
         key, value = key.repeat_interleave(per, dim=1), value.repeat_interleave(per, dim=1)
     own: dict[str, Any] = {"is_causal": True} if mask is None else {"attn_mask": mask.to(query.dtype)}
     near, near_sum = _attention(query, key, value, **own, scale=scale)
-    weight = torch.sigmoid(far_sum - near_sum)[..., None]
-    return torch.lerp(near.float(), far.float(), weight).to(query.dtype)
+    weight = torch.sigmoid(far_sum - near_sum)[..., None]  # in float32 at least
+    return torch.lerp(near.to(weight.dtype), far.to(weight.dtype), weight).to(query.dtype)
 
 
 def _attention(*given: Tensor, **options: Any) -> tuple[Tensor, Tensor]:

@@ -6,6 +6,7 @@ block by block, no deeper than the rows that continue it, and these read its key
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
@@ -254,7 +255,9 @@ class Copies:
     """
 
     def __init__(self, prefix: Prefix, block: int, storing: Storing):
-        self._prefix, self._hidden, self._storing = prefix, prefix.after[block], storing
+        # the prefix keeps its copies: if they kept it, too, nothing would go before the garbage collector comes by
+        self._prefix: Prefix = weakref.proxy(prefix)
+        self._hidden, self._storing = prefix.after[block], storing
         self._parent = None if prefix.parent is None else prefix.parent.copies(block, storing)
         self.width = prefix.width
         self.stored: dict[int, Pair] = {}
