@@ -78,14 +78,17 @@ def measure(
             sides = {"hf": HFLM(**options), "none": AdaInferLM(stopper="none", **options)}
             sides["none"].generate_until(asked[:2], disable_tqdm=True)  # which finds out how the model is decoded
             answers: dict[str, list[str]] = {}
+            before, runs = sides["none"].generated_tokens, []
 
-            def run(name: str, sides: dict = sides, answers: dict = answers, asked: list = asked) -> None:
+            def run(
+                name: str, sides: dict = sides, answers: dict = answers, asked: list = asked, runs: list = runs
+            ) -> None:
                 answers[name] = [str(text) for text in sides[name].generate_until(asked, disable_tqdm=True)]
+                runs.append(name)
 
             rounds = alternately({name: lambda name=name: run(name) for name in sides}, repeats)
-            before = sides["none"].generated_tokens
-            run("none")  # to count tokens: random words have more of them than can be read back from texts
-            new = sides["none"].generated_tokens - before
+            # counted over all runs, which are alike: random words have more tokens than can be read back from texts
+            new = (sides["none"].generated_tokens - before) / runs.count("none")
             yield {
                 "prompts": "8 shots shared" if shots else "nothing shared",
                 "documents": len(asked),

@@ -67,18 +67,12 @@ class _Prompts:
     def _store(self, k: int, flow: Sequence[int], own: dict[int, Pair]) -> None:
         """Put what block k has stored into the cache, and count it."""
         state, places = self.state, [self.places[n] for n in flow]
-        state.take_prefix(k, state.without_prefix(k, places))
         for layer, pair in own.items():
             for i, n in enumerate(flow):
                 start, length = self.starts[n], self.lengths[n]
                 found = tuple(x[i, :, :length] for x in pair)
                 state.cache.put(layer, self.places[n], slice(start, start + length), found)
-        for n, place in zip(flow, places, strict=True):
-            length, skipped = self.lengths[n], self.starts[n] - state.pad[place]
-            result = state.results[state.rows[place]]
-            result.block_tokens[k - 1] += length
-            result.pairs[k - 1] += length * skipped + length * (length + 1) // 2
-            state.known[k - 1][place] = state.prompt_end[place]
+        state.ran_prompts(k, places)
 
     def _leaving(self, after: BlockState, flow: Sequence[int]) -> list[int]:
         """The rows in flow that leave after a block, by their place among them."""

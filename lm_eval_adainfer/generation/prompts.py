@@ -86,10 +86,7 @@ class _Run:
         forward, self.continued = begun(self.anatomy, ids, parts, self.prefix, own)
         while self.flow:
             after = forward.advance()
-            places = [self.places[r] for r in self.flow]
-            self.state.take_prefix(after.block, self.state.without_prefix(after.block, places))
-            for r in self.flow:
-                self._count(r, after.block)
+            self.state.ran_prompts(after.block, [self.places[r] for r in self.flow])
             tokens = [range(self.skip, len(self.rows[r].tokens)) for r in self.flow]
             self._write(own, self.flow, range(len(tokens)), tokens, [0] * len(tokens))
             own.clear()
@@ -106,11 +103,6 @@ class _Run:
             for r in self.states:
                 self.results[r].head_rows += 1
         return torch.stack([self.known[r].to(device) for r in range(len(self.rows))]).float()
-
-    def _count(self, r: int, k: int) -> None:
-        n, result = len(self.rows[r].tokens) - self.skip, self.results[r]
-        result.block_tokens[k - 1] += n
-        result.pairs[k - 1] += n * self.skip + n * (n + 1) // 2
 
     def _leaving(self, after: BlockState) -> set[int]:
         """The rows in flow that leave after a block, by their places; what they say is kept and the cache filled."""

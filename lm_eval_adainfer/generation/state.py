@@ -213,6 +213,16 @@ class DecoderState:
             result.block_tokens[k - 1] += prefix.width
             result.pairs[k - 1] += prefix.width * (prefix.width + 1) // 2
 
+    def ran_prompts(self, k: int, places: Sequence[int]) -> None:
+        """Block k has run the prompts of these places behind their prefix, whose keys and values are copied now."""
+        self.take_prefix(k, self.without_prefix(k, places))
+        for place in places:
+            start, end, result = self.own_start(place), self.prompt_end[place], self.results[self.rows[place]]
+            own, skipped = end - start, start - self.pad[place]
+            result.block_tokens[k - 1] += own
+            result.pairs[k - 1] += own * skipped + own * (own + 1) // 2
+            self.known[k - 1][place] = end
+
     def fill(self, places: Sequence[int]) -> None:
         """All blocks have keys and values of these places' prompts now, whatever has put them there."""
         for known, without in zip(self.known, self._without_prefix, strict=True):
