@@ -184,7 +184,7 @@ def figures(dense: Sequence[Ran], early: Sequence[Ran], loss: str, seed: int, ex
     cost, whole = (np.concatenate([getattr(ran, name) for ran in early]) for name in ("flops", "flops_dense"))
     lost = losses(dense, early, loss)
     if np.isin(lost, (0.0, 1.0)).all():
-        share = losing(lost, "gold")
+        share = losing(lost)
     else:
         interval = bounded.gaffke_interval(lost, np.ones(len(lost)))
         share = {"lost": float(lost.mean()), "lost_low": interval.lower, "lost_high": interval.upper}

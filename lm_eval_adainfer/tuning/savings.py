@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 
-from lm_eval_adainfer.fitting.risk import NET
 from lm_eval_adainfer.statistics import tango_interval, wilson_interval
 
 _RESAMPLES = 1000
@@ -25,15 +24,15 @@ def saving(cost: np.ndarray, dense: np.ndarray, seed: int) -> dict[str, float | 
     return {"documents": n, "saved": saved, "saved_low": float(low), "saved_high": float(high)}
 
 
-def losing(lost: np.ndarray, loss: str) -> dict[str, float]:
-    """The share that is lost, ``lost``, with Tango's interval for what accuracy loses, Wilson's for other losses.
+def losing(lost: np.ndarray, net: bool = False) -> dict[str, float]:
+    """The share that is lost, ``lost``, with Wilson's interval, or Tango's where documents can be won as well.
 
     Args:
         lost: [documents], 1 where a document is lost, -1 where one is won.
-        loss: Of ``fitting.risk.LOSSES``.
+        net: Whether the loss is one of ``fitting.risk.NET``.
     """
     share, n = float(lost.mean()), len(lost)
-    if loss in NET:
+    if net:
         found = tango_interval(float((lost > 0).sum()), float((lost < 0).sum()), n)
         low, high = found.lower, found.upper
     else:

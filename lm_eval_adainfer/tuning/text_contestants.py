@@ -70,7 +70,7 @@ class TextContestant(Contestant):
             "threshold": self.choice.threshold if np.isfinite(self.choice.threshold) else None,
             "expected": self.expected,
             **saving(self.by_document(cost), self.by_document(dense), seed),
-            **losing(lost_by(self.lost, exit_layer, self.text), "agreement"),  # simulated texts never win
+            **losing(lost_by(self.lost, exit_layer, self.text)),  # simulated texts never win
             "exit_layer": float(exit_layer.mean()),
             "acc": None,
         }

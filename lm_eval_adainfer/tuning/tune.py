@@ -23,6 +23,7 @@ import numpy as np
 from lm_eval_adainfer import container
 from lm_eval_adainfer._version import __version__
 from lm_eval_adainfer.errors import AdaInferError
+from lm_eval_adainfer.fitting.risk import NET
 from lm_eval_adainfer.harness import auto
 from lm_eval_adainfer.harness.asking import Asking
 from lm_eval_adainfer.readers import specs as readers
@@ -408,7 +409,7 @@ def _figures(
     """What exits save and lose, with 95% intervals over documents."""
     return {
         **saving(work.at(exit_layer, blocks), work.dense, seed),
-        **losing(lost_by(lost, exit_layer), loss),
+        **losing(lost_by(lost, exit_layer), loss in NET),
         "exit_layer": float(exit_layer.mean()),
     }
 
