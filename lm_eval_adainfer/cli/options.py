@@ -16,7 +16,10 @@ if TYPE_CHECKING:
     from lm_eval_adainfer.comparison.selection import Selection
     from lm_eval_adainfer.harness.asking import Asking
 
-RUN = "a results_*.json of lm_eval or its --output_path, made with --log_samples; NAME=PATH names it"
+RUN = (
+    "a results_*.json of lm_eval or its --output_path, made with --log_samples, or a run of Inspect, HELM or lighteval; "
+    "NAME=PATH names it"
+)
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter):

@@ -1,6 +1,7 @@
-"""Runs of other tools in lm-eval's form: what their readers share (``inspect_logs``, ``helm``).
+"""Runs of other tools in lm-eval's form: what their readers share (``inspect_logs``, ``helm``, ``lighteval``).
 
-Files are other people's: only JSON is read, none is larger than ``MOST_BYTES``, and nothing in them is run.
+Files are other people's: they are JSON or parquet, none that is read is larger than ``MOST_BYTES``, and nothing in them
+is run.
 """
 
 from __future__ import annotations
@@ -94,7 +95,7 @@ def numbered(ids: Sequence[Any]) -> dict[str, int]:
 
 
 def sample_of(
-    doc_id: int, doc: Mapping[str, Any], prompt: Any, target: Any, answers: Sequence[str], metrics: Mapping[str, float]
+    doc_id: int, doc: Mapping[str, Any], prompt: Any, target: Any, answers: Sequence[Any], metrics: Mapping[str, float]
 ) -> dict[str, Any]:
     """What lm-eval would log of a document.
 
@@ -103,7 +104,8 @@ def sample_of(
         doc: What tells it from others.
         prompt: Its prompt, or its question where the tool logs no prompt.
         target: The right answer.
-        answers: What the model answered, once for each time it was asked.
+        answers: What the model answered, once for each time it was asked; or of each choice its log-probability and
+            whether greedy decoding gives it.
         metrics: Numbers by name.
     """
     return {

@@ -13,7 +13,7 @@ from typing import Any
 from tqdm import tqdm
 
 from lm_eval_adainfer.clusters import Key, passage_field
-from lm_eval_adainfer.comparison import helm, inspect_logs
+from lm_eval_adainfer.comparison import helm, inspect_logs, lighteval
 from lm_eval_adainfer.comparison.names import own_names, renamed
 from lm_eval_adainfer.comparison.samples import Document, finite, read_document, read_json, samples
 from lm_eval_adainfer.comparison.scales import Scale, scale_of, undirected
@@ -119,8 +119,8 @@ def load(
     """Read a run.
 
     Args:
-        path: A results JSON, or a folder with one somewhere inside, or what Inspect or HELM wrote; ``NAME=PATH`` gives
-            the run a name.
+        path: A results JSON, or a folder with one somewhere inside, or what Inspect, HELM or lighteval wrote;
+            ``NAME=PATH`` gives the run a name.
         argument: The user's argument, for messages.
         filter: Of lm-eval, where a task has several; by default the first that the samples name.
         prompts: Keep the documents' prompts (the report shows some).
@@ -132,7 +132,11 @@ def load(
     selection = selection or Selection(filter=filter)
     name, place = _split_name(str(path))
     notes: list[str] = []
-    other = inspect_logs.read(Path(place), argument, notes) or helm.read(Path(place), argument)
+    other = (
+        inspect_logs.read(Path(place), argument, notes)
+        or helm.read(Path(place), argument)
+        or lighteval.read(Path(place), argument, notes)
+    )
     file = _results_file(Path(place), argument, notes) if other is None else other.source
     results = read_json(file, argument) if other is None else other.results()
     if not isinstance(results, dict) or not isinstance(results.get("results"), dict):
