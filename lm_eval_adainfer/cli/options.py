@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from lm_eval_adainfer.harness.asking import Asking
 
 RUN = (
-    "a results_*.json of lm_eval or its --output_path, made with --log_samples, or a run of Inspect, HELM or lighteval; "
-    "NAME=PATH names it"
+    "a results_*.json of lm_eval or its --output_path, made with --log_samples, or what Inspect, HELM or lighteval "
+    "wrote; NAME=PATH names it"
 )
 
 
