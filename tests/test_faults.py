@@ -79,10 +79,15 @@ def whole():
 
 @pytest.fixture(scope="module")
 def steps(tmp_path_factory):
-    """How many forwards and SQL steps an uninterrupted run with a cache makes."""
-    seen: Counter = Counter()
-    killed.evaluate(str(tmp_path_factory.mktemp("steps") / "c.db"), lambda what: seen.update([what]))
-    return seen
+    """Of an uninterrupted run with a cache: how many SQL steps it had made before each of its forwards."""
+    seen, before = Counter(), []
+    def count(what):
+        if what == "forward":
+            before.append(seen["sql"])
+        seen.update([what])
+
+    killed.evaluate(str(tmp_path_factory.mktemp("steps") / "c.db"), count)
+    return before
 
 
 def kept(cache):
@@ -110,7 +115,7 @@ def killed_and_finished(cache, moments, whole):
 
 def test_a_run_that_is_killed_between_batches_loses_nothing_that_was_finished(tmp_path, whole, steps):
     rng = random.Random(1)
-    moments = [("forward", rng.randint(2, steps["forward"] // 3)) for _ in range(3)]
+    moments = [("forward", rng.randint(2, len(steps) // 3)) for _ in range(3)]
     assert killed_and_finished(str(tmp_path / "c.db"), moments, whole) > 20
 
 
@@ -157,8 +162,9 @@ def test_rolling_texts_are_kept_one_by_one(tmp_path):
 
 def test_a_run_that_is_killed_while_the_cache_is_written_keeps_whole_documents(tmp_path, whole, steps):
     rng = random.Random(2)
-    moments = [("sql", rng.randint(steps["sql"] // 8, steps["sql"] // 3)) for _ in range(3)]
-    assert killed_and_finished(str(tmp_path / "c.db"), moments, whole) > 0
+    # the first steps look answers up; how many they are differs between releases of Python
+    moments = [("sql", rng.randint(steps[len(steps) // 4], steps[len(steps) // 2])) for _ in range(3)]
+    assert killed_and_finished(str(tmp_path / "c.db"), moments, whole) > 5
 
 
 @pytest.mark.slow
