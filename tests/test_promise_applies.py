@@ -97,14 +97,14 @@ def test_without_a_promise_nothing_is_said(model, tokenizer, caplog):
         ({"check_layers": "2+4"}, "check_layers that leave 2+4 instead of all"),
         ({"apply_chat_template": True}, "a chat template"),
         ({"system_instruction": "Be brief."}, "system_instruction"),
-        ({"tasks": (task(), task("other"))}, "not calibrated on (other)"),
-        ({"tasks": (task("other"),)}, "without tasks that were calibrated on (toy)"),
+        ({"tasks": ("toy", "other")}, "not calibrated on (other)"),
+        ({"tasks": ("other",)}, "without tasks that were calibrated on (toy)"),
     ],
     ids=str,
 )
 def test_what_differs_is_named_in_one_warning_and_in_the_record(model, tokenizer, usual, caplog, options, words):
     options = dict(options)
-    record, warned = run(model, tokenizer, usual, caplog, *options.pop("tasks", ()), **options)
+    record, warned = run(model, tokenizer, usual, caplog, *map(task, options.pop("tasks", ())), **options)
     assert record["promise_applies"] is False
     assert len(warned) == 1 and words in warned[0], warned
     assert any(words in difference for difference in record["promise_differences"])

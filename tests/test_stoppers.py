@@ -172,13 +172,14 @@ def test_an_unfitted_svc_is_refused():
 
 
 def other_estimators():
+    from sklearn import model_selection
     from sklearn.linear_model import LogisticRegression
-    from sklearn.model_selection import FixedThresholdClassifier, GridSearchCV, RandomizedSearchCV
+    from sklearn.model_selection import GridSearchCV, RandomizedSearchCV
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import MinMaxScaler, StandardScaler
 
     grid = {"C": [1.0, 2.0]}
-    return {
+    found = {
         "scaled": (make_pipeline(StandardScaler(), MinMaxScaler(), SVC()), ["Pipeline", "StandardScaler, MinMaxScaler"]),
         "bare": (make_pipeline("passthrough", SVC()), ["Pipeline", "last step", "SVC"]),
         "grid": (GridSearchCV(SVC(), grid), ["GridSearchCV", "best_estimator_", "SVC"]),
@@ -188,11 +189,13 @@ def other_estimators():
             GridSearchCV(make_pipeline(StandardScaler(), SVC()), {"svc__C": [1.0]}),
             ["GridSearchCV", "best_estimator_", "Pipeline"],
         ),
-        "threshold": (FixedThresholdClassifier(SVC(), threshold=1.0), ["FixedThresholdClassifier", "sklearn.svm.SVC"]),
         "linear": (LinearSVC(), ["LinearSVC", "sklearn.svm.SVC"]),
         "regression": (SVR(), ["SVR", "sklearn.svm.SVC"]),
         "logistic": (LogisticRegression(), ["LogisticRegression", "adainfer fit"]),
     }
+    if fixed := getattr(model_selection, "FixedThresholdClassifier", None):  # scikit-learn 1.5
+        found["threshold"] = (fixed(SVC(), threshold=1.0), ["FixedThresholdClassifier", "sklearn.svm.SVC"])
+    return found
 
 
 @pytest.mark.parametrize("name", other_estimators())
