@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 
 import numpy as np
@@ -165,8 +166,9 @@ def test_sign_flips_are_enumerated_where_few_and_drawn_where_many():
     assert S.sign_flip_p(x) == pytest.approx(np.mean(np.array(sums) >= abs(nonzero.sum()) - 1e-9))
     many = np.random.default_rng(3).normal(0.1, 1, 200)
     assert S.sign_flip_p(many, seed=1) == S.sign_flip_p(many, seed=1)
+    drawn_by = "rng" if "rng" in inspect.signature(stats.permutation_test).parameters else "random_state"  # before 1.15
     scipy_p = stats.permutation_test(
-        (many,), np.mean, permutation_type="samples", n_resamples=9999, rng=np.random.default_rng(0)
+        (many,), np.mean, permutation_type="samples", n_resamples=9999, **{drawn_by: np.random.default_rng(0)}
     ).pvalue
     assert S.sign_flip_p(many) == pytest.approx(scipy_p, abs=0.02)
     assert S.sign_flip_p(np.zeros(5)) == 1.0

@@ -19,7 +19,7 @@ import sqlite3
 import sys
 import tempfile
 from collections import Counter
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import closing, contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import numpy as np
@@ -92,7 +92,7 @@ def steps(tmp_path_factory):
 
 def kept(cache):
     """How many answers a cache holds (whatever was being written is rolled back when it is opened)."""
-    with sqlite3.connect(cache) as database:
+    with closing(sqlite3.connect(cache)) as database:
         rows = dict(database.execute("select key, value from unnamed"))
     rows.pop("adainfer_fingerprint", None)
     return len(rows)

@@ -9,6 +9,7 @@ import sqlite3
 import subprocess
 import sys
 import time
+from contextlib import closing
 
 import datasets
 import pytest
@@ -255,7 +256,7 @@ print(json.dumps([found["results"]["{TASK}"], documents, found["config"]["adainf
 def finished(file):
     """The finished texts in a cache that another process may be writing: key to value."""
     try:
-        with sqlite3.connect(f"file:{file}?mode=ro", uri=True) as database:
+        with closing(sqlite3.connect(f"file:{file}?mode=ro", uri=True)) as database:
             rows = dict(database.execute("select key, value from unnamed"))
     except sqlite3.OperationalError:  # not there yet, or just being written
         return {}

@@ -7,6 +7,7 @@ import logging
 import math
 import random
 import sqlite3
+from contextlib import closing
 from fractions import Fraction
 from pathlib import Path
 
@@ -364,7 +365,7 @@ def test_all_else_is_as_without_it(tasks, options, model, tokenizer):
 
 def stored(path):
     """What a cache holds."""
-    with sqlite3.connect(path) as connection:
+    with closing(sqlite3.connect(path)) as connection:
         (name,) = (row[0] for row in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'"))
         return sorted(connection.execute(f'SELECT key, value FROM "{name}"').fetchall())
 

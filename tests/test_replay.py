@@ -14,7 +14,7 @@ import pytest
 import torch
 from helpers.models import lm_of, make_model, tiny_lm
 from helpers.refusals import refused
-from helpers.tasks import KINDS, documents, make_task, our_tasks
+from helpers.tasks import KINDS, OFFLINE, documents, make_task, our_tasks
 from helpers.traces import lens, write
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -116,7 +116,7 @@ def test_replay_is_the_real_run_of_the_demo_model(name, tmp_path):
 @pytest.mark.parametrize("name", ["adainfer_sst2", "adainfer_ag_news", "adainfer_word_landmark_country"])
 def test_replay_is_the_real_run_of_a_small_real_model(name, shared, hub, tmp_path, monkeypatch):
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(Path(hub["HF_HOME"]) / "datasets"))
-    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(f"datasets.config.{OFFLINE}", True)
     monkeypatch.setenv("ADAINFER_DATA", str(shared / "hf" / "function_vectors"))
     manager = our_tasks()
     task = loading.load_tasks(manager, [name])[name]

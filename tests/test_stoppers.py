@@ -189,7 +189,7 @@ def other_estimators():
             GridSearchCV(make_pipeline(StandardScaler(), SVC()), {"svc__C": [1.0]}),
             ["GridSearchCV", "best_estimator_", "Pipeline"],
         ),
-        "linear": (LinearSVC(), ["LinearSVC", "sklearn.svm.SVC"]),
+        "linear": (LinearSVC(dual="auto"), ["LinearSVC", "sklearn.svm.SVC"]),
         "regression": (SVR(), ["SVR", "sklearn.svm.SVC"]),
         "logistic": (LogisticRegression(), ["LogisticRegression", "adainfer fit"]),
     }

@@ -12,7 +12,7 @@ import huggingface_hub
 import lm_eval.tasks
 import pytest
 import yaml
-from helpers.tasks import our_tasks, own_names
+from helpers.tasks import OFFLINE, our_tasks, own_names
 from hypothesis import given
 from hypothesis import strategies as st
 from lm_eval import simple_evaluate
@@ -647,7 +647,7 @@ def real_data(monkeypatch, tmp_path):
     # a copy, as datasets writes lock files beside the data
     shutil.copytree(SHARED_HF / "datasets", tmp_path / "datasets")
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
-    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(datasets.config, OFFLINE, True)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setenv("ADAINFER_DATA", str(SHARED_HF / "function_vectors"))
     mmlu.dev_examples.cache_clear()

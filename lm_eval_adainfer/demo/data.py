@@ -108,7 +108,7 @@ def load(task: str) -> datasets.DatasetDict:
     features = datasets.Features(
         question=datasets.Value("string"),
         answer=datasets.Value("string"),
-        choices=datasets.List(datasets.Value("string")),
+        choices=datasets.Sequence(datasets.Value("string")),  # List, which datasets before 4 has not
     )
     return datasets.DatasetDict(
         {

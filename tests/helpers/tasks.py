@@ -11,6 +11,8 @@ from lm_eval.tasks import TaskManager
 
 from lm_eval_adainfer import paths, releases
 
+# what keeps ``datasets`` off the network; the second name is that of releases before 2.21
+OFFLINE = "HF_HUB_OFFLINE" if hasattr(datasets.config, "HF_HUB_OFFLINE") else "HF_DATASETS_OFFLINE"
 WORDS = ["a", " be", " cat", " deer", " e.", " fox!", " goat", " hi"]
 ANIMALS = ["cat", "dog", "emu", "fox", "gnu", "hen", "owl", "pig", "ram", "yak"]
 
