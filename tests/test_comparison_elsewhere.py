@@ -28,6 +28,10 @@ def only_file(folder: Path, pattern: str = "*") -> Path:
     return found
 
 
+def documents(run: runs.Run) -> dict[str, dict]:
+    return {name: task.documents for name, task in run.tasks.items()}
+
+
 def edited(file: Path, change) -> None:
     content = json.loads(file.read_text())
     change(content)
@@ -100,7 +104,7 @@ def test_of_several_logs_of_a_task_the_newest_is_taken_and_it_is_said(tmp_path):
             shutil.copy(log, tmp_path / name / log.name.replace("2026-11-26", f"2026-11-{day}"))
     found = runs.load(tmp_path)
     early = runs.load(INSPECT / "early")
-    assert {n: t.documents for n, t in found.tasks.items()} == {n: t.documents for n, t in early.tasks.items()}
+    assert documents(found) == documents(early)
     assert any("2 logs" in note and "newest" in note for note in found.notes)
 
 
@@ -277,9 +281,9 @@ def test_a_file_a_folder_of_one_time_and_the_output_folder_are_the_same_run(tmp_
     whole = runs.load(as_written(tmp_path))
     folder = tmp_path / "details" / "org" / "model" / DATE
     for place in (tmp_path / "details", folder):
-        assert {n: t.documents for n, t in runs.load(place).tasks.items()} == {n: t.documents for n, t in whole.tasks.items()}
+        assert documents(runs.load(place)) == documents(whole)
     alone = runs.load(folder / f"{NAMES['texts']}_{DATE}.parquet")
-    assert {n: t.documents for n, t in alone.tasks.items()} == {"texts": whole.tasks["texts"].documents}
+    assert documents(alone) == {"texts": whole.tasks["texts"].documents}
 
 
 def test_on_the_hub_results_lie_above_the_details(tmp_path):
@@ -287,14 +291,14 @@ def test_on_the_hub_results_lie_above_the_details(tmp_path):
     hub = tmp_path / "hub"
     shutil.copytree(place / "details" / "org" / "model", hub)
     shutil.copy(place / "results" / "org" / "model" / f"results_{DATE}.json", hub)
-    assert {n: t.documents for n, t in runs.load(hub).tasks.items()} == {n: t.documents for n, t in runs.load(place).tasks.items()}
+    assert documents(runs.load(hub)) == documents(runs.load(place))
 
 
 def test_of_several_lighteval_runs_the_newest_counts_and_it_is_said(tmp_path):
     as_written(tmp_path, "dense")
     as_written(tmp_path, "early", "2026-11-27T00-00-00")  # no microseconds, where there are none
     run, early = runs.load(tmp_path), runs.load(as_written(tmp_path / "alone", "early"))
-    assert {n: t.documents for n, t in run.tasks.items()} == {n: t.documents for n, t in early.tasks.items()}
+    assert documents(run) == documents(early)
     assert any("2 files" in note and "newest" in note for note in run.notes)
 
 

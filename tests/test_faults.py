@@ -19,13 +19,14 @@ import sqlite3
 import sys
 import tempfile
 from collections import Counter
-from contextlib import closing, contextmanager, redirect_stderr, redirect_stdout
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from helpers import killed
+from helpers.caches import stored
 from helpers.models import lm_of, make_model
 from helpers.processes import in_two_processes
 from helpers.tasks import instance, make_task
@@ -92,10 +93,7 @@ def steps(tmp_path_factory):
 
 def kept(cache):
     """How many answers a cache holds (whatever was being written is rolled back when it is opened)."""
-    with closing(sqlite3.connect(cache)) as database:
-        rows = dict(database.execute("select key, value from unnamed"))
-    rows.pop("adainfer_fingerprint", None)
-    return len(rows)
+    return len(stored(cache).keys() - {"adainfer_fingerprint"})
 
 
 def killed_and_finished(cache, moments, whole):

@@ -9,11 +9,11 @@ import sqlite3
 import subprocess
 import sys
 import time
-from contextlib import closing
 
 import datasets
 import pytest
 import torch
+from helpers.caches import stored
 from helpers.models import SHARED, make_model
 from helpers.replay import generated
 from helpers.tasks import instance, our_tasks
@@ -256,8 +256,7 @@ print(json.dumps([found["results"]["{TASK}"], documents, found["config"]["adainf
 def finished(file):
     """The finished texts in a cache that another process may be writing: key to value."""
     try:
-        with closing(sqlite3.connect(f"file:{file}?mode=ro", uri=True)) as database:
-            rows = dict(database.execute("select key, value from unnamed"))
+        rows = stored(f"file:{file}?mode=ro", uri=True)
     except sqlite3.OperationalError:  # not there yet, or just being written
         return {}
     rows.pop("adainfer_fingerprint", None)

@@ -81,7 +81,7 @@ def json_of(file: Path, argument: str) -> Any:
 
 
 def numbered(ids: Sequence[Any]) -> dict[str, int]:
-    """A number for each document's name, the same in every run over these documents.
+    """A number for each document's name, the same in every run over these documents; in the order of the numbers.
 
     Args:
         ids: The names: numbers or texts. Numbers stay, and those of texts like ``id7`` do; else the names are sorted.
@@ -90,7 +90,7 @@ def numbered(ids: Sequence[Any]) -> dict[str, int]:
     digits = {text: text.lstrip("id") for text in texts}
     numbers = {text: int(number) for text, number in digits.items() if number.isascii() and number.isdigit()}
     if len(set(numbers.values())) == len(texts):
-        return numbers
+        return dict(sorted(numbers.items(), key=lambda one: one[1]))
     return {text: n for n, text in enumerate(texts)}
 
 

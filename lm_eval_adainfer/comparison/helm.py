@@ -65,16 +65,16 @@ def _task(folder: Path, spec: Mapping[str, Any], argument: str) -> TranslatedTas
         if not row.get("perturbation"):
             trials.setdefault(row["instance_id"], []).append(_stats(row.get("stats")))
     texts = _texts(folder, argument)
-    numbers, task = numbered(list(trials)), TranslatedTask([])
+    task = TranslatedTask([])
     adapter = spec.get("adapter_spec")
     shots = adapter.get("max_train_instances") if isinstance(adapter, dict) else None
     task.shots = shots if isinstance(shots, int) and shots >= 0 else 0
-    for name in sorted(trials, key=lambda name: numbers[name]):
+    for name, number in numbered(list(trials)).items():
         metrics = mean_of(trials[name])
         task.better |= {m: True for m in metrics if _HIGHER.match(m)}
         question, right, answers = texts.get(name, (name, "", []))
         doc = {"id": name, "input": question, "right": right}
-        task.samples.append(sample_of(numbers[name], doc, question, right, answers, metrics))
+        task.samples.append(sample_of(number, doc, question, right, answers, metrics))
     return task
 
 

@@ -108,15 +108,14 @@ def _task(header: Mapping[str, Any], samples: list[Any], file: Path, argument: s
             raise AdaInferError(f"{argument}: {file} holds a sample without an id; run it again")
         if not sample.get("error"):
             asked.setdefault(str(sample["id"]), []).append(sample)
-    numbers = numbered(list(asked))
     task = TranslatedTask([], version=str(header["eval"].get("task_version")))
-    for name in sorted(asked, key=lambda name: numbers[name]):
+    for name, number in numbered(list(asked)).items():
         epochs = asked[name]
         first, metrics = epochs[0], mean_of([_grades(one, task.better) for one in epochs])
         doc = {key: first.get(key) for key in ("input", "choices", "target")}
         answers = [answer for one in epochs if (answer := _answer(one)) is not None]
         task.samples.append(
-            sample_of(numbers[name], doc, first.get("input"), first.get("target"), answers, metrics)
+            sample_of(number, doc, first.get("input"), first.get("target"), answers, metrics)
         )
     task.reported = _reported(header)
     return task

@@ -22,10 +22,10 @@ from lm_eval_adainfer.comparison.elsewhere import (
     numbered,
     sample_of,
 )
-from lm_eval_adainfer.comparison.samples import finite
+from lm_eval_adainfer.comparison.samples import DATE, finite
 from lm_eval_adainfer.errors import AdaInferError
 
-_NAME = re.compile(r"details_(.+)_(\d{4}-\d\d-\d\dT\d\d-\d\d-\d\d(?:\.\d+)?)\.parquet")
+_NAME = re.compile(rf"details_(.+)_({DATE})\.parquet")
 _SHOTS = re.compile(r"(.+)\|(\d+)")
 _OF_DOC = ("id", "query", "choices", "gold_index", "instruction", "fewshot_samples")
 _OF_RESPONSE = ("text", "logprobs", "argmax_logits_eq_gold")
@@ -114,13 +114,11 @@ def _task(name: str, file: Path, results: Mapping[str, Any], argument: str) -> T
         if not isinstance(doc, dict) or not isinstance(doc.get("id"), str) or not isinstance(doc.get("query"), str):
             raise AdaInferError(f"{argument}: {file} holds a document without an id or a query; run lighteval again")
         asked.setdefault(doc["id"], []).append(row)
-    numbers = numbered(list(asked))
-    for one in sorted(asked, key=lambda one: numbers[one]):
-        rows = asked[one]
-        doc = rows[0]["doc"]
-        own = {"query": doc["query"], "choices": [str(c) for c in _list(doc.get("choices"))], "right": _gold(doc)}
-        sample = sample_of(numbers[one], own, _prompt(doc), _gold(doc), _answers(rows), _metrics(rows))
-        task.samples.append(sample)
+    for name_of_doc, number in numbered(list(asked)).items():
+        rows = asked[name_of_doc]
+        doc, right = rows[0]["doc"], _gold(rows[0]["doc"])
+        own = {"query": doc["query"], "choices": [str(c) for c in _list(doc.get("choices"))], "right": right}
+        task.samples.append(sample_of(number, own, _prompt(doc), right, _answers(rows), _metrics(rows)))
     return task
 
 
@@ -152,14 +150,13 @@ def _rows(file: Path, argument: str) -> Iterator[dict[str, Any]]:
 
 def _metrics(rows: list[Mapping[str, Any]]) -> dict[str, float]:
     """A document's metrics that are numbers; a metric that a row does not ask for is missing or null there."""
-    found: dict[str, list[Any]] = {}
+    found: dict[str, list[dict[str, float | None]]] = {}
     for row in rows:
         for name, value in _part(row, "metric").items():
             if value is not None:
-                found.setdefault(name, []).append(float(value) if isinstance(value, bool) else value)
-    means = (mean_of([{name: one if isinstance(one, (int, float)) else None} for one in all_])
-             for name, all_ in found.items())  # fmt: skip
-    return {name: value for mean in means for name, value in mean.items()}
+                number = float(value) if isinstance(value, (int, float)) else None
+                found.setdefault(name, []).append({name: number})
+    return {name: mean for times in found.values() for name, mean in mean_of(times).items()}
 
 
 def _answers(rows: list[Mapping[str, Any]]) -> list[Any]:

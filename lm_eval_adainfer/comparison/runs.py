@@ -15,13 +15,12 @@ from tqdm import tqdm
 from lm_eval_adainfer.clusters import Key, passage_field
 from lm_eval_adainfer.comparison import helm, inspect_logs, lighteval
 from lm_eval_adainfer.comparison.names import own_names, renamed
-from lm_eval_adainfer.comparison.samples import Document, finite, read_document, read_json, samples
+from lm_eval_adainfer.comparison.samples import DATE, Document, finite, read_document, read_json, samples
 from lm_eval_adainfer.comparison.scales import Scale, scale_of, undirected
 from lm_eval_adainfer.comparison.selection import Selection, Wanted
 from lm_eval_adainfer.comparison.weighting import tasks_weigh_the_same
 from lm_eval_adainfer.errors import AdaInferError
 
-_DATE = r"\d{4}-\d\d-\d\dT\d\d-\d\d-\d\d(?:\.\d+)?"
 _EXIT = ("exit_layer", "pruning_ratio", "flops_ratio", "flops_ratio_total", "layers_run")
 EXIT_METRICS = frozenset((*_EXIT, "exit_layer_var", "top1_acc"))
 PREFERRED = ("acc", "exact_match")
@@ -231,7 +230,7 @@ def _results_file(path: Path, argument: str, notes: list[str]) -> Path:
         return path
     if not path.is_dir():
         raise AdaInferError(f"{argument}: {path} does not exist; give a results file of lm-eval or its --output_path")
-    found = [f for f in sorted(path.rglob("*.json")) if f.name == "results.json" or re.search(_DATE, f.name)]
+    found = [f for f in sorted(path.rglob("*.json")) if f.name == "results.json" or re.search(DATE, f.name)]
     if not found:
         raise AdaInferError(f"{argument}: {path} holds no results_*.json of lm-eval; give its --output_path")
     found.sort(key=lambda f: _date_of(f) or "")
@@ -257,7 +256,7 @@ def _with_times(files: Sequence[Path]) -> str:
 
 
 def _date_of(file: Path) -> str | None:
-    found = re.search(f"({_DATE})(?=\\.jsonl?$)", file.name)
+    found = re.search(f"({DATE})(?=\\.jsonl?$)", file.name)
     return found[1] if found else None
 
 

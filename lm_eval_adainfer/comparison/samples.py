@@ -16,6 +16,7 @@ from typing import Any
 from lm_eval_adainfer.clusters import Key
 from lm_eval_adainfer.errors import AdaInferError
 
+DATE = r"\d{4}-\d\d-\d\dT\d\d-\d\d-\d\d(?:\.\d+)?"  # in the names of files that lm-eval and lighteval write
 _NO_METRICS = frozenset(("doc", "arguments", "resps", "filtered_resps", "target"))
 _PROMPT, _TARGET = 1500, 300  # characters kept; of a prompt the last, since the question is there
 
